@@ -1,0 +1,74 @@
+"""Which tokens go into the next llama_decode: pure arithmetic on positions, slots and measured seconds.
+
+Owns two rules. Prompt pieces: end at the next absolute chunk border, or earlier when running streams would wait
+longer than their budget. Decode rows: llama.cpp splits a call whose sequence ids have holes into one graph run
+per unbroken stretch (blueprint section 4); a hole is cheaper filled with a throw-away row when that row costs
+less than another run.
+Refuses to know engines, requests and clocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+# A running stream then sees prompt work of this many decode steps between two of its tokens: gap <= 1 + this.
+PROMPT_STEPS_PER_DECODE_STEP: Final = 1.5
+# Repacked GEMM kernels work on four rows at a time (ggml-cpu/repack.cpp, tensor_traits::forward_mul_mat).
+ROW_BLOCK: Final = 4
+# Weight of the newest sample in running means; about the last eight samples count.
+_SMOOTHING: Final = 0.125
+
+
+@dataclass(frozen=True, slots=True)
+class RowCost:
+    """Seconds of a decode call: `run_s` for each graph run (weights are read once), `row_s` for each row."""
+
+    run_s: float
+    row_s: float
+
+    @classmethod
+    def fit(cls, one_row_s: float, many_rows_s: float, rows: int) -> RowCost:
+        """From the time of a one-row call and of a call of `rows` rows."""
+        if rows < 2:
+            return cls(run_s=0.0, row_s=one_row_s)
+        row_s = max(0.0, (many_rows_s - one_row_s) / (rows - 1))
+        return cls(run_s=max(0.0, one_row_s - row_s), row_s=row_s)
+
+
+def smoothed(mean: float, sample: float) -> float:
+    """Running mean; the first sample is the mean."""
+    return sample if mean == 0.0 else mean + _SMOOTHING * (sample - mean)
+
+
+def next_border(position: int, chunk_tokens: int) -> int:
+    """The first absolute multiple of `chunk_tokens` after `position`."""
+    return (position // chunk_tokens + 1) * chunk_tokens
+
+
+def piece_end(position: int, total: int, chunk_tokens: int, token_budget: int | None) -> int:
+    """End of the prompt piece that starts at `position`: a chunk border, the prompt's end, or the budget."""
+    end = min(total, next_border(position, chunk_tokens))
+    return end if token_budget is None else min(end, position + max(1, token_budget))
+
+
+def token_budget(decode_step_s: float, prompt_token_s: float) -> int:
+    """Prompt tokens that fit between two decode steps; whole row blocks when there is room for one."""
+    if prompt_token_s <= 0.0:
+        return ROW_BLOCK
+    tokens = int(PROMPT_STEPS_PER_DECODE_STEP * decode_step_s / prompt_token_s)
+    return max(1, tokens - tokens % ROW_BLOCK if tokens >= ROW_BLOCK else tokens)
+
+
+def fillers(slots: Sequence[int], cost: RowCost) -> list[int]:
+    """Idle slots between running ones worth evaluating too, so that the call stays one graph run.
+
+    `slots` is ascending. Filling a hole of g slots costs g rows, leaving it costs one more run.
+    """
+    chosen: list[int] = []
+    for left, right in zip(slots, slots[1:], strict=False):
+        hole = right - left - 1
+        if hole and hole * cost.row_s < cost.run_s:
+            chosen.extend(range(left + 1, right))
+    return chosen

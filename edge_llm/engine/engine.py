@@ -1,0 +1,191 @@
+"""The engine protocol: a model in this process, driven by exactly one thread.
+
+Owns the seam between the loop (worker/loop.py) and whatever computes tokens. Two implementations:
+`LlamaEngine` (llama.cpp) and `SimulatedEngine` (hashes and a clock). Knows no network, no JSON, no asyncio.
+
+Life of a sequence: `begin` (slot becomes busy; a snapshot restores part of its KV) -> `step` ... `step`
+(prompt rest, then one token a step) -> the event with `finish_reason`, or `end` -> slot free.
+Life of a served prompt: `serve` -> `step` ... `step` (chunks of KV come out) -> `is_last` chunk, or `end_served`.
+
+Invariants: only `interrupt` may be called from another thread. `step` never blocks on anything but compute.
+Rows of one decode call are in ascending slot order; prompt rows and decode rows never share a call.
+Every error that concerns one sequence is reported in `Step.failures` and leaves the others running.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from edge_llm.errors import EdgeLLMError
+from edge_llm.kv.codec import BlobLayout, StateBlob
+from edge_llm.kv.snapshot import Identity, Level, MemoryKind, Policy, VLayout
+from edge_llm.request import Generation, TokenEvent
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """What an engine is; fixed after start. Published by workers, recorded by benches.
+
+    n_ctx: cells per sequence. slots: sequences that can decode at once (0: no decode context).
+    chunk_tokens: borders of exported KV are absolute multiples of it.
+    layout: how this engine's *decode* context lays out a state (None without decode context).
+    v_layout: how V lies in payloads this engine exports.
+    splits: whether KV can travel; split_reason says why not.
+    """
+
+    model_name: str
+    model_sha256: str
+    architecture: str
+    quantization: str
+    memory: MemoryKind
+    n_ctx: int
+    n_ctx_train: int
+    slots: int
+    serves_prompts: bool
+    chunk_tokens: int
+    vocab_size: int
+    kv_bytes_per_token: int
+    splits: bool
+    split_reason: str
+    identity: Identity
+    layout: BlobLayout | None
+    v_layout: VLayout
+    policy: Policy
+    is_flash_attention: bool
+    level: Level
+    level_reason: str
+    build: dict[str, str] = field(default_factory=dict)
+    memory_bytes: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ServedPrompt:
+    """A prompt computed for another worker: KV of ids[:-1], shipped from position `start` on."""
+
+    request_id: str
+    ids: tuple[int, ...]
+    start: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class KVChunk:
+    """Canonical payload of positions [p0, p1) of a served prompt, in the engine's `v_layout`."""
+
+    request_id: str
+    p0: int
+    p1: int
+    payload: bytes
+    is_last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PromptProgress:
+    """`done` of `total` prompt positions have KV here (total = tokens before the one decode evaluates)."""
+
+    request_id: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A sequence or served prompt that cannot go on; its slot is already free."""
+
+    request_id: str
+    error: EdgeLLMError
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one step did. `decoded_rows` rows shared the decode call, `prompt_tokens` were prefilled."""
+
+    events: tuple[TokenEvent, ...] = ()
+    chunks: tuple[KVChunk, ...] = ()
+    progress: tuple[PromptProgress, ...] = ()
+    failures: tuple[Failure, ...] = ()
+    decoded_rows: int = 0
+    prompt_tokens: int = 0
+    decode_s: float = 0.0
+    prompt_s: float = 0.0
+
+
+class Engine(Protocol):
+    """One model in one process. Single-threaded: only worker/loop.py calls it."""
+
+    @property
+    def facts(self) -> EngineFacts: ...
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` would do anything."""
+        ...
+
+    def begin(self, slot: int, generation: Generation, snapshot: StateBlob | None = None) -> int:
+        """Start a generation on free slot `slot` (0 <= slot < facts.slots).
+
+        With a snapshot, positions [0, snapshot.filled_to) are restored, the rest of `context_ids[:-1]` is
+        prefilled here by later steps. Returns the number of restored positions.
+        Raises RestoreRefused (slot stays free and clean), ContextTooLong, InvalidRequest.
+        """
+        ...
+
+    def serve(self, prompt: ServedPrompt) -> None:
+        """Start computing a prompt for another worker. One at a time: raises Overloaded when busy."""
+        ...
+
+    def hold_served(self, is_held: bool) -> None:
+        """Back-pressure: keep the served prompt where it is until released; `has_work` ignores it meanwhile.
+        Running streams and local prompts go on. Idempotent, also without a served prompt."""
+        ...
+
+    def step(self) -> Step:
+        """One micro-batch of prompt work (bounded by the time budget when streams run) and one decode call."""
+        ...
+
+    def end(self, slot: int) -> None:
+        """Drop the sequence on `slot`, if any, and free its KV. Idempotent."""
+        ...
+
+    def end_served(self, request_id: str) -> None:
+        """Drop the served prompt if it is still the current one. Idempotent."""
+        ...
+
+    def export(self, slot: int) -> tuple[StateBlob, int]:
+        """Whole KV of a *running* sequence and its number of positions (drain, checkpoint)."""
+        ...
+
+    def interrupt(self) -> None:
+        """Any thread: abort the prompt call that runs now, if one does; that piece is simply done again by a
+        later step unless its owner was ended (`end` / `end_served`) in between. Harmless at any moment: post the
+        cancellation first, then interrupt."""
+        ...
+
+    def close(self) -> None:
+        """Free native memory. No call may follow."""
+        ...
+
+
+class Vocabulary(Protocol):
+    """Text <-> ids, chat template, pieces. Its own copy of the vocabulary: never behind a decode step.
+
+    Thread rule: one thread at a time."""
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """End-of-generation tokens."""
+        ...
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]: ...
+
+    def render_chat(self, messages: Sequence[dict[str, str]]) -> str:
+        """Apply the model's chat template (sandboxed), generation prompt added. Raises InvalidRequest."""
+        ...
+
+    def piece(self, token_id: int) -> bytes:
+        """UTF-8 bytes of one token; may be a part of a character. Control tokens give b""."""
+        ...

@@ -1,0 +1,262 @@
+"""The contract between gateway and workers, and between workers: one file, frozen, versioned, closed.
+
+Every JSON body between our own processes is one of these. Unknown fields, wrong types and numbers out of
+bounds are refused (`decode` raises RemoteProtocolError). No pickle, no class lookup by name.
+Pure: knows neither sockets nor engines. Bytes of KV are kv/frames.py's business.
+
+Routes of a worker (every one but /healthz and /readyz needs a ticket, worker/tickets.py):
+  POST /tokenize  TokenizeRequest -> TokenizeReply           op "tokenize"
+  POST /decode    DecodeRequest   -> DecodeReply (202)       op "decode"
+  POST /cancel    CancelRequest   -> CancelReply             op "cancel"
+  GET  /events?gateway=ID -> application/x-ndjson, one EventBatch a line, one connection per gateway; op "events"
+  POST /prefill   PrefillRequest  -> KV frames               op "prefill" (called by decode workers)
+  GET  /status    -> WorkerStatus                            op "status"
+Errors: HTTP status of the EdgeLLMError class and a body ErrorReply.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from edge_llm.errors import RemoteProtocolError
+from edge_llm.kv.snapshot import Level, MemoryKind, Policy
+from edge_llm.request import FinishReason
+
+PROTOCOL = 1
+MAX_TOKENS_IN_MESSAGE = 1 << 20
+
+Role = Literal["prefill", "decode", "mixed"]
+Mode = Literal["split", "local"]
+Id = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._:-]{1,128}$")]
+Address = Annotated[str, Meta(pattern=r"^[A-Za-z0-9.\[\]:_-]{1,255}:[0-9]{1,5}$")]
+TokenId = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
+Ids = Annotated[list[TokenId], Meta(max_length=MAX_TOKENS_IN_MESSAGE)]
+Count = Annotated[int, Meta(ge=0, le=1 << 40)]
+Seconds = Annotated[float, Meta(ge=0, le=1e9)]
+
+
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of all messages: closed, immutable."""
+
+
+class Sampling(Message):
+    """request.SamplingParams on the wire; bounds are checked again by that class."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repeat_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    penalty_last_n: int = 64
+    seed: Annotated[str, Meta(pattern=r"^[0-9]{1,20}$")] = "0"  # 64 bits do not fit every JSON reader
+    logit_bias: dict[str, float] = {}
+
+
+class ChatMessage(Message):
+    role: Literal["system", "user", "assistant", "tool", "developer"]
+    content: Annotated[str, Meta(max_length=8 << 20)]
+
+
+class TokenizeRequest(Message):
+    """Exactly one of `messages` (rendered by the chat template) and `text`."""
+
+    protocol: Literal[1] = 1
+    messages: list[ChatMessage] | None = None
+    text: Annotated[str, Meta(max_length=8 << 20)] | None = None
+
+
+class TokenizeReply(Message):
+    protocol: Literal[1] = 1
+    ids: Ids
+    stop_ids: Ids
+
+
+class PrefillCandidate(Message):
+    """A worker that may compute the prompt, where it is, and the ticket to hand to it."""
+
+    worker: Id
+    address: Address
+    ticket: Annotated[str, Meta(max_length=8192)]
+
+
+class DecodeRequest(Message):
+    """Generate. `candidates` in order of preference; empty means compute the prompt here (mode local)."""
+
+    protocol: Literal[1] = 1
+    request_id: Id
+    epoch: Count
+    gateway: Id
+    prompt_ids: Annotated[list[TokenId], Meta(min_length=1, max_length=MAX_TOKENS_IN_MESSAGE)]
+    delivered_ids: Ids = []
+    max_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS_IN_MESSAGE)]
+    sampling: Sampling
+    stop: list[str] = []
+    stop_ids: Ids = []
+    candidates: list[PrefillCandidate] = []
+
+
+class DecodeReply(Message):
+    protocol: Literal[1] = 1
+    accepted: Literal[True] = True
+
+
+class CancelRequest(Message):
+    protocol: Literal[1] = 1
+    request_id: Id
+    epoch: Count
+
+
+class CancelReply(Message):
+    protocol: Literal[1] = 1
+    found: bool
+
+
+class PrefillRequest(Message):
+    """From a decode worker: compute ids[:-1], ship KV from position `start` on, in frames."""
+
+    protocol: Literal[1] = 1
+    request_id: Id
+    ids: Annotated[list[TokenId], Meta(min_length=2, max_length=MAX_TOKENS_IN_MESSAGE)]
+    start: Count = 0
+    compatibility: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+
+
+class PromptReport(Message):
+    """How the prompt's KV came to be; times on the decode worker's monotonic clock, in ms since acceptance.
+
+    wait_ms: until the first frame (split) or the first prompt call (local). prefill_ms: from then to the last
+    chunk's arrival (split: overlapped with transfer) or the end of local prefill. handoff_ms: what the split
+    adds after prefill ended on P: last chunk in flight + adoption. fallback: why the plan changed, else None.
+    """
+
+    mode: Mode
+    prefill_worker: str
+    wait_ms: float
+    prefill_ms: float
+    handoff_ms: float
+    adopt_ms: float
+    handoff_bytes: int
+    restored_tokens: int
+    computed_tokens: int
+    is_same_class: bool
+    fallback: str | None = None
+
+
+class Token(Message, array_like=True):
+    """One TokenEvent as an array: [request_id, epoch, index, token_id, text, finish_reason]."""
+
+    request_id: str
+    epoch: int
+    index: int
+    token_id: int
+    text: str
+    finish_reason: FinishReason | None = None
+
+
+class Progress(Message, array_like=True):
+    """[request_id, epoch, done, total] positions of the prompt."""
+
+    request_id: str
+    epoch: int
+    done: int
+    total: int
+
+
+class Prompted(Message, array_like=True):
+    """The prompt is done; sent before the first token of a request."""
+
+    request_id: str
+    epoch: int
+    report: PromptReport
+
+
+class Failed(Message, array_like=True):
+    """The request ended without finish_reason: the gateway may replan when `is_retryable`."""
+
+    request_id: str
+    epoch: int
+    code: str
+    message: str
+    status: int
+    is_retryable: bool
+
+
+class EventBatch(Message):
+    """Everything one engine step has to say to one gateway. An empty batch is a heartbeat."""
+
+    tokens: list[Token] = []
+    prompted: list[Prompted] = []
+    progress: list[Progress] = []
+    failed: list[Failed] = []
+
+
+class Load(Message):
+    """What changes while a worker runs."""
+
+    slots_free: int
+    sequences_running: int
+    sequences_waiting: int
+    pending_prompt_tokens: int
+    kv_cells_free: int
+    decode_step_s: float
+    prefill_tokens_per_s: float
+
+
+class WorkerStatus(Message):
+    """What a worker is and how busy it is."""
+
+    protocol: Literal[1] = 1
+    worker: str
+    role: Role
+    is_ready: bool
+    is_draining: bool
+    model: str
+    model_sha256: str
+    architecture: str
+    quantization: str
+    memory: MemoryKind
+    n_ctx: int
+    slots: int
+    chunk_tokens: int
+    vocab_size: int
+    kv_bytes_per_token: int
+    splits: bool
+    split_reason: str
+    compatibility: str
+    exactness_class: str
+    policy: Policy
+    level: Level
+    level_reason: str
+    version: str
+    pid: int
+    build: dict[str, str]
+    memory_bytes: dict[str, int]
+    load: Load
+
+
+class ErrorReply(Message):
+    code: str
+    message: str
+    param: str | None = None
+    retry_after_s: float | None = None
+
+
+MessageType = TypeVar("MessageType", bound=Message)
+
+
+def encode(message: Message) -> bytes:
+    """JSON bytes of a message."""
+    return msgspec.json.encode(message)
+
+
+def decode(kind: type[MessageType], data: bytes | bytearray | memoryview) -> MessageType:
+    """Parse a peer's bytes; raise RemoteProtocolError that says which field is wrong."""
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RemoteProtocolError(f"not a valid {kind.__name__}: {error}") from error
