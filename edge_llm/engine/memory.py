@@ -1,0 +1,74 @@
+"""How much memory a worker needs, as a sum a person can check, before anything is loaded.
+
+Pure. Owns the arithmetic of blueprint section 6; refuses to know GGUF files and boards: sizes come in, a
+`MemoryPlan` comes out. The compute buffer is an upper estimate from llama.cpp's graph: attention scores of one
+micro-batch without flash attention, the feed-forward activations, and logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edge_llm.errors import ConfigError
+
+# Interpreter, FastAPI, numpy and the vocabulary's Python side, resident before a model is loaded.
+PYTHON_BYTES = 160 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSizes:
+    """What the GGUF header says, in bytes and counts."""
+
+    weights_bytes: int
+    repacked_bytes: int
+    kv_bytes_per_token: int
+    vocab_size: int
+    n_head: int
+    n_embd: int
+    n_ff: int
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Named parts in bytes; `total_bytes` is their sum."""
+
+    parts: dict[str, int]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.parts.values())
+
+    def table(self) -> str:
+        """One line per part and the sum, in MiB."""
+        rows = [*self.parts.items(), ("sum", self.total_bytes)]
+        return "\n".join(f"  {name:<28} {size / (1 << 20):>10,.0f} MiB" for name, size in rows)
+
+
+def plan_memory(sizes: ModelSizes, *, n_ctx: int, slots: int, serves_prompts: bool, rows: int) -> MemoryPlan:
+    """The sum for one worker. `rows` is the largest micro-batch; repacked weights are a private second copy."""
+    contexts = (1 if slots else 0) + (1 if serves_prompts else 0)
+    scores = 2 * rows * sizes.n_head * n_ctx * 4
+    activations = rows * (3 * sizes.n_ff + 8 * sizes.n_embd) * 4
+    logits = 2 * max(slots, 1) * sizes.vocab_size * 4
+    kv = sizes.kv_bytes_per_token
+    return MemoryPlan(
+        {
+            "weights": sizes.weights_bytes,
+            "repacked weights": sizes.repacked_bytes,
+            f"KV of {slots} slots": slots * n_ctx * kv,
+            "KV of the prompt context": n_ctx * kv if serves_prompts else 0,
+            "compute and logits buffers": contexts * (scores + activations + logits),
+            "one snapshot in adoption": n_ctx * kv if slots else 0,
+            "Python": PYTHON_BYTES,
+        }
+    )
+
+
+def check_fits(plan: MemoryPlan, available_bytes: int, what: str) -> None:
+    """Raise ConfigError with the sum when `plan` does not fit; the message says what to change."""
+    if plan.total_bytes > available_bytes:
+        raise ConfigError(
+            f"{what} does not fit: it needs {plan.total_bytes >> 20:,} MiB, this board has "
+            f"{available_bytes >> 20:,} MiB free for it.\n{plan.table()}\n"
+            "Lower --n-ctx or --slots, use a smaller quantization, or run role prefill and decode on different boards."
+        )
