@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 # A running stream then sees prompt work of this many decode steps between two of its tokens: gap <= 1 + this.
@@ -67,7 +68,7 @@ def fillers(slots: Sequence[int], cost: RowCost) -> list[int]:
     `slots` is ascending. Filling a hole of g slots costs g rows, leaving it costs one more run.
     """
     chosen: list[int] = []
-    for left, right in zip(slots, slots[1:], strict=False):
+    for left, right in pairwise(slots):
         hole = right - left - 1
         if hole and hole * cost.row_s < cost.run_s:
             chosen.extend(range(left + 1, right))

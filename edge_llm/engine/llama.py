@@ -140,10 +140,18 @@ def model_memory(card: ModelCard, settings: LlamaSettings, repacked: Sequence[st
 class LlamaBackend:
     """`Backend` over llama.cpp. Build it with `load`; one thread, except `interrupt`."""
 
-    def __init__(self, model: NativeModel, settings: LlamaSettings, facts: EngineFacts, decode: NativeContext | None, prompts: NativeContext | None) -> None:
+    def __init__(
+        self,
+        model: NativeModel,
+        settings: LlamaSettings,
+        facts: EngineFacts,
+        decode: NativeContext | None,
+        prompts: NativeContext | None,
+    ) -> None:
         self._model, self._settings = model, settings
         self._decode_context, self._prompt_context = decode, prompts
         self._prompt_layout: BlobLayout | None = None
+        self._export_buffer = bytearray()
         self._facts = facts
         self._row_cost = RowCost(0.0, 0.0)
         self._can_abort = facts.memory in ("full", "sliding-window")
@@ -167,7 +175,9 @@ class LlamaBackend:
         if not idle:
             return context.decode([row.token_id for row in rows], [row.position for row in rows], slots)
         every = sorted([*rows, *(Row(slot, 0, 0) for slot in idle)], key=lambda row: row.slot)
-        logits = context.decode([row.token_id for row in every], [row.position for row in every], [row.slot for row in every])
+        logits = context.decode(
+            [row.token_id for row in every], [row.position for row in every], [row.slot for row in every]
+        )
         for slot in idle:
             context.remove(slot)
         return logits[[row.slot not in idle for row in every]]
@@ -182,7 +192,9 @@ class LlamaBackend:
         last = context.last_position(slot)
         if last != whole.filled_to - 1:
             context.remove(slot)
-            raise RestoreRefused(f"llama.cpp restored {last + 1} of {whole.filled_to} positions; recomputing the prompt here")
+            raise RestoreRefused(
+                f"llama.cpp restored {last + 1} of {whole.filled_to} positions; recomputing the prompt here"
+            )
 
     def export(self, slot: int, n_tokens: int) -> StateBlob:
         if self._facts.layout is None:
@@ -198,12 +210,16 @@ class LlamaBackend:
 
     def serve_export(self, p0: int, p1: int) -> bytes:
         assert self._prompt_layout is not None
-        context = self._prompts
+        context, size = self._prompts, self._prompt_layout.size(p1 - p0)
+        if len(self._export_buffer) < size:
+            self._export_buffer = bytearray(size)
+        state = memoryview(self._export_buffer)[:size]
         context.mark(_SERVED, _EXPORT, p0, p1)
         try:
-            return extract(self._prompt_layout, context.state(_EXPORT), p0, p1)
+            context.state_into(_EXPORT, state)
         finally:
             context.remove(_EXPORT)
+        return extract(self._prompt_layout, state, p0, p1)
 
     def interrupt(self) -> None:
         """No-op for recurrent state: llama.cpp cannot take back part of it, so a piece there runs to its end."""
@@ -295,7 +311,9 @@ class LlamaBackend:
         after = self._slots.decode(ids[-1:], [len(ids) - 1], [target]).tobytes()
         self.drop(target)
         if before != after:
-            raise UnaccountedState("self-test failed: a restored sequence gives other logits than the one it was copied from")
+            raise UnaccountedState(
+                "self-test failed: a restored sequence gives other logits than the one it was copied from"
+            )
 
     def _measure_rows(self) -> RowCost:
         rows = min(self._facts.slots, 4)
@@ -341,7 +359,9 @@ def load_backend(settings: LlamaSettings) -> LlamaBackend:
     settings = replace(settings, slots=slots)
     facts = _facts(card, model, settings, identity, record, build, memory)
     decode = NativeContext(model, settings.context(n_seq=slots, is_unified=False, outputs=slots)) if slots else None
-    prompts = NativeContext(model, settings.context(n_seq=2, is_unified=True, outputs=1)) if facts.serves_prompts else None
+    prompts = (
+        NativeContext(model, settings.context(n_seq=2, is_unified=True, outputs=1)) if facts.serves_prompts else None
+    )
     backend = LlamaBackend(model, settings, facts, decode, prompts)
     backend.start()
     return backend
@@ -373,7 +393,11 @@ def _identity(model: NativeModel, card: ModelCard, settings: LlamaSettings, buil
         is_flash_attention=settings.effective_flash_attention != "off",
         probe_sha256=probe,
     )
-    kept = Compatibility(settings.model_sha256, geometry, rope=card.rope) if geometry else (settings.model_sha256, settings.k_type)
+    kept = (
+        Compatibility(settings.model_sha256, geometry, rope=card.rope)
+        if geometry
+        else (settings.model_sha256, settings.k_type)
+    )
     compatibility = kept.digest if isinstance(kept, Compatibility) else hashlib.sha256(repr(kept).encode()).hexdigest()
     return Identity(compatibility, exactness.digest)
 

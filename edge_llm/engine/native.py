@@ -121,7 +121,9 @@ def _overrides(lib: Any, tensor_names: Sequence[str]) -> Any:
 class NativeModel:
     """One loaded GGUF. `policy` exact: nothing repacked but `repacked` (full tensor names); fast: llama.cpp's choice."""
 
-    def __init__(self, path: Path, *, policy: Policy = "exact", repacked: Sequence[str] = (), vocab_only: bool = False) -> None:
+    def __init__(
+        self, path: Path, *, policy: Policy = "exact", repacked: Sequence[str] = (), vocab_only: bool = False
+    ) -> None:
         lib = self._lib = library()
         params = lib.llama_model_default_params()
         params.n_gpu_layers = 0
@@ -132,7 +134,9 @@ class NativeModel:
             params.tensor_buft_overrides = ctypes.cast(self._table, type(params.tensor_buft_overrides))
         self.pointer = lib.llama_model_load_from_file(os.fsencode(path), params)
         if not self.pointer:
-            raise EngineFailed(f"llama.cpp cannot load {path}: the file is damaged or its architecture is unknown to this build")
+            raise EngineFailed(
+                f"llama.cpp cannot load {path}: the file is damaged or its architecture is unknown to this build"
+            )
         self.vocab = lib.llama_model_get_vocab(self.pointer)
         self.n_vocab = int(lib.llama_vocab_n_tokens(self.vocab))
 
@@ -300,20 +304,26 @@ class NativeContext:
         return int(self._lib.llama_memory_seq_pos_max(self.memory, seq))
 
     def state(self, seq: int) -> bytearray:
-        """llama_state_seq_get_data of `seq`."""
-        size = int(self._lib.llama_state_seq_get_size(self.pointer, seq))
-        buffer = bytearray(size)
-        written = self._lib.llama_state_seq_get_data(self.pointer, _pointer(buffer), size, seq)
-        if written != size:
-            raise EngineFailed(f"llama.cpp wrote {written} of {size} bytes of KV state")
+        """llama_state_seq_get_data of `seq`, whatever its size."""
+        buffer = bytearray(int(self._lib.llama_state_seq_get_size(self.pointer, seq)))
+        self.state_into(seq, memoryview(buffer))
         return buffer
+
+    def state_into(self, seq: int, buffer: memoryview) -> None:
+        """The same into a buffer of exactly the right size: asking llama.cpp for the size costs as much as the
+        copy, and a fresh buffer as much again in page faults."""
+        written = self._lib.llama_state_seq_get_data(self.pointer, _pointer(buffer), len(buffer), seq)
+        if written != len(buffer):
+            raise EngineFailed(f"llama.cpp wrote {written} of {len(buffer)} bytes of KV state")
 
     def set_state(self, seq: int, data: memoryview | bytearray) -> None:
         """llama_state_seq_set_data; raises RestoreRefused (the sequence is then empty)."""
         taken = self._lib.llama_state_seq_set_data(self.pointer, _pointer(data), len(data), seq)
         if taken != len(data):
             self.remove(seq)
-            raise RestoreRefused(f"llama.cpp took {taken} of {len(data)} bytes of KV state; recomputing the prompt here")
+            raise RestoreRefused(
+                f"llama.cpp took {taken} of {len(data)} bytes of KV state; recomputing the prompt here"
+            )
 
     def close(self) -> None:
         if self.pointer:

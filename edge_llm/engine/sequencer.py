@@ -129,7 +129,9 @@ class Sequencer:
         if self._served is not None:
             raise Overloaded("a prompt of another request is being computed here")
         if len(prompt.ids) - 1 > self.facts.n_ctx:
-            raise ContextTooLong(f"the prompt has {len(prompt.ids)} tokens, the context {self.facts.n_ctx}", param="prompt")
+            raise ContextTooLong(
+                f"the prompt has {len(prompt.ids)} tokens, the context {self.facts.n_ctx}", param="prompt"
+            )
         self._backend.serve_open()
         self._served = _Served(prompt, exported=min(prompt.start, len(prompt.ids) - 1))
 
@@ -185,7 +187,9 @@ class Sequencer:
             )
         worst = max(max(generation.prompt_ids), max(generation.delivered_ids, default=0))
         if worst >= self.facts.vocab_size or min(generation.prompt_ids) < 0:
-            raise InvalidRequest(f"token id {worst} is outside the vocabulary of {self.facts.vocab_size}", param="prompt")
+            raise InvalidRequest(
+                f"token id {worst} is outside the vocabulary of {self.facts.vocab_size}", param="prompt"
+            )
 
     def _forget_prompt(self, slot: int) -> None:
         if slot in self._prompts:

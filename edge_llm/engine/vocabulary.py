@@ -50,9 +50,13 @@ class LlamaVocabulary:
         try:
             text = str(self._formatter(messages=list(messages)).prompt)
         except (jinja2.TemplateError, ValueError, TypeError, KeyError, RecursionError) as error:
-            raise InvalidRequest(f"this model's chat template refuses these messages: {error}", param="messages") from error
+            raise InvalidRequest(
+                f"this model's chat template refuses these messages: {error}", param="messages"
+            ) from error
         if len(text) > MAX_RENDERED_CHARS:
-            raise InvalidRequest("this model's chat template makes too long a prompt of these messages", param="messages")
+            raise InvalidRequest(
+                "this model's chat template makes too long a prompt of these messages", param="messages"
+            )
         return text
 
     def piece(self, token_id: int) -> bytes:

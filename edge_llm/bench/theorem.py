@@ -1,0 +1,207 @@
+"""The theorem, proven on a running cluster from outside: split equals whole, together equals alone.
+
+Owns the prompts, the driving and the comparison. It talks HTTP like any client and shares no code with the
+gateway. Refuses to know engines: what it compares are the token ids that clients get.
+
+Each prompt is answered alone and unsplit (the reference), then alone and split, then among seven others, split.
+Half of the prompts are greedy, half sampled with a seed. The runs must have happened the way they claim: every
+split answer names two workers, eight rows met in one decode call, two prompts met on one prefill worker; otherwise
+the proof fails even if all ids are equal.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import aiohttp
+
+TOGETHER: Final = 8
+_WORDS: Final = (
+    "river stone lamp 42 garden winter salt engine paper, cloud bridge letter. cheese orbit naïve über 東京 Ελλάδα 🙂 "
+    "because after seven quiet morning machine window? table (left) copper \n and the of to in is it that was for"
+).split(" ")
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One prompt: token ids are not chosen here, only text or chat and sampling."""
+
+    name: str
+    body: dict[str, Any]
+    is_chat: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    ids: tuple[int, ...]
+    finish_reason: str
+    prompt_tokens: int
+    mode: str
+    prefill_node: str
+    decode_node: str
+    level: str
+
+
+@dataclass(slots=True)
+class Proof:
+    """Counts and every difference found; `holds` is the verdict."""
+
+    prompts: int = 0
+    comparisons: int = 0
+    differences: list[str] = field(default_factory=list)
+    unproven: list[str] = field(default_factory=list)
+    tokens: int = 0
+
+    @property
+    def holds(self) -> bool:
+        return not self.differences and not self.unproven and self.comparisons > 0
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "holds": self.holds,
+            "prompts": self.prompts,
+            "comparisons": self.comparisons,
+            "tokens_compared": self.tokens,
+            "differences": self.differences,
+            "unproven": self.unproven,
+        }
+
+
+def cases(count: int, chunk_tokens: int, seed: int = 0) -> list[Case]:
+    """`count` prompts over all lengths that matter, in a fixed order.
+
+    Exact token counts (1, 2, chunk-1, chunk, chunk+1 and so on) are given as ids, the rest as text and chat.
+    """
+    rng = random.Random(seed)
+    exact = [
+        1,
+        2,
+        3,
+        chunk_tokens - 1,
+        chunk_tokens,
+        chunk_tokens + 1,
+        2 * chunk_tokens,
+        2 * chunk_tokens + 7,
+        517,
+        1023,
+    ]
+    made = []
+    for number in range(count):
+        kind = number % 4
+        sampled = {} if number % 2 else {"temperature": 0.8, "top_p": 0.95, "top_k": 40, "min_p": 0.02, "seed": number}
+        body: dict[str, Any] = {"temperature": 0, "max_tokens": 12 + number % 13} | sampled
+        if kind < 2:
+            length = exact[(number // 4) % len(exact)] if kind == 0 else rng.randrange(17, 400)
+            made.append(Case(f"{number}: {length} ids", body | {"prompt": _ids(rng, length)}, is_chat=False))
+        elif kind == 2:
+            words = 1500 if number % 40 == 2 else rng.randrange(5, 250)
+            made.append(Case(f"{number}: text of {words} words", body | {"prompt": _text(rng, words)}, is_chat=False))
+        else:
+            messages = [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": _text(rng, rng.randrange(3, 80))},
+            ]
+            made.append(Case(f"{number}: chat", body | {"messages": messages}, is_chat=True))
+    return made
+
+
+def _ids(rng: random.Random, length: int) -> list[int]:
+    return [rng.randrange(100, 40_000) for _ in range(length)]
+
+
+def _text(rng: random.Random, words: int) -> str:
+    return " ".join(rng.choice(_WORDS) for _ in range(words))
+
+
+async def prove(
+    url: str, model: str, every: Sequence[Case], on_done: Callable[[int, int], None] = lambda done, total: None
+) -> Proof:
+    """Run all cases three ways against the gateway at `url` and compare token ids."""
+    proof, total = Proof(prompts=len(every)), 3 * len(every)
+    timeout = aiohttp.ClientTimeout(total=None, sock_read=600)
+    async with aiohttp.ClientSession(url, timeout=timeout) as session:
+        whole = [await _counted(_ask(session, model, case, "local"), on_done, n, total) for n, case in enumerate(every)]
+        alone = [
+            await _counted(_ask(session, model, case, "split"), on_done, len(every) + n, total)
+            for n, case in enumerate(every)
+        ]
+        together = await _ask_together(session, model, every, on_done, total)
+        await _check_meetings(session, proof)
+    for case, reference, *others in zip(every, whole, alone, together, strict=True):
+        for way, answer in zip(("split", "split among others"), others, strict=True):
+            _compare(case, way, reference, answer, proof)
+    return proof
+
+
+async def _counted(asking: Awaitable[Answer], on_done: Callable[[int, int], None], number: int, total: int) -> Answer:
+    answer = await asking
+    on_done(number + 1, total)
+    return answer
+
+
+async def _ask_together(
+    session: aiohttp.ClientSession, model: str, every: Sequence[Case], on_done: Callable[[int, int], None], total: int
+) -> list[Answer]:
+    gate, done = asyncio.Semaphore(TOGETHER), 0
+
+    async def one(case: Case) -> Answer:
+        nonlocal done
+        async with gate:
+            answer = await _ask(session, model, case, "split")
+        done += 1
+        on_done(2 * len(every) + done, total)
+        return answer
+
+    return list(await asyncio.gather(*(one(case) for case in every)))
+
+
+async def _ask(session: aiohttp.ClientSession, model: str, case: Case, mode: str) -> Answer:
+    path = "/v1/chat/completions" if case.is_chat else "/v1/completions"
+    body = case.body | {"model": model, "stream": False, "edge_llm": {"mode": mode, "return_token_ids": True}}
+    async with session.post(path, json=body) as reply:
+        data = await reply.json()
+        if reply.status != 200:
+            raise RuntimeError(f"{case.name}, mode {mode}: HTTP {reply.status}: {data}")
+    split = data["timings"]["edge_llm"]
+    return Answer(
+        ids=tuple(split["token_ids"]),
+        finish_reason=data["choices"][0]["finish_reason"],
+        prompt_tokens=data["usage"]["prompt_tokens"],
+        mode=split["mode"],
+        prefill_node=split["prefill_node"],
+        decode_node=split["decode_node"],
+        level=split["level"],
+    )
+
+
+def _compare(case: Case, way: str, reference: Answer, answer: Answer, proof: Proof) -> None:
+    proof.comparisons += 1
+    proof.tokens += len(answer.ids)
+    if answer.ids != reference.ids or answer.finish_reason != reference.finish_reason:
+        first = next(
+            (i for i, (a, b) in enumerate(zip(reference.ids, answer.ids, strict=False)) if a != b), len(answer.ids)
+        )
+        proof.differences.append(f"{case.name}, {way}: first difference at token {first}")
+    if not answer.ids:
+        proof.unproven.append(f"{case.name}, {way}: no tokens")
+    # a prompt of one token has nothing to prefill elsewhere
+    if answer.prompt_tokens > 1 and (answer.mode != "split" or answer.prefill_node == answer.decode_node):
+        proof.unproven.append(f"{case.name}, {way}: ran {answer.mode} on {answer.decode_node}")
+
+
+async def _check_meetings(session: aiohttp.ClientSession, proof: Proof) -> None:
+    """The cluster says how wide its decode calls were and whether prompts met on a prefill worker."""
+    async with session.get("/cluster") as reply:
+        nodes = (await reply.json())["nodes"]
+    widest = max((node["load"]["widest_decode_rows"] for node in nodes), default=0)
+    met = sum(node["load"]["prompts_met"] for node in nodes)
+    if widest < TOGETHER:
+        proof.unproven.append(
+            f"no decode call had {TOGETHER} rows (widest: {widest}): give the decode worker {TOGETHER} slots"
+        )
+    if met < 1:
+        proof.unproven.append("no two prompts met on one prefill worker")
