@@ -362,9 +362,9 @@ class StateBlob:
             size = count * layer.k_row_bytes
             target[p0:p1] = data[at : at + size].reshape(count, -1)
             at += size
-        for layer, target in zip(self._parts.layers, self._parts.v, strict=True):
+        for layer, columns_or_rows in zip(self._parts.layers, self._parts.v, strict=True):
             size = count * layer.v_row_bytes
-            self._place_v(layer, target, data[at : at + size], (p0, p1), v_layout)
+            self._place_v(layer, columns_or_rows, data[at : at + size], (p0, p1), v_layout)
             at += size
         self.filled_to = p1
 
