@@ -149,7 +149,7 @@ def _pick_of_all(logits: Floats, temperature: float, u: float) -> int:
     best = logits[_argmax(logits)]
     weights = np.exp((logits - best) / np.float32(temperature))
     starts = np.arange(0, len(weights), _BLOCK)
-    blocks = np.cumsum(np.add.reduceat(weights, starts, dtype=np.float64))
+    blocks = np.cumsum(np.add.reduceat(weights.astype(np.float64), starts))
     mark = u * blocks[-1]
     block = min(int(np.searchsorted(blocks, mark, side="right")), len(starts) - 1)
     start = int(starts[block])
