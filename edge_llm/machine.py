@@ -1,0 +1,130 @@
+"""This board: cores, memory, temperature, frequency, and what a process uses. The one door to psutil.
+
+Owns reading /proc, /sys and cgroup files, under a root that is a parameter so that a Pi's files can be tested
+anywhere. Refuses to know models and networks. Every reading that a board does not have is None, never invented.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import psutil
+
+_UNLIMITED = 1 << 60
+
+
+@dataclass(frozen=True, slots=True)
+class NodeFacts:
+    """What a record needs to know about a board. Bytes, MHz, degrees Celsius."""
+
+    cpu: str
+    machine: str
+    cores: int
+    usable_cores: tuple[int, ...]
+    ram_bytes: int
+    kernel: str
+    board: str | None
+    governor: str | None
+    frequency_mhz: float | None
+    temperature_c: float | None
+    page_bytes: int
+    load_1m: float
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessUsage:
+    """CPU seconds since the process began and resident bytes now."""
+
+    cpu_s: float
+    rss_bytes: int
+
+
+def node_facts(root: Path = Path("/")) -> NodeFacts:
+    """Read this board now."""
+    cpu = root / "sys/devices/system/cpu/cpu0/cpufreq"
+    frequency = _number(cpu / "scaling_cur_freq")
+    temperature = _number(root / "sys/class/thermal/thermal_zone0/temp")
+    return NodeFacts(
+        cpu=_cpu_name(root),
+        machine=platform.machine(),
+        cores=psutil.cpu_count() or 1,
+        usable_cores=tuple(sorted(os.sched_getaffinity(0))),
+        ram_bytes=psutil.virtual_memory().total,
+        kernel=platform.release(),
+        board=_text(root / "proc/device-tree/model"),
+        governor=_text(cpu / "scaling_governor"),
+        frequency_mhz=None if frequency is None else frequency / 1000,
+        temperature_c=None if temperature is None else temperature / 1000,
+        page_bytes=os.sysconf("SC_PAGE_SIZE"),
+        load_1m=os.getloadavg()[0],
+    )
+
+
+def available_memory_bytes(root: Path = Path("/")) -> int:
+    """Memory a new process may fill: MemAvailable, or less when a cgroup (v2 or v1) allows less."""
+    free = int(psutil.virtual_memory().available)
+    pairs = (
+        (root / "sys/fs/cgroup/memory.max", root / "sys/fs/cgroup/memory.current"),
+        (
+            root / "sys/fs/cgroup/memory/memory.limit_in_bytes",
+            root / "sys/fs/cgroup/memory/memory.usage_in_bytes",
+        ),
+    )
+    for limit_file, used_file in pairs:
+        limit, used = _number(limit_file), _number(used_file)
+        if limit is not None and limit < _UNLIMITED:
+            free = min(free, max(0, int(limit - (used or 0))))
+    return free
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+def process_usage(pid: int) -> ProcessUsage | None:
+    """None when the process is gone."""
+    try:
+        process = psutil.Process(pid)
+        times = process.cpu_times()
+        return ProcessUsage(times.user + times.system, process.memory_info().rss)
+    except psutil.Error:
+        return None
+
+
+@cache
+def cpu_kind(root: Path = Path("/")) -> str:
+    """`<architecture>/<digest of CPU features>`: machines of one kind choose the same kernels."""
+    flags = ""
+    for line in (_text(root / "proc/cpuinfo") or "").splitlines():
+        if line.lower().startswith(("flags", "features")):
+            flags = " ".join(sorted(line.partition(":")[2].split()))
+            break
+    return f"{platform.machine()}/{hashlib.sha256(flags.encode()).hexdigest()[:16]}"
+
+
+def _cpu_name(root: Path) -> str:
+    for line in (_text(root / "proc/cpuinfo") or "").splitlines():
+        if line.startswith(("model name", "Model")):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(errors="replace").strip("\0\n ")
+    except OSError:
+        return None
+
+
+def _number(path: Path) -> float | None:
+    text = _text(path)
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return None
