@@ -148,7 +148,11 @@ class _Header:
             raise self._bad(f"tensor {name} has the unknown type {kind}") from error
         block, block_bytes = GGML_QUANT_SIZES[ggml_type]
         count = math.prod(shape)
-        if any(not 1 <= side <= 1 << 40 for side in shape) or shape[0] % block or count // block * block_bytes > self._size:
+        if (
+            any(not 1 <= side <= 1 << 40 for side in shape)
+            or shape[0] % block
+            or count // block * block_bytes > self._size
+        ):
             raise self._bad(f"tensor {name} of shape {shape} does not fit the file")
         return Tensor(name, ggml_type.name, shape, count // block * block_bytes), offset
 

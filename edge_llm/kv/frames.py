@@ -176,6 +176,14 @@ class FrameDecoder:
     def is_done(self) -> bool:
         return self._state is _State.DONE
 
+    @property
+    def ready_bytes(self) -> int:
+        """Bytes that the next `next_event` will check: 0 while its frame is incomplete."""
+        if self._head is None:
+            return 0
+        needed = self._head[1] + MAC_BYTES
+        return needed if self._buffered >= needed else 0
+
     def feed(self, data: Buffer) -> None:
         """Bytes as they came. The buffer must not change afterwards."""
         if len(data):

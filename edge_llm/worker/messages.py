@@ -42,7 +42,7 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """Base of all messages: closed, immutable."""
 
 
-class Sampling(Message):
+class Sampling(Message, frozen=True, kw_only=True):
     """request.SamplingParams on the wire; bounds are checked again by that class."""
 
     temperature: float = 1.0
@@ -57,12 +57,12 @@ class Sampling(Message):
     logit_bias: dict[str, float] = {}
 
 
-class ChatMessage(Message):
+class ChatMessage(Message, frozen=True, kw_only=True):
     role: Literal["system", "user", "assistant", "tool", "developer"]
     content: Annotated[str, Meta(max_length=8 << 20)]
 
 
-class TokenizeRequest(Message):
+class TokenizeRequest(Message, frozen=True, kw_only=True):
     """Exactly one of `messages` (rendered by the chat template) and `text`."""
 
     protocol: Literal[1] = 1
@@ -70,13 +70,13 @@ class TokenizeRequest(Message):
     text: Annotated[str, Meta(max_length=8 << 20)] | None = None
 
 
-class TokenizeReply(Message):
+class TokenizeReply(Message, frozen=True, kw_only=True):
     protocol: Literal[1] = 1
     ids: Ids
     stop_ids: Ids
 
 
-class PrefillCandidate(Message):
+class PrefillCandidate(Message, frozen=True, kw_only=True):
     """A worker that may compute the prompt, where it is, and the ticket to hand to it."""
 
     worker: Id
@@ -84,7 +84,7 @@ class PrefillCandidate(Message):
     ticket: Annotated[str, Meta(max_length=8192)]
 
 
-class DecodeRequest(Message):
+class DecodeRequest(Message, frozen=True, kw_only=True):
     """Generate. `candidates` in order of preference; empty means compute the prompt here (mode local)."""
 
     protocol: Literal[1] = 1
@@ -100,23 +100,23 @@ class DecodeRequest(Message):
     candidates: list[PrefillCandidate] = []
 
 
-class DecodeReply(Message):
+class DecodeReply(Message, frozen=True, kw_only=True):
     protocol: Literal[1] = 1
     accepted: Literal[True] = True
 
 
-class CancelRequest(Message):
+class CancelRequest(Message, frozen=True, kw_only=True):
     protocol: Literal[1] = 1
     request_id: Id
     epoch: Count
 
 
-class CancelReply(Message):
+class CancelReply(Message, frozen=True, kw_only=True):
     protocol: Literal[1] = 1
     found: bool
 
 
-class PrefillRequest(Message):
+class PrefillRequest(Message, frozen=True, kw_only=True):
     """From a decode worker: compute ids[:-1], ship KV from position `start` on, in frames."""
 
     protocol: Literal[1] = 1
@@ -126,12 +126,13 @@ class PrefillRequest(Message):
     compatibility: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
 
 
-class PromptReport(Message):
-    """How the prompt's KV came to be; times on the decode worker's monotonic clock, in ms since acceptance.
+class PromptReport(Message, frozen=True, kw_only=True):
+    """How the prompt's KV came to be; durations on the decode worker's monotonic clock, in ms.
 
-    wait_ms: until the first frame (split) or the first prompt call (local). prefill_ms: from then to the last
-    chunk's arrival (split: overlapped with transfer) or the end of local prefill. handoff_ms: what the split
-    adds after prefill ended on P: last chunk in flight + adoption. fallback: why the plan changed, else None.
+    wait_ms: from acceptance to the first frame (split) or until the prompt's turn came (local). prefill_ms: from
+    then until P said that its last call ended, or the local prompt was done. handoff_ms: what the split adds after
+    that: the last chunk in flight, then adopt_ms. handoff_bytes arrived in all, overlapped_bytes of them before P's
+    last call ended. restored_tokens came from P, computed_tokens were computed here. fallback: why the plan changed.
     """
 
     mode: Mode
@@ -141,13 +142,14 @@ class PromptReport(Message):
     handoff_ms: float
     adopt_ms: float
     handoff_bytes: int
+    overlapped_bytes: int
     restored_tokens: int
     computed_tokens: int
     is_same_class: bool
     fallback: str | None = None
 
 
-class Token(Message, array_like=True):
+class Token(Message, frozen=True, kw_only=True, array_like=True):
     """One TokenEvent as an array: [request_id, epoch, index, token_id, text, finish_reason]."""
 
     request_id: str
@@ -158,7 +160,7 @@ class Token(Message, array_like=True):
     finish_reason: FinishReason | None = None
 
 
-class Progress(Message, array_like=True):
+class Progress(Message, frozen=True, kw_only=True, array_like=True):
     """[request_id, epoch, done, total] positions of the prompt."""
 
     request_id: str
@@ -167,7 +169,7 @@ class Progress(Message, array_like=True):
     total: int
 
 
-class Prompted(Message, array_like=True):
+class Prompted(Message, frozen=True, kw_only=True, array_like=True):
     """The prompt is done; sent before the first token of a request."""
 
     request_id: str
@@ -175,7 +177,7 @@ class Prompted(Message, array_like=True):
     report: PromptReport
 
 
-class Failed(Message, array_like=True):
+class Failed(Message, frozen=True, kw_only=True, array_like=True):
     """The request ended without finish_reason: the gateway may replan when `is_retryable`."""
 
     request_id: str
@@ -186,7 +188,7 @@ class Failed(Message, array_like=True):
     is_retryable: bool
 
 
-class EventBatch(Message):
+class EventBatch(Message, frozen=True, kw_only=True):
     """Everything one engine step has to say to one gateway. An empty batch is a heartbeat."""
 
     tokens: list[Token] = []
@@ -195,8 +197,9 @@ class EventBatch(Message):
     failed: list[Failed] = []
 
 
-class Load(Message):
-    """What changes while a worker runs."""
+class Load(Message, frozen=True, kw_only=True):
+    """What changes while a worker runs. Since start: widest_decode_rows shared one decode call; prompts_met found
+    another prompt being computed when they came."""
 
     slots_free: int
     sequences_running: int
@@ -205,9 +208,11 @@ class Load(Message):
     kv_cells_free: int
     decode_step_s: float
     prefill_tokens_per_s: float
+    widest_decode_rows: int = 0
+    prompts_met: int = 0
 
 
-class WorkerStatus(Message):
+class WorkerStatus(Message, frozen=True, kw_only=True):
     """What a worker is and how busy it is."""
 
     protocol: Literal[1] = 1
@@ -239,7 +244,7 @@ class WorkerStatus(Message):
     load: Load
 
 
-class ErrorReply(Message):
+class ErrorReply(Message, frozen=True, kw_only=True):
     code: str
     message: str
     param: str | None = None

@@ -1,0 +1,70 @@
+"""`edge-llm serve worker|gateway|key`: the processes of a cluster, the same ones that `up` starts."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edge_llm.config import GatewayConfig, WorkerConfig, load_settings
+
+config_option = click.option("--config", type=click.Path(path_type=Path), help="Configuration file (YAML).")
+
+
+@click.group()
+def serve() -> None:
+    """Run one process of a cluster in the foreground."""
+
+
+@serve.command()
+@config_option
+@click.option("--model", help="Name in models.yaml or path of a .gguf file.")
+@click.option("--role", type=click.Choice(["prefill", "decode", "mixed"]))
+@click.option("--name", help="Name of this worker in the cluster (default: role and port).")
+@click.option("--host", help="Address to listen on (default 127.0.0.1).")
+@click.option("--port", type=int, help="Port; 0 takes a free one.")
+@click.option("--n-ctx", type=int, help="KV cells per sequence.")
+@click.option("--slots", type=int, help="Sequences that decode at once.")
+@click.option("--threads", type=int, help="Threads for decode; 0 = all cores.")
+@click.option("--threads-batch", type=int, help="Threads for prefill; 0 = all cores.")
+@click.option("--chunk-tokens", type=int, help="Prompt tokens per chunk; the same on all nodes.")
+@click.option("--k-type", type=click.Choice(["f16", "f32", "bf16", "q8_0", "q4_0"]), help="Type of the K cache.")
+@click.option("--v-type", type=click.Choice(["f16", "f32", "bf16", "q8_0", "q4_0"]), help="Type of the V cache.")
+@click.option("--policy", type=click.Choice(["exact", "fast"]), help="Kernel policy.")
+@click.option("--flash-attention", type=click.Choice(["auto", "on", "off"]))
+@click.option("--level-cap", type=click.Choice(["exact", "same-plan", "none"]), help="Promise no more than this.")
+@click.option("--key-file", type=click.Path(path_type=Path), help="Cluster key (`edge-llm serve key`).")
+@click.option("--key-fd", type=int, hidden=True)
+@click.option("--allowed-peers", multiple=True, help="Networks prefill workers may be in (CIDR).")
+@click.option("--memory-limit-bytes", type=int, help="Refuse to start above this; 0 = what the board has free.")
+@click.option("--simulate", is_flag=True, default=None, help="A clock instead of a model (load and fault tests).")
+@click.option("--announce", is_flag=True, default=None, hidden=True)
+def worker(config: Path | None, allowed_peers: tuple[str, ...], **flags: Any) -> None:
+    """A worker: one model, one engine thread, role prefill, decode or mixed."""
+    from edge_llm.worker.serve import run_worker
+
+    run_worker(load_settings(WorkerConfig, flags | {"allowed_peers": allowed_peers or None}, config))
+
+
+@serve.command()
+@config_option
+@click.option("--host", help="Address to listen on (default 127.0.0.1).")
+@click.option("--port", type=int, help="Port of the endpoint (default 8080).")
+@click.option("--name", help="Name of this gateway (default: a random one).")
+@click.option("--workers-file", type=click.Path(path_type=Path), help="Who the workers are (YAML, see README).")
+@click.option("--key-file", type=click.Path(path_type=Path), help="Cluster key (`edge-llm serve key`).")
+@click.option("--key-fd", type=int, hidden=True)
+@click.option("--announce", is_flag=True, default=None, hidden=True)
+def gateway(config: Path | None, **flags: Any) -> None:
+    """The gateway: one OpenAI-style endpoint in front of all workers."""
+    from edge_llm.gateway.serve import run_gateway
+
+    run_gateway(load_settings(GatewayConfig, flags, config))
+
+
+@serve.command()
+def key() -> None:
+    """Print a new cluster key for --key-file; keep the file readable by its owner only."""
+    click.echo(f"k{secrets.token_hex(2)}:{secrets.token_hex(32)}")

@@ -1,0 +1,131 @@
+"""What worker and gateway processes share: the key, the port, announcing readiness, logging, and stopping well.
+
+Owns process plumbing. Refuses to know what is served. Order at the end: SIGTERM or Ctrl-C -> `drain` (not ready,
+running work finishes, bounded) -> uvicorn stops -> lifespan closes. A second signal stops at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import socket as sockets
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import structlog
+import uvicorn
+from fastapi import FastAPI
+
+from edge_llm.errors import ConfigError
+from edge_llm.worker.tickets import KeyRing
+
+
+def read_keys(file: Path | None, descriptor: int | None) -> KeyRing:
+    """The cluster key from an inherited descriptor or a file; never from argv or the environment."""
+    if descriptor is not None:
+        with os.fdopen(descriptor) as stream:
+            return KeyRing.parse(stream.read(), "the inherited key")
+    if file is None:
+        raise ConfigError("no cluster key: `edge-llm serve key > FILE`, then --key-file FILE, the same on all nodes")
+    try:
+        if file.stat().st_mode & 0o007:
+            raise ConfigError(f"{file} can be read by everybody: chmod 600 {file}")
+        return KeyRing.parse(file.read_text(), str(file))
+    except OSError as error:
+        raise ConfigError(f"cannot read the cluster key {file}: {error.strerror}") from error
+
+
+def bind(host: str, port: int) -> sockets.socket:
+    """A bound socket, so that a taken port is said before a model is loaded."""
+    family = sockets.AF_INET6 if ":" in host else sockets.AF_INET
+    socket = sockets.socket(family, sockets.SOCK_STREAM)
+    socket.setsockopt(sockets.SOL_SOCKET, sockets.SO_REUSEADDR, 1)
+    try:
+        socket.bind((host, port))
+    except OSError as error:
+        socket.close()
+        raise ConfigError(
+            f"cannot listen on {host} port {port}: {error.strerror}; choose another with --port"
+        ) from error
+    socket.set_inheritable(True)
+    return socket
+
+
+class Server:
+    """uvicorn around one app and one bound socket."""
+
+    def __init__(self, app: FastAPI, socket: sockets.socket, drain: Callable[[], Awaitable[None]]) -> None:
+        config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5, ws="none")
+        self._server = _Uvicorn(config)
+        self._socket, self._drain = socket, drain
+        self._has_failed = False
+
+    def fail(self) -> None:
+        """Stop now and exit with a failure, so that a supervisor starts the process again."""
+        self._has_failed = True
+        self._server.should_exit = True
+
+    def run(self, announce: bool, facts: dict[str, Any]) -> None:
+        """Serve until told to stop. Exits the process with 1 after `fail`."""
+        configure_logging()
+        asyncio.run(self._serve(announce, facts))
+        if self._has_failed:
+            sys.exit(1)
+
+    async def _serve(self, announce: bool, facts: dict[str, Any]) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+        self._stopping: asyncio.Task[None] | None = None
+        serving = asyncio.create_task(self._server.serve(sockets=[self._socket]), name="uvicorn")
+        while not self._server.started and not serving.done():
+            await asyncio.sleep(0.01)
+        host, port = self._socket.getsockname()[:2]
+        structlog.get_logger().info("ready", address=f"{host}:{port}", **facts)
+        if announce and not serving.done():
+            print(json.dumps({"event": "ready", "address": f"{host}:{port}", "pid": os.getpid(), **facts}), flush=True)
+        await serving
+
+    def _on_signal(self) -> None:
+        if self._stopping is not None:
+            self._server.force_exit = self._server.should_exit = True
+            return
+        self._stopping = asyncio.create_task(self._stop(), name="drain")
+
+    async def _stop(self) -> None:
+        await self._drain()
+        self._server.should_exit = True
+
+
+class _Uvicorn(uvicorn.Server):
+    """Signals are ours: uvicorn's handlers would stop before the drain."""
+
+    def install_signal_handlers(self) -> None:
+        return
+
+    def capture_signals(self) -> Any:
+        import contextlib
+
+        return contextlib.nullcontext()
+
+
+def configure_logging() -> None:
+    """Lines on stderr: readable on a terminal, JSON elsewhere. Never prompt text."""
+    is_terminal = sys.stderr.isatty()
+    renderer = structlog.dev.ConsoleRenderer() if is_terminal else structlog.processors.JSONRenderer()
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            structlog.processors.format_exc_info,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)

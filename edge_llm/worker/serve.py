@@ -1,0 +1,68 @@
+"""A worker process: settings in, engine loaded, port bound, HTTP served, drained on SIGTERM.
+
+Owns the order of start and stop. Shared with the gateway process: binding, key reading, announcing and logging, in
+edge_llm/serving.py.
+"""
+
+from __future__ import annotations
+
+from edge_llm.config import WorkerConfig, levels_dir
+from edge_llm.engine.engine import Engine, Vocabulary
+from edge_llm.errors import ConfigError
+from edge_llm.machine import available_memory_bytes, usable_cores
+from edge_llm.serving import Server, bind, read_keys
+from edge_llm.worker.app import Worker, create_app
+
+
+def run_worker(config: WorkerConfig) -> None:
+    """Serve until SIGTERM or Ctrl-C. Raises ConfigError, CatalogueError, EngineFailed before the port answers."""
+    keys = read_keys(config.key_file, config.key_fd)
+    socket = bind(config.host, config.port)
+    port = socket.getsockname()[1]
+    config = config.model_copy(update={"name": config.name or f"{config.role}-{port}", "port": port})
+    engine, vocabulary = _simulated(config) if config.simulate else _loaded(config)
+    if config.role == "prefill" and not engine.facts.serves_prompts:
+        raise ConfigError(f"{engine.facts.model_name} cannot serve role prefill: {engine.facts.split_reason}")
+    worker = Worker(config, engine, vocabulary, keys)
+    server = Server(create_app(worker), socket, drain=worker.drain)
+    worker.on_death = server.fail
+    server.run(config.announce, {"worker": config.name, "role": worker.role, "level": engine.facts.level})
+
+
+def _loaded(config: WorkerConfig) -> tuple[Engine, Vocabulary]:
+    from edge_llm.catalogue.resolve import resolve
+    from edge_llm.engine.llama import LlamaSettings, load
+
+    model = resolve(config.model)
+    return load(
+        LlamaSettings(
+            model_path=model.path,
+            model_name=model.name,
+            model_sha256=model.sha256,
+            n_ctx=config.n_ctx,
+            slots=0 if config.role == "prefill" else config.slots,
+            serves_prompts=config.role != "decode",
+            chunk_tokens=config.chunk_tokens,
+            k_type=config.k_type,
+            v_type=config.v_type,
+            policy=config.policy,
+            flash_attention=config.flash_attention,
+            threads=config.threads or usable_cores(),
+            threads_batch=config.threads_batch or usable_cores(),
+            level_cap=config.level_cap,
+            levels_dir=levels_dir(),
+            available_bytes=config.memory_limit_bytes or available_memory_bytes(),
+        )
+    )
+
+
+def _simulated(config: WorkerConfig) -> tuple[Engine, Vocabulary]:
+    from edge_llm.engine.simulated import SimulatedSettings, create_simulated
+
+    settings = SimulatedSettings(
+        n_ctx=config.n_ctx,
+        slots=0 if config.role == "prefill" else config.slots,
+        serves_prompts=config.role != "decode",
+        chunk_tokens=config.chunk_tokens,
+    )
+    return create_simulated(settings)

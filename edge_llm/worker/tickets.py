@@ -1,0 +1,145 @@
+"""Tickets: the right to ask one worker for one thing, signed by the gateway with the cluster key.
+
+Pure: time and randomness are arguments. Owns the key file format, signing, verification, the replay memory and the
+derivation of a transfer's own key. Refuses to know HTTP and what an operation does.
+
+Key file: one `kid:hex` line per key (at least 32 bytes each), the first signs, all verify: for a rotation put the
+new key first, restart all, then remove the old one. Clocks of the boards may differ by MAX_SKEW_S.
+
+Invariants: the MAC is compared in constant time before the claims are parsed; a ticket works once, for one
+audience, one operation, one body (or one list of token ids), and starts within LIFETIME_S of being signed.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import msgspec
+
+from edge_llm.errors import ConfigError, Unauthorized
+
+LIFETIME_S: Final = 60.0
+MAX_SKEW_S: Final = 30.0
+MIN_KEY_BYTES: Final = 32
+MAX_NONCES: Final = 1 << 16
+MAX_TICKET_CHARS: Final = 8192
+SCHEME: Final = "EdgeLLM"
+
+Operation = Literal["tokenize", "decode", "cancel", "events", "prefill", "status"]
+
+
+class Claims(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a ticket allows. `body_sha256` binds the body of a call from the gateway, `ids_sha256` the token ids of a
+    prefill (whose bearer is the decode worker); the one that is not used is empty. `peers`: worker -> address."""
+
+    audience: str
+    operation: Operation
+    request_id: str
+    issued_s: float
+    nonce: str
+    body_sha256: str = ""
+    ids_sha256: str = ""
+    peers: dict[str, str] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRing:
+    """The cluster's keys by id; the first one signs."""
+
+    keys: dict[str, bytes]
+
+    @classmethod
+    def parse(cls, text: str, where: str) -> KeyRing:
+        """Keys out of a key file's text. Raises ConfigError, never showing key material."""
+        keys: dict[str, bytes] = {}
+        for number, line in enumerate(text.split(), 1):
+            kid, _, digits = line.partition(":")
+            try:
+                key = binascii.unhexlify(digits)
+            except (binascii.Error, ValueError) as error:
+                raise ConfigError(f"{where}, key {number}: not `kid:hex`") from error
+            if not kid.isalnum() or len(kid) > 32 or kid in keys or len(key) < MIN_KEY_BYTES:
+                raise ConfigError(f"{where}, key {number}: needs a new alphanumeric id and {MIN_KEY_BYTES} bytes")
+            keys[kid] = key
+        if not keys:
+            raise ConfigError(f"{where} holds no key; `edge-llm serve key` prints one")
+        return cls(keys)
+
+    def sign(self, claims: Claims) -> str:
+        kid, key = next(iter(self.keys.items()))
+        body = base64.urlsafe_b64encode(msgspec.json.encode(claims)).decode().rstrip("=")
+        return f"{kid}.{body}.{_mac(key, 'ticket', f'{kid}.{body}').hex()}"
+
+    def verify(self, ticket: str, audience: str, operation: Operation, now_s: float) -> Claims:
+        """The claims of a ticket that is good for this worker and operation now. Raises Unauthorized."""
+        _, body = self._authentic(ticket)
+        try:
+            data = base64.urlsafe_b64decode(body + "=" * (-len(body) % 4))
+            claims = msgspec.json.decode(data, type=Claims)
+        except (binascii.Error, msgspec.DecodeError, ValueError) as error:
+            raise Unauthorized("the ticket's claims cannot be read") from error
+        if claims.audience != audience:
+            raise Unauthorized(f"the ticket is for worker {claims.audience}, this is {audience}")
+        if claims.operation != operation:
+            raise Unauthorized(f"the ticket allows {claims.operation}, not {operation}")
+        age_s = now_s - claims.issued_s
+        if not -MAX_SKEW_S <= age_s <= LIFETIME_S + MAX_SKEW_S:
+            raise Unauthorized(f"the ticket was signed {age_s:.0f} s ago: expired, or the clocks of the boards differ")
+        return claims
+
+    def transfer_key(self, ticket: str) -> bytes:
+        """The key of the transfer that a prefill ticket allows: both ends hold the ticket, nobody else can derive it."""
+        kid, _ = self._authentic(ticket)
+        return _mac(self.keys[kid], "transfer", ticket)
+
+    def _authentic(self, ticket: str) -> tuple[str, str]:
+        kid, _, rest = ticket.partition(".")
+        body, _, digits = rest.partition(".")
+        key = self.keys.get(kid)
+        if key is None or len(ticket) > MAX_TICKET_CHARS:
+            raise Unauthorized("the ticket is signed with a key this worker does not have")
+        if not hmac.compare_digest(_mac(key, "ticket", f"{kid}.{body}").hex().encode(), digits.encode()):
+            raise Unauthorized("the ticket is not authentic")
+        return kid, body
+
+
+class ReplayGuard:
+    """Remembers nonces until their tickets have expired; bounded."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, float] = {}
+
+    def use(self, claims: Claims, now_s: float) -> None:
+        """Raises Unauthorized when this ticket was used before, or when too many were used to tell."""
+        if len(self._seen) >= MAX_NONCES:
+            self._seen = {nonce: until for nonce, until in self._seen.items() if until > now_s}
+        if claims.nonce in self._seen or len(self._seen) >= MAX_NONCES:
+            raise Unauthorized("the ticket was used before")
+        self._seen[claims.nonce] = claims.issued_s + LIFETIME_S + 2 * MAX_SKEW_S
+
+
+def body_digest(body: bytes) -> str:
+    """sha256 hex of a request body."""
+    return hashlib.sha256(body).hexdigest()
+
+
+def authorization(ticket: str) -> dict[str, str]:
+    """The header that carries a ticket."""
+    return {"authorization": f"{SCHEME} {ticket}"}
+
+
+def ticket_of(header: str | None) -> str:
+    """The ticket in an authorization header. Raises Unauthorized."""
+    scheme, _, ticket = (header or "").partition(" ")
+    if scheme != SCHEME or not ticket:
+        raise Unauthorized("this route needs a ticket of the cluster's gateway")
+    return ticket
+
+
+def _mac(key: bytes, purpose: str, text: str) -> bytes:
+    return hmac.new(key, f"edge-llm {purpose}\0{text}".encode(), hashlib.sha256).digest()
