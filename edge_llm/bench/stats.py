@@ -46,8 +46,9 @@ def percentile(samples: Sequence[float], share: float) -> float:
     rank = share * (len(ordered) - 1)
     below = math.floor(rank)
     above = min(below + 1, len(ordered) - 1)
-    # not a + f * (b - a): that one can leave the interval [a, b] by a rounding
-    return ordered[below] if below == above else ordered[below] * (above - rank) + ordered[above] * (rank - below)
+    low, high = ordered[below], ordered[above]
+    between = low + (high - low) * (rank - below)
+    return min(max(between, low), high)  # rounding must not leave the two samples
 
 
 def median(samples: Sequence[float]) -> float:
