@@ -262,7 +262,7 @@ def _memory_kind(architecture: str, window: int) -> MemoryKind:
 
 def _quantization(values: dict[str, Any], tensors: tuple[Tensor, ...]) -> str:
     try:
-        return LlamaFileType(values["general.file_type"]).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+        return str(LlamaFileType(values["general.file_type"]).name).removeprefix("MOSTLY_").removeprefix("ALL_")
     except (KeyError, ValueError):
         counts: dict[str, int] = {}
         for tensor in tensors:

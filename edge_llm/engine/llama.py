@@ -279,8 +279,7 @@ class LlamaBackend:
             raise UnaccountedState("prompt and decode context keep different KV")
         self._prompt_layout = layouts[-1] if self._prompt_context is not None else None
         decode_layout = layouts[0] if self._decode_context is not None else None
-        v_layout = "columns" if layouts[-1].v_columns else "rows"
-        self._facts = replace(self._facts, layout=decode_layout, v_layout=v_layout)
+        self._facts = replace(self._facts, layout=decode_layout, v_layout=layouts[-1].v_layout)
         if self._prompt_layout is not None:
             self._check_split(ids[:-1], self._prompt_layout)
         if decode_layout is not None:

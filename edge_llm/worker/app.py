@@ -23,6 +23,7 @@ import edge_llm
 from edge_llm.config import WorkerConfig
 from edge_llm.engine.engine import Engine, EngineFacts, Step, Vocabulary
 from edge_llm.errors import EdgeLLMError, EngineFailed, InvalidRequest, Overloaded, PayloadTooLarge, Unauthorized
+from edge_llm.kv.frames import Buffer
 from edge_llm.worker.decode import DecodeRole
 from edge_llm.worker.loop import EngineLoop
 from edge_llm.worker.messages import (
@@ -284,9 +285,14 @@ def create_app(worker: Worker) -> FastAPI:
         message = decode(PrefillRequest, body)
         worker.prefill.check(message, claims)
         key = worker.keys.transfer_key(ticket_of(request.headers.get("authorization")))
-        return StreamingResponse(worker.prefill.stream(message, key), media_type="application/octet-stream")
+        return StreamingResponse(_as_bytes(worker.prefill.stream(message, key)), media_type="application/octet-stream")
 
     return app
+
+
+async def _as_bytes(parts: AsyncIterator[Buffer]) -> AsyncIterator[bytes | memoryview]:
+    async for part in parts:
+        yield bytes(part) if isinstance(part, bytearray) else part
 
 
 def _refuse_when_draining(worker: Worker) -> None:

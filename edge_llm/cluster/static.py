@@ -1,0 +1,64 @@
+"""Workers from a file: how two boards without Kubernetes find each other.
+
+The file is YAML, a list of `{name, address}`; `address` is `IP:port`. It is read again when it changes, so that a
+board can be added while the gateway runs. Owns the format and its errors; refuses to ask workers anything.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Final
+
+import yaml
+
+from edge_llm.cluster.view import Place
+from edge_llm.errors import ConfigError
+
+_KEYS: Final = frozenset({"name", "address"})
+_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_ADDRESS: Final = re.compile(r"[A-Za-z0-9.\[\]:_-]{1,255}:[0-9]{1,5}")
+
+
+class StaticFile:
+    """Places out of one file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._stamp: tuple[int, int] | None = None
+        self._places: tuple[Place, ...] = ()
+
+    def places(self) -> tuple[Place, ...]:
+        """The current list. Raises ConfigError for a file that cannot be used."""
+        try:
+            stat = self._path.stat()
+            stamp = (stat.st_mtime_ns, stat.st_size)
+            if stamp != self._stamp:
+                self._places, self._stamp = parse_places(self._path.read_text(), str(self._path)), stamp
+        except OSError as error:
+            raise ConfigError(f"cannot read the workers file {self._path}: {error.strerror}") from error
+        return self._places
+
+
+def parse_places(text: str, where: str) -> tuple[Place, ...]:
+    """Places out of YAML text. Raises ConfigError that names the file, the entry and the allowed keys."""
+    try:
+        entries = yaml.safe_load(text) or []
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not YAML: {error}") from error
+    if not isinstance(entries, list):
+        raise ConfigError(f"{where} must be a list of workers, each with name and address")
+    places = tuple(_place(entry, number, where) for number, entry in enumerate(entries, 1))
+    if len({place.worker for place in places}) != len(places):
+        raise ConfigError(f"{where} names a worker twice")
+    return places
+
+
+def _place(entry: object, number: int, where: str) -> Place:
+    if not isinstance(entry, dict) or entry.keys() != _KEYS:
+        got = ", ".join(map(str, entry)) if isinstance(entry, dict) else repr(entry)
+        raise ConfigError(f"{where}, worker {number}: the keys are name and address; it has {got}")
+    name, address = str(entry["name"]), str(entry["address"])
+    if not _NAME.fullmatch(name) or not _ADDRESS.fullmatch(address):
+        raise ConfigError(f"{where}, worker {number}: name {name!r} or address {address!r} (IP:port) is not one")
+    return Place(name, address)

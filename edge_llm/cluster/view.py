@@ -1,0 +1,65 @@
+"""What we believe about the cluster: which workers there are, what they said last, and when.
+
+Pure and immutable: the prober makes a new view, the scheduler reads one. Refuses to know how workers are found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from edge_llm.worker.messages import WorkerStatus
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A worker as discovery names it, before it was asked anything."""
+
+    worker: str
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A worker that answered: its place and its last status, seen at `seen_s` (monotonic)."""
+
+    place: Place
+    status: WorkerStatus
+    seen_s: float
+
+    @property
+    def worker(self) -> str:
+        return self.status.worker
+
+    @property
+    def decodes(self) -> bool:
+        return self.status.role != "prefill"
+
+    @property
+    def prefills(self) -> bool:
+        return self.status.role != "decode" and self.status.splits
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterView:
+    """All workers that answer now, by name."""
+
+    nodes: tuple[Node, ...] = ()
+
+    def ready(self, model: str | None = None) -> tuple[Node, ...]:
+        """Workers that take requests, of one model if named."""
+        return tuple(n for n in self.nodes if n.status.is_ready and (model is None or n.status.model == model))
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        return tuple(sorted({node.status.model for node in self.nodes}))
+
+    def node(self, worker: str) -> Node | None:
+        return next((node for node in self.nodes if node.worker == worker), None)
+
+    def with_node(self, node: Node) -> ClusterView:
+        return ClusterView((*(n for n in self.nodes if n.worker != node.worker), node))
+
+    def without(self, workers: Iterable[str]) -> ClusterView:
+        gone = set(workers)
+        return ClusterView(tuple(node for node in self.nodes if node.worker not in gone))

@@ -1,0 +1,385 @@
+"""The public endpoint: routes only. Parses by openai.py, runs by dispatch.py, streams updates as SSE.
+
+Owns HTTP status codes, limits, keep-alives from a wall clock, and what an answer says about how it was made
+(`timings.edge_llm`). Refuses to know workers' messages and planning.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import Any, Final
+
+import aiohttp
+import structlog
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import HTTPException
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException as StarletteHTTPException
+
+from edge_llm.cluster.probe import Discovery, Prober
+from edge_llm.cluster.view import Node
+from edge_llm.config import GatewayConfig
+from edge_llm.errors import (
+    ContextTooLong,
+    EdgeLLMError,
+    InvalidRequest,
+    Overloaded,
+    PayloadTooLarge,
+    UnknownModel,
+    WorkerError,
+)
+from edge_llm.gateway.dispatch import Dispatcher, Finish, Job, Progress, Running, Text, Update
+from edge_llm.gateway.openai import DONE, Ask, Shape, Usage, comment, error_body, error_headers, parse, sse
+from edge_llm.worker.client import WorkerClient
+from edge_llm.worker.messages import ChatMessage, TokenizeRequest
+from edge_llm.worker.tickets import KeyRing
+
+_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+_SECURITY: Final = {"x-content-type-options": "nosniff", "cache-control": "no-store"}
+log = structlog.get_logger()
+
+
+class Gateway:
+    """Everything a gateway process has, from start to stop."""
+
+    def __init__(self, config: GatewayConfig, keys: KeyRing, discovery: Discovery) -> None:
+        self.config = config
+        self._keys, self._discovery = keys, discovery
+        self.name = config.name or f"gateway-{secrets.token_hex(4)}"
+        self.dispatcher: Dispatcher
+        self.started = int(time.time())
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Connect to the cluster and keep looking at it."""
+        connector = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None)) as session:
+            client = WorkerClient(session, self._keys, self.name, time.time, lambda: secrets.token_hex(12))
+            config = self.config
+            self.dispatcher = Dispatcher(
+                client, self.name, config.queue_length, config.queue_wait_s, config.replan_limit
+            )
+            prober = Prober(self._discovery, client, config.probe_s, self.dispatcher.on_view)
+            self.dispatcher.prober = prober
+            await prober.probe_all()
+            probing = asyncio.create_task(prober.run(), name="prober")
+            try:
+                yield
+            finally:
+                probing.cancel()
+                with suppress(asyncio.CancelledError):
+                    await probing
+                await self.dispatcher.close()
+
+    async def job(self, ask: Ask, request_id: str) -> tuple[Job, Node]:
+        """Tokenize, check against the model's context, fill in defaults."""
+        model = self._model(ask.model)
+        if ask.messages is not None:
+            chat = [ChatMessage(role=role, content=text) for role, text in ask.messages]  # type: ignore[arg-type]
+            node, reply = await self.dispatcher.tokenize(model, TokenizeRequest(messages=chat))
+        else:
+            node, reply = await self.dispatcher.tokenize(model, TokenizeRequest(text=ask.text or ""))
+        ids = ask.ids if ask.ids is not None else tuple(reply.ids)
+        if not ids:
+            raise InvalidRequest("the prompt is empty: send at least one token", param="prompt")
+        if max(ids) >= node.status.vocab_size:
+            raise InvalidRequest(
+                f"token id {max(ids)} is outside the vocabulary of {node.status.vocab_size}", param="prompt"
+            )
+        job = Job(
+            request_id=request_id,
+            model=model,
+            prompt_ids=ids,
+            max_tokens=self._max_tokens(ask, len(ids), model),
+            sampling=ask.sampling,
+            stop=ask.stop,
+            stop_ids=tuple(reply.stop_ids),
+            mode=ask.mode,
+        )
+        return job, node
+
+    def _model(self, wanted: str | None) -> str:
+        """The model asked for; none named means the only one."""
+        models = self.dispatcher.view.models
+        if not models:
+            raise Overloaded("no worker is ready yet: models are still loading", retry_after_s=2.0)
+        if wanted is None and len(models) == 1:
+            return models[0]
+        if wanted not in models:
+            raise UnknownModel(f"no worker serves the model {wanted!r}; served are: {', '.join(models)}", param="model")
+        return wanted
+
+    def _max_tokens(self, ask: Ask, prompt_tokens: int, model: str) -> int:
+        nodes = self.dispatcher.view.ready(model)
+        n_ctx = max((node.status.n_ctx for node in nodes if node.decodes), default=0)
+        if not n_ctx:
+            raise Overloaded(f"no worker that decodes {model} is ready", retry_after_s=2.0)
+        room = n_ctx - prompt_tokens
+        if room < 1:
+            raise ContextTooLong(
+                f"the prompt has {prompt_tokens} tokens, the context of {model} here is {n_ctx}", param="messages"
+            )
+        wanted = (
+            min(ask.max_tokens or self.config.default_max_tokens, room) if ask.max_tokens is None else ask.max_tokens
+        )
+        if wanted > room:
+            raise ContextTooLong(
+                f"the prompt has {prompt_tokens} tokens and max_tokens is {wanted}: more than the context of {n_ctx}",
+                param="max_tokens",
+            )
+        return wanted
+
+
+def create_app(gateway: Gateway) -> FastAPI:
+    """Routes."""
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        async with gateway.running():
+            yield
+
+    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.exception_handler(EdgeLLMError)
+    async def on_error(_request: Request, error: EdgeLLMError) -> Response:
+        return JSONResponse(error_body(error), error.status, error_headers(error))
+
+    @app.exception_handler(StarletteHTTPException)
+    async def on_http_error(request: Request, error: HTTPException) -> Response:
+        failure = InvalidRequest(f"{request.method} {request.url.path}: {error.detail}")
+        return JSONResponse(error_body(failure), error.status_code)
+
+    @app.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/readyz")
+    async def readyz() -> Response:
+        decoders = [node for node in gateway.dispatcher.view.ready() if node.decodes]
+        return Response("ready" if decoders else "no decode worker is ready", 200 if decoders else 503)
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        view = gateway.dispatcher.view
+        return JSONResponse({"object": "list", "data": [_model_entry(gateway, model) for model in view.models]})
+
+    @app.get("/v1/models/{model:path}")
+    async def model(model: str) -> Response:
+        if model not in gateway.dispatcher.view.models:
+            raise UnknownModel(f"no worker serves the model {model!r}", param="model")
+        return JSONResponse(_model_entry(gateway, model))
+
+    @app.get("/cluster")
+    async def cluster() -> Response:
+        return JSONResponse({"gateway": gateway.name, "nodes": [_node_entry(n) for n in gateway.dispatcher.view.nodes]})
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        return await _answer(gateway, request, is_chat=True)
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        return await _answer(gateway, request, is_chat=False)
+
+    return app
+
+
+async def _answer(gateway: Gateway, request: Request, *, is_chat: bool) -> Response:
+    arrived_s = time.monotonic()
+    request_id = _request_id(request)
+    body = await _read_body(request, gateway.config.max_body_bytes)
+    mode = request.headers.get("x-edge-llm-mode")
+    ask = parse(body, is_chat=is_chat, random_seed=lambda: secrets.randbits(63), mode_header=mode)
+    job, node = await gateway.job(ask, f"{request_id}.{secrets.token_hex(4)}")
+    shape = Shape(request_id, int(time.time()), node.status.model, is_chat)
+    headers = {"x-request-id": request_id, **_SECURITY}
+    if ask.is_stream:
+        parts = _stream(gateway, ask, job, shape, arrived_s)
+        first = await anext(parts)  # what is refused at once is an HTTP error, not an error in a stream
+        return StreamingResponse(_after(first, parts), media_type="text/event-stream", headers=headers)
+    return JSONResponse(await _whole(gateway, request, ask, job, shape, arrived_s), headers=headers)
+
+
+async def _after(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for part in rest:
+        yield part
+
+
+async def _whole(
+    gateway: Gateway, request: Request, ask: Ask, job: Job, shape: Shape, arrived_s: float
+) -> dict[str, Any]:
+    """Collect an answer. A client that hangs up cancels it."""
+    async with gateway.dispatcher.running(job) as running:
+        gone = asyncio.create_task(_disconnected(request), name="disconnect")
+        try:
+            text, finish = await _collect(running, gone)
+        finally:
+            gone.cancel()
+    if finish.error is not None:
+        raise finish.error
+    timings = _timings(running, ask, arrived_s)
+    return shape.whole(text, finish.reason or "stop", _usage(running), timings)
+
+
+async def _collect(running: Running, gone: asyncio.Task[None]) -> tuple[str, Finish]:
+    parts: list[str] = []
+    while True:
+        getting = asyncio.create_task(running.updates.get())
+        await asyncio.wait({getting, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not getting.done():
+            getting.cancel()
+            return "", Finish(None, WorkerError("the client hung up"))
+        update = getting.result()
+        if isinstance(update, Finish):
+            return "".join(parts), update
+        if isinstance(update, Text):
+            parts.append(update.text)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _stream(gateway: Gateway, ask: Ask, job: Job, shape: Shape, arrived_s: float) -> AsyncIterator[bytes]:
+    """SSE of one answer. The first part comes at once."""
+    async with gateway.dispatcher.running(job) as running:
+        yield shape.first() or comment("accepted")
+        while True:
+            update = await _next_update(running, gateway.config.keep_alive_s)
+            if update is None:
+                yield comment("working")
+            elif isinstance(update, Text):
+                if update.text:
+                    yield shape.text(update.text)
+            elif isinstance(update, Progress):
+                if ask.wants_progress:
+                    yield shape.progress(update.done, update.total, 1e3 * (time.monotonic() - arrived_s))
+            else:
+                break
+        if update.error is not None:
+            yield sse(error_body(update.error))
+            return
+        if ask.wants_usage:
+            yield shape.last(update.reason or "stop", {}) + shape.usage(_usage(running))
+        yield shape.last(update.reason or "stop", _timings(running, ask, arrived_s)) + DONE
+
+
+async def _next_update(running: Running, keep_alive_s: float) -> Update | None:
+    """The next update, or None when nothing happened for a while."""
+    try:
+        async with asyncio.timeout(keep_alive_s):
+            return await running.updates.get()
+    except TimeoutError:
+        return None
+
+
+def _usage(running: Running) -> Usage:
+    return Usage(len(running.job.prompt_ids), len(running.session.delivered))
+
+
+def _timings(running: Running, ask: Ask, arrived_s: float) -> dict[str, Any]:
+    """llama.cpp's `timings` object with ours inside. Milliseconds on the gateway's monotonic clock, except what the
+    decode worker reports about the prompt."""
+    prompt_n, predicted_n = len(running.job.prompt_ids), len(running.session.delivered)
+    prompt_ms = 1e3 * max(0.0, (running.prompted_s or running.first_token_s) - running.sent_s)
+    predicted_ms = 1e3 * max(0.0, running.last_token_s - (running.prompted_s or running.first_token_s))
+    return {
+        "cache_n": 0,
+        "prompt_n": prompt_n,
+        "prompt_ms": round(prompt_ms, 3),
+        "prompt_per_second": _rate(prompt_n, prompt_ms),
+        "predicted_n": predicted_n,
+        "predicted_ms": round(predicted_ms, 3),
+        "predicted_per_second": _rate(predicted_n, predicted_ms),
+        "edge_llm": _own_timings(running, ask, arrived_s),
+    }
+
+
+def _own_timings(running: Running, ask: Ask, arrived_s: float) -> dict[str, Any]:
+    report, plan = running.report, running.plan
+    own: dict[str, Any] = {
+        "mode": report.mode if report else None,
+        "prefill_node": report.prefill_worker if report else None,
+        "decode_node": plan.decode.worker if plan else None,
+        "level": running.level,
+        "queue_ms": round(1e3 * (running.sent_s - arrived_s), 3),
+        "wait_ms": _rounded(report.wait_ms if report else None),
+        "prefill_ms": _rounded(report.prefill_ms if report else None),
+        "handoff_ms": _rounded(report.handoff_ms if report else None),
+        "adopt_ms": _rounded(report.adopt_ms if report else None),
+        "handoff_bytes": report.handoff_bytes if report else 0,
+        "overlapped_bytes": report.overlapped_bytes if report else 0,
+        "first_decode_ms": _rounded(1e3 * (running.first_token_s - running.prompted_s)),
+        "ttft_ms": _rounded(1e3 * (running.first_token_s - arrived_s)),
+        "fallback": "; ".join(running.notes) or None,
+        "replanned": len(running.session.lost),
+    }
+    if ask.wants_token_ids:
+        own["token_ids"] = list(running.session.delivered)
+    return own
+
+
+def _rounded(value_ms: float | None) -> float | None:
+    return None if value_ms is None else round(value_ms, 3)
+
+
+def _rate(count: int, ms: float) -> float | None:
+    return round(1e3 * count / ms, 3) if ms > 0 else None
+
+
+def _model_entry(gateway: Gateway, model: str) -> dict[str, Any]:
+    status = next(node.status for node in gateway.dispatcher.view.nodes if node.status.model == model)
+    meta = {
+        "n_ctx": status.n_ctx,
+        "architecture": status.architecture,
+        "quantization": status.quantization,
+        "kv_bytes_per_token": status.kv_bytes_per_token,
+        "vocab_size": status.vocab_size,
+        "sha256": status.model_sha256,
+    }
+    return {"id": model, "object": "model", "created": gateway.started, "owned_by": "edge-llm", "meta": meta}
+
+
+def _node_entry(node: Node) -> dict[str, Any]:
+    status = node.status
+    load = {name: getattr(status.load, name) for name in status.load.__struct_fields__}
+    return {
+        "worker": node.worker,
+        "address": node.place.address,
+        "role": status.role,
+        "is_ready": status.is_ready,
+        "model": status.model,
+        "level": status.level,
+        "level_reason": status.level_reason,
+        "slots": status.slots,
+        "n_ctx": status.n_ctx,
+        "chunk_tokens": status.chunk_tokens,
+        "splits": status.splits,
+        "split_reason": status.split_reason,
+        "policy": status.policy,
+        "version": status.version,
+        "pid": status.pid,
+        "build": status.build,
+        "load": load,
+    }
+
+
+def _request_id(request: Request) -> str:
+    given = request.headers.get("x-request-id", "")
+    return given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+
+
+async def _read_body(request: Request, limit: int) -> bytes:
+    data = bytearray()
+    async for part in request.stream():
+        data += part
+        if len(data) > limit:
+            raise PayloadTooLarge(f"the body is larger than {limit} bytes")
+    return bytes(data)

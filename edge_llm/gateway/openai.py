@@ -1,0 +1,331 @@
+"""The OpenAI dialect: JSON and SSE of /v1 <-> our own words.
+
+Pure. Owns every field name of the public API and the rules clients depend on (ecosystem conventions: first chunk has
+the role, every chunk has `choices` with `index`, usage only when asked for, errors after the first byte travel in the
+stream). Unknown fields are ignored, wrong ones are 400s that name the field. Refuses to know workers and sessions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Final, Literal
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
+
+from edge_llm.errors import EdgeLLMError, InvalidRequest, Overloaded
+from edge_llm.request import SamplingParams, check_stop
+
+DONE: Final = b"data: [DONE]\n\n"
+ROLES: Final = ("system", "user", "assistant", "tool", "developer")
+_MAX_SEED: Final = (1 << 63) - 1
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Body(BaseModel):
+    """Unknown fields are ignored: clients send many."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class _Part(_Body):
+    type: StrictStr
+    text: StrictStr = ""
+
+
+class _Message(_Body):
+    role: StrictStr
+    content: StrictStr | list[_Part] | None = None
+
+
+class _StreamOptions(_Body):
+    include_usage: StrictBool = False
+
+
+class _Vendor(_Body):
+    mode: Literal["auto", "split", "local"] = "auto"
+    return_token_ids: StrictBool = False
+
+
+class _Common(_Body):
+    model: StrictStr | None = None
+    stream: StrictBool = False
+    stream_options: _StreamOptions | None = None
+    max_tokens: StrictInt | None = None
+    max_completion_tokens: StrictInt | None = None
+    n: StrictInt | None = None
+    temperature: Number | None = None
+    top_p: Number | None = None
+    top_k: StrictInt | None = None
+    min_p: Number | None = None
+    repeat_penalty: Number | None = None
+    frequency_penalty: Number | None = None
+    presence_penalty: Number | None = None
+    repeat_last_n: StrictInt | None = None
+    seed: StrictInt | None = None
+    stop: StrictStr | list[StrictStr] | None = None
+    logit_bias: dict[StrictStr, Number] | None = None
+    return_progress: StrictBool = False
+    edge_llm: _Vendor = _Vendor()
+
+
+class _Chat(_Common):
+    messages: list[_Message]
+
+
+class _Completion(_Common):
+    prompt: StrictStr | list[StrictInt] | list[StrictStr]
+    echo: StrictBool = False
+    best_of: StrictInt | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A parsed request: exactly one of `messages`, `text` and `ids` is not None."""
+
+    is_chat: bool
+    model: str | None
+    messages: tuple[tuple[str, str], ...] | None
+    text: str | None
+    ids: tuple[int, ...] | None
+    max_tokens: int | None
+    sampling: SamplingParams
+    stop: tuple[str, ...]
+    is_stream: bool
+    wants_usage: bool
+    wants_progress: bool
+    wants_token_ids: bool
+    mode: Literal["auto", "split", "local"]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of one answer."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+
+def parse(data: bytes, *, is_chat: bool, random_seed: Callable[[], int], mode_header: str | None = None) -> Ask:
+    """A request body as an Ask. Raises InvalidRequest that names the field."""
+    try:
+        values = orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequest(f"the body is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise InvalidRequest("the body must be a JSON object")
+    try:
+        body: _Chat | _Completion = _Chat.model_validate(values) if is_chat else _Completion.model_validate(values)
+    except ValidationError as error:
+        raise _first_problem(error) from error
+    if mode_header is not None and mode_header not in ("auto", "split", "local"):
+        raise InvalidRequest(f"x-edge-llm-mode is auto, split or local, not {mode_header!r}", param="x-edge-llm-mode")
+    return _ask(body, random_seed, mode_header)
+
+
+def _ask(body: _Chat | _Completion, random_seed: Callable[[], int], mode_header: str | None) -> Ask:
+    _refuse_unsupported(body)
+    text, ids = _prompt(body) if isinstance(body, _Completion) else (None, None)
+    mode: Any = mode_header or body.edge_llm.mode
+    return Ask(
+        is_chat=isinstance(body, _Chat),
+        model=body.model,
+        messages=_messages(body.messages) if isinstance(body, _Chat) else None,
+        text=text,
+        ids=ids,
+        max_tokens=_max_tokens(body),
+        sampling=_sampling(body, random_seed),
+        stop=_stop(body.stop),
+        is_stream=body.stream,
+        wants_usage=body.stream_options is not None and body.stream_options.include_usage,
+        wants_progress=body.return_progress,
+        wants_token_ids=body.edge_llm.return_token_ids,
+        mode=mode,
+    )
+
+
+def _refuse_unsupported(body: _Chat | _Completion) -> None:
+    if body.n not in (None, 1):
+        raise InvalidRequest(f"n must be 1, got {body.n}: send the request again for another answer", param="n")
+    if isinstance(body, _Completion) and body.echo:
+        raise InvalidRequest("echo is not supported", param="echo")
+    if isinstance(body, _Completion) and body.best_of not in (None, 1):
+        raise InvalidRequest("best_of must be 1", param="best_of")
+
+
+def _messages(messages: Sequence[_Message]) -> tuple[tuple[str, str], ...]:
+    if not messages:
+        raise InvalidRequest("messages is empty: send at least one message", param="messages")
+    return tuple((_role(m.role, i), _content(m.content, i)) for i, m in enumerate(messages))
+
+
+def _role(role: str, index: int) -> str:
+    if role not in ROLES:
+        raise InvalidRequest(
+            f"messages[{index}].role is {role!r}; known roles are {', '.join(ROLES)}", param="messages"
+        )
+    return role
+
+
+def _content(content: str | Sequence[_Part] | None, index: int) -> str:
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    for part in content:
+        if part.type != "text":
+            raise InvalidRequest(
+                f"messages[{index}] has a {part.type!r} part; only text is supported", param="messages"
+            )
+    return "".join(part.text for part in content)
+
+
+def _prompt(body: _Completion) -> tuple[str | None, tuple[int, ...] | None]:
+    prompt = body.prompt
+    if isinstance(prompt, str):
+        return prompt, None
+    if not prompt:
+        raise InvalidRequest("prompt is empty", param="prompt")
+    if all(isinstance(item, int) for item in prompt):
+        ids = tuple(item for item in prompt if isinstance(item, int))
+        if min(ids) < 0 or max(ids) >= 1 << 31:
+            raise InvalidRequest("prompt has a token id out of range", param="prompt")
+        return None, ids
+    if len(prompt) != 1:
+        raise InvalidRequest("several prompts in one request are not supported: send one each", param="prompt")
+    return str(prompt[0]), None
+
+
+def _max_tokens(body: _Common) -> int | None:
+    value = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    name = "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens"
+    if value is not None and value < 1:
+        raise InvalidRequest(f"{name} must be at least 1, got {value}", param=name)
+    return value
+
+
+def _sampling(body: _Common, random_seed: Callable[[], int]) -> SamplingParams:
+    given = {
+        "temperature": body.temperature,
+        "top_p": body.top_p,
+        "top_k": body.top_k,
+        "min_p": body.min_p,
+        "repeat_penalty": body.repeat_penalty,
+        "frequency_penalty": body.frequency_penalty,
+        "presence_penalty": body.presence_penalty,
+        "penalty_last_n": body.repeat_last_n,
+    }
+    values: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    # llama.cpp's clients send -1 for "choose one"
+    seed = body.seed if body.seed is not None and body.seed >= 0 else random_seed()
+    try:
+        bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
+    except ValueError as error:
+        raise InvalidRequest("logit_bias maps token ids to numbers", param="logit_bias") from error
+    return SamplingParams(**values, seed=seed & _MAX_SEED, logit_bias=bias)
+
+
+def _stop(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    words = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    check_stop(words)
+    return words
+
+
+def _first_problem(error: ValidationError) -> InvalidRequest:
+    problem = error.errors(include_url=False, include_input=False)[0]
+    path = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("list[", "constrained")))
+    name = str(problem["loc"][0]) if problem["loc"] else "body"
+    what = "is missing" if problem["type"] == "missing" else problem["msg"]
+    return InvalidRequest(f"{path or name}: {what}", param=name)
+
+
+# -- answers
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What all chunks of one answer share."""
+
+    request_id: str
+    created: int
+    model: str
+    is_chat: bool
+
+    def whole(self, text: str, finish_reason: str, usage: Usage, timings: Mapping[str, Any]) -> dict[str, Any]:
+        """The body of an answer that is not streamed."""
+        choice: dict[str, Any] = {"index": 0, "finish_reason": finish_reason, "logprobs": None}
+        choice |= {"message": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
+        return {
+            **self._head("chat.completion" if self.is_chat else "text_completion"),
+            "choices": [choice],
+            "usage": usage.as_json(),
+            "timings": timings,
+        }
+
+    def first(self) -> bytes:
+        """The chunk that names the role (chat only)."""
+        return self._chunk({"role": "assistant", "content": ""}, None) if self.is_chat else b""
+
+    def text(self, text: str) -> bytes:
+        return self._chunk({"content": text} if self.is_chat else text, None)
+
+    def last(self, finish_reason: str, timings: Mapping[str, Any]) -> bytes:
+        """The chunk with the finish reason and the timings."""
+        return self._chunk({} if self.is_chat else "", finish_reason, timings=timings)
+
+    def usage(self, usage: Usage) -> bytes:
+        """The extra chunk of stream_options.include_usage: no choices."""
+        kind = "chat.completion.chunk" if self.is_chat else "text_completion"
+        return sse({**self._head(kind), "choices": [], "usage": usage.as_json()})
+
+    def progress(self, done: int, total: int, elapsed_ms: float) -> bytes:
+        """llama.cpp's prompt_progress, in a chunk without text."""
+        progress = {"total": total, "cache": 0, "processed": done, "time_ms": round(elapsed_ms)}
+        return self._chunk({} if self.is_chat else "", None, prompt_progress=progress)
+
+    def _chunk(self, delta: dict[str, str] | str, finish_reason: str | None, **more: Any) -> bytes:
+        choice: dict[str, Any] = {"index": 0, "finish_reason": finish_reason}
+        choice |= {"delta": delta} if self.is_chat else {"text": delta}
+        kind = "chat.completion.chunk" if self.is_chat else "text_completion"
+        return sse({**self._head(kind), "choices": [choice], **more})
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        prefix = "chatcmpl" if self.is_chat else "cmpl"
+        return {"id": f"{prefix}-{self.request_id}", "object": kind, "created": self.created, "model": self.model}
+
+
+def sse(value: Any) -> bytes:
+    """One server-sent event."""
+    return b"data: " + orjson.dumps(value) + b"\n\n"
+
+
+def comment(text: str) -> bytes:
+    """A line that keeps the connection alive and that every SSE client ignores."""
+    return f": {text}\n\n".encode()
+
+
+def error_body(error: EdgeLLMError) -> dict[str, Any]:
+    """OpenAI's error object."""
+    kind = (
+        "invalid_request_error"
+        if error.status < 500
+        else "unavailable_error"
+        if error.status == 503
+        else "server_error"
+    )
+    return {"error": {"message": error.message, "type": kind, "code": error.code, "param": error.param}}
+
+
+def error_headers(error: EdgeLLMError) -> dict[str, str]:
+    """Retry-After for what may work later."""
+    return {"retry-after": str(max(1, round(error.retry_after_s)))} if isinstance(error, Overloaded) else {}

@@ -1,0 +1,116 @@
+"""One request's life in the gateway, as a state table, and the truth about what was delivered.
+
+Pure: no I/O, no clock. Owns the states, the rule which token may be delivered next, and the epoch. Refuses to know
+HTTP and workers' addresses.
+
+Invariants: delivered tokens have indices 0, 1, 2, ... without gap or repetition; a token of an older epoch is dropped;
+`REPLANNING` raises the epoch, so whatever the lost worker still says is old.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Final
+
+from edge_llm.errors import LocalProtocolError, RemoteProtocolError
+from edge_llm.request import FinishReason, TokenEvent
+
+
+class State(Enum):
+    QUEUED = "queued"
+    PREFILLING = "prefilling"
+    DECODING = "decoding"
+    REPLANNING = "replanning"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class Event(Enum):
+    PLANNED = "planned"
+    PROMPTED = "prompted"
+    TOKEN = "token"
+    FINISHED = "finished"
+    WORKER_LOST = "worker_lost"
+    GAVE_UP = "gave_up"
+    CLIENT_GONE = "client_gone"
+
+
+TRANSITIONS: Final[dict[State, dict[Event, State]]] = {
+    State.QUEUED: {
+        Event.PLANNED: State.PREFILLING,
+        Event.GAVE_UP: State.FAILED,
+        Event.CLIENT_GONE: State.CANCELLED,
+    },
+    State.PREFILLING: {
+        Event.PROMPTED: State.DECODING,
+        Event.WORKER_LOST: State.REPLANNING,
+        Event.GAVE_UP: State.FAILED,
+        Event.CLIENT_GONE: State.CANCELLED,
+    },
+    State.DECODING: {
+        Event.TOKEN: State.DECODING,
+        Event.FINISHED: State.DONE,
+        Event.WORKER_LOST: State.REPLANNING,
+        Event.GAVE_UP: State.FAILED,
+        Event.CLIENT_GONE: State.CANCELLED,
+    },
+    State.REPLANNING: {
+        Event.PLANNED: State.PREFILLING,
+        Event.GAVE_UP: State.FAILED,
+        Event.CLIENT_GONE: State.CANCELLED,
+    },
+    State.DONE: {},
+    State.FAILED: {},
+    State.CANCELLED: {},
+}
+FINAL: Final = frozenset(state for state, edges in TRANSITIONS.items() if not edges)
+
+
+@dataclass(slots=True)
+class Session:
+    """State and delivered tokens of one request."""
+
+    request_id: str
+    state: State = State.QUEUED
+    epoch: int = 0
+    delivered: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    lost: list[str] = field(default_factory=list)
+
+    @property
+    def is_over(self) -> bool:
+        return self.state in FINAL
+
+    def on(self, event: Event) -> None:
+        """Take an edge of the table. Raises LocalProtocolError when there is none: a bug of ours."""
+        target = TRANSITIONS[self.state].get(event)
+        if target is None:
+            raise LocalProtocolError(f"request {self.request_id}: {event.value} in state {self.state.value}")
+        if target is State.REPLANNING:
+            self.epoch += 1
+        self.state = target
+
+    def is_current(self, epoch: int) -> bool:
+        """Whether what a worker says in `epoch` still counts."""
+        return epoch == self.epoch and not self.is_over and self.state is not State.REPLANNING
+
+    def deliver(self, token: TokenEvent) -> bool:
+        """Accept the next token; False for one of an old epoch or after the end.
+
+        Raises RemoteProtocolError when the worker skipped or repeated an index.
+        """
+        if not self.is_current(token.epoch):
+            return False
+        if token.index != len(self.delivered):
+            raise RemoteProtocolError(
+                f"request {self.request_id}: token {token.index} after {len(self.delivered)} tokens"
+            )
+        self.delivered.append(token.token_id)
+        if token.finish_reason is None:
+            self.on(Event.TOKEN)
+        else:
+            self.finish_reason = token.finish_reason
+            self.on(Event.FINISHED)
+        return True
