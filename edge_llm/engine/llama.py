@@ -164,6 +164,11 @@ class LlamaBackend:
     def row_cost(self) -> RowCost:
         return self._row_cost
 
+    @property
+    def pieces(self) -> LlamaVocabulary:
+        """Token texts for the engine thread, from the loaded model itself."""
+        return LlamaVocabulary(self._model)
+
     def prompt(self, slot: int, ids: Sequence[int], p0: int) -> None:
         if not self._slots.prompt(ids, p0, slot):
             raise Interrupted
@@ -337,9 +342,8 @@ def load(settings: LlamaSettings) -> tuple[Sequencer, LlamaVocabulary]:
     """
     backend = load_backend(settings)
     vocabulary = LlamaVocabulary(NativeModel(settings.model_path, vocab_only=True))
-    pieces = LlamaVocabulary(backend._model)
     cost = backend.row_cost
-    return Sequencer(backend, pieces, decode_step_s=cost.run_s + cost.row_s), vocabulary
+    return Sequencer(backend, backend.pieces, decode_step_s=cost.run_s + cost.row_s), vocabulary
 
 
 def load_backend(settings: LlamaSettings) -> LlamaBackend:
