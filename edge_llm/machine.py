@@ -97,6 +97,23 @@ def process_usage(pid: int) -> ProcessUsage | None:
         return None
 
 
+def peak_memory_bytes(pid: int, root: Path = Path("/")) -> int | None:
+    """The most resident bytes a process ever had, or had since `reset_peak_memory`. None when it is gone."""
+    for line in (_text(root / f"proc/{pid}/status") or "").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def reset_peak_memory(pid: int, root: Path = Path("/")) -> bool:
+    """Let `peak_memory_bytes` of a process of ours start again from now. False where the kernel does not allow it."""
+    try:
+        (root / f"proc/{pid}/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
 @cache
 def cpu_kind(root: Path = Path("/")) -> str:
     """`<architecture>/<digest of CPU features>`: machines of one kind choose the same kernels."""

@@ -266,9 +266,9 @@ async def _stream(gateway: Gateway, ask: Ask, job: Job, shape: Shape, arrived_s:
         if update.error is not None:
             yield sse(error_body(update.error))
             return
-        if ask.wants_usage:
-            yield shape.last(update.reason or "stop", {}) + shape.usage(_usage(running))
-        yield shape.last(update.reason or "stop", _timings(running, ask, arrived_s)) + DONE
+        timings = _timings(running, ask, arrived_s)
+        usage = shape.usage(_usage(running), timings) if ask.wants_usage else b""
+        yield shape.last(update.reason or "stop", timings) + usage + DONE
 
 
 async def _next_update(running: Running, keep_alive_s: float) -> Update | None:

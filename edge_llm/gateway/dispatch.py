@@ -46,6 +46,7 @@ from edge_llm.worker.messages import (
 )
 
 RECONNECT_S: Final = 0.5
+REFUSED_S: Final = 0.1
 log = structlog.get_logger()
 
 
@@ -196,6 +197,8 @@ class Dispatcher:
             await self._client.decode(_peer(plan.decode), self._decode_request(running, plan))
         except (WorkerError, Overloaded, RemoteProtocolError) as error:
             self._lose(running, error)
+            # a refusal comes at once: do not ask the same full worker in a tight loop
+            await asyncio.sleep(REFUSED_S)
             return
         finally:
             running.sent_s = running.sent_s or self._clock()

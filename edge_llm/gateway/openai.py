@@ -283,10 +283,10 @@ class Shape:
         """The chunk with the finish reason and the timings."""
         return self._chunk({} if self.is_chat else "", finish_reason, timings=timings)
 
-    def usage(self, usage: Usage) -> bytes:
+    def usage(self, usage: Usage, timings: Mapping[str, Any]) -> bytes:
         """The extra chunk of stream_options.include_usage: no choices."""
         kind = "chat.completion.chunk" if self.is_chat else "text_completion"
-        return sse({**self._head(kind), "choices": [], "usage": usage.as_json()})
+        return sse({**self._head(kind), "choices": [], "usage": usage.as_json(), "timings": timings})
 
     def progress(self, done: int, total: int, elapsed_ms: float) -> bytes:
         """llama.cpp's prompt_progress, in a chunk without text."""

@@ -22,7 +22,6 @@ from edge_llm.errors import (
     Overloaded,
     PayloadTooLarge,
     RemoteProtocolError,
-    Unauthorized,
     WorkerError,
     WorkerUnreachable,
 )
@@ -51,8 +50,7 @@ HEARTBEAT_S: Final = 2.0
 SILENCE_S: Final = 3 * HEARTBEAT_S
 MAX_REPLY_BYTES: Final = 64 << 20
 _ERRORS: Final[Mapping[str, type[EdgeLLMError]]] = {
-    kind.code: kind
-    for kind in (InvalidRequest, ContextTooLong, PayloadTooLarge, Unauthorized, Overloaded, EngineFailed, WorkerError)
+    kind.code: kind for kind in (InvalidRequest, ContextTooLong, PayloadTooLarge, Overloaded, EngineFailed, WorkerError)
 }
 
 

@@ -1,0 +1,108 @@
+"""One run while it happens: samples, failures and processes gather here; at the end they are a record.
+
+Owns the mutable part between start and record, so that a run that is interrupted or fails half way still leaves what
+it measured. Refuses to know what the samples mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import edge_llm
+from edge_llm.bench.record import (
+    SCHEMA_VERSION,
+    EngineBuild,
+    Failure,
+    ModelFacts,
+    Process,
+    Record,
+    new_run_id,
+    node_of,
+    read_source,
+    statistics_of,
+)
+from edge_llm.bench.stats import median, summary
+from edge_llm.machine import NodeFacts, node_facts
+
+
+@dataclass(slots=True)
+class Run:
+    """What is known so far. Build it when the run starts: the board is read then."""
+
+    kind: str
+    command: list[str]
+    config: dict[str, Any]
+    started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+    before: NodeFacts = field(default_factory=node_facts)
+    models: list[ModelFacts] = field(default_factory=list)
+    engines: list[EngineBuild] = field(default_factory=list)
+    processes: list[Process] = field(default_factory=list)
+    samples: dict[str, list[float]] = field(default_factory=dict)
+    failures: list[Failure] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, name: str, value: float) -> None:
+        self.samples.setdefault(name, []).append(value)
+
+    def median(self, name: str) -> float | None:
+        """Median of the samples so far, None without any."""
+        samples = self.samples.get(name)
+        return median(samples) if samples else None
+
+    def fail(self, what: str, why: str) -> None:
+        self.failures.append(Failure(what, why))
+
+    def used(self, process: Process | None) -> None:
+        """Count a process; runs of the same tool on the same cores become one line."""
+        if process is None:
+            return
+        for index, known in enumerate(self.processes):
+            if (known.name, known.cores) == (process.name, process.cores):
+                self.processes[index] = _together(known, process)
+                return
+        self.processes.append(process)
+
+    def engine(self, name: str, facts: Mapping[str, str]) -> None:
+        build = EngineBuild(name, dict(facts))
+        if build not in self.engines:
+            self.engines.append(build)
+
+    def record(self, figures: dict[str, Any], is_complete: bool) -> Record:
+        """Everything so far. `figures` is what is printed."""
+        return Record(
+            schema_version=SCHEMA_VERSION,
+            run_id=new_run_id(),
+            kind=self.kind,
+            is_complete=is_complete,
+            started_at=self.started_at,
+            finished_at=datetime.now(UTC),
+            tool_version=edge_llm.__version__,
+            command=self.command,
+            config=self.config,
+            source=read_source(),
+            models=self.models,
+            engines=self.engines,
+            nodes=[node_of(self.before, node_facts())],
+            processes=self.processes,
+            figures=figures,
+            samples=self.samples,
+            statistics=statistics_of({name: summary(values) for name, values in self.samples.items() if values}),
+            failures=self.failures,
+            notes=self.notes,
+        )
+
+
+def _together(one: Process, other: Process) -> Process:
+    return Process(
+        name=one.name,
+        cores=one.cores,
+        wall_s=one.wall_s + other.wall_s,
+        cpu_s=one.cpu_s + other.cpu_s,
+        rss_before_bytes=one.rss_before_bytes,
+        rss_after_bytes=other.rss_after_bytes,
+        rss_peak_bytes=max(one.rss_peak_bytes, other.rss_peak_bytes),
+        readings=one.readings + other.readings,
+    )

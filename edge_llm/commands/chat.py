@@ -1,0 +1,90 @@
+"""`edge-llm chat`: talk to a cluster in the terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import click
+
+from edge_llm.errors import WorkerUnreachable
+
+
+@click.command()
+@click.option("--url", default="http://127.0.0.1:8080", show_default=True, help="The endpoint.")
+@click.option("--model", help="Model to ask for (default: the only one).")
+@click.option("--system", help="System prompt.")
+@click.option("--max-tokens", type=int, default=512, show_default=True)
+@click.option("--temperature", type=float, default=0.7, show_default=True)
+@click.option("--mode", type=click.Choice(["auto", "split", "local"]), default="auto", show_default=True)
+def chat(url: str, system: str | None, **options: Any) -> None:
+    """Chat; answers stream. /reset forgets, /quit leaves. Reads one question per line when piped."""
+    history = [{"role": "system", "content": system}] if system else []
+    start = list(history)
+    for question in _questions():
+        if question == "/quit":
+            return
+        if question == "/reset":
+            history = list(start)
+            continue
+        history.append({"role": "user", "content": question})
+        answer, timings = _ask(url, history, options)
+        history.append({"role": "assistant", "content": answer})
+        click.secho(_summary(timings), dim=True, err=True)
+
+
+def _questions() -> Iterator[str]:
+    is_terminal = sys.stdin.isatty()
+    while True:
+        if is_terminal:
+            click.secho("> ", nl=False, bold=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def _ask(url: str, history: list[dict[str, str]], options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Print an answer as it comes; returns it with its timings."""
+    body = {"messages": history, "stream": True, "edge_llm": {"mode": options["mode"]}}
+    body |= {key: options[key] for key in ("model", "max_tokens", "temperature") if options[key] is not None}
+    request = urllib.request.Request(
+        f"{url}/v1/chat/completions", json.dumps(body).encode(), {"content-type": "application/json"}
+    )
+    text, timings = "", {}
+    try:
+        with urllib.request.urlopen(request, timeout=600) as reply:
+            for data in _events(reply):
+                if "error" in data:
+                    raise WorkerUnreachable(data["error"]["message"])
+                timings = data.get("timings", timings)
+                for choice in data["choices"]:
+                    piece = choice["delta"].get("content", "")
+                    text += piece
+                    click.echo(piece, nl=False)
+    except urllib.error.HTTPError as error:
+        raise WorkerUnreachable(json.load(error)["error"]["message"]) from error
+    except OSError as error:
+        raise WorkerUnreachable(f"no answer from {url}: {error}; is a cluster running (`edge-llm up`)?") from error
+    click.echo()
+    return text, timings
+
+
+def _events(lines: Any) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        if line.startswith(b"data: ") and line.strip() != b"data: [DONE]":
+            yield json.loads(line[6:])
+
+
+def _summary(timings: dict[str, Any]) -> str:
+    own = timings.get("edge_llm", {})
+    return (
+        f"{timings.get('prompt_n')} prompt tokens, first token after {own.get('ttft_ms')} ms, "
+        f"{timings.get('predicted_per_second')} tokens/s; {own.get('mode')}: "
+        f"{own.get('prefill_node')} -> {own.get('decode_node')}, level {own.get('level')}"
+    )

@@ -1,0 +1,160 @@
+"""`edge-llm up|down|status`: a whole cluster on this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edge_llm.commands.cluster_state import ClusterState, forget_state, need_state, read_state, state_path, write_state
+from edge_llm.config import UpConfig, load_settings
+from edge_llm.errors import ConfigError
+
+_port = click.option("--port", type=int, default=8080, show_default=True, help="Port of the endpoint.")
+
+
+@click.command(context_settings={"ignore_unknown_options": False})
+@click.option("--config", type=click.Path(path_type=Path), help="Configuration file (YAML).")
+@click.option("--prefill", type=int, help="Prefill workers (default 1).")
+@click.option("--decode", type=int, help="Decode workers (default 1).")
+@click.option("--mixed", type=int, help="Workers that do both (default 0).")
+@click.option("--model", help="Name in models.yaml or path of a .gguf file.")
+@click.option("--port", type=int, help="Port of the endpoint (default 8080).")
+@click.option("--threads", type=int, help="Threads per worker; 0 shares the cores out.")
+@click.option("--pin/--no-pin", default=None, help="Give each worker cores of its own.")
+@click.option("--detach", is_flag=True, help="Return when the cluster is ready; stop it with `edge-llm down`.")
+@click.argument("worker_options", nargs=-1, type=click.UNPROCESSED)
+def up(config: Path | None, detach: bool, worker_options: tuple[str, ...], **flags: Any) -> None:
+    """Start a local cluster: gateway, prefill and decode workers, default model.
+
+    Options after `--` go to every worker, e.g. `edge-llm up -- --policy fast --slots 4`.
+    """
+    settings = load_settings(UpConfig, flags, config)
+    running = read_state(settings.port)
+    if running is not None:
+        raise ConfigError(
+            f"a cluster already runs on port {settings.port} (pid {running.pid}); `edge-llm down` stops it"
+        )
+    if detach:
+        _detach(settings.port)
+    else:
+        _run(settings, worker_options)
+
+
+@click.command()
+@_port
+def down(port: int) -> None:
+    """Stop the cluster of `edge-llm up`."""
+    state = need_state(port)
+    os.kill(state.pid, signal.SIGTERM)
+    deadline_s = time.monotonic() + 40
+    while read_state(port) is not None and time.monotonic() < deadline_s:
+        time.sleep(0.1)
+    click.echo("stopped" if read_state(port) is None else f"process {state.pid} is still stopping")
+
+
+@click.command()
+@_port
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def status(port: int, as_json: bool) -> None:
+    """What the cluster of `edge-llm up` is doing."""
+    state = need_state(port)
+    with urllib.request.urlopen(f"{state.url}/cluster", timeout=5) as reply:
+        cluster = json.load(reply)
+    if as_json:
+        click.echo(json.dumps({"pid": state.pid, "url": state.url, "model": state.model, **cluster}))
+        return
+    click.echo(f"{state.url}  model {state.model}  (pid {state.pid})")
+    for node in cluster["nodes"]:
+        load = node["load"]
+        click.echo(
+            f"  {node['worker']:<12} {node['role']:<8} {node['address']:<21} level {node['level']:<10} "
+            f"running {load['sequences_running']}/{node['slots']}  waiting tokens {load['pending_prompt_tokens']}"
+        )
+
+
+def _run(settings: UpConfig, worker_options: Sequence[str]) -> None:
+    from edge_llm.catalogue.resolve import find, resolve
+    from edge_llm.commands.progress import progress
+    from edge_llm.commands.supervisor import Supervisor, check_port_free
+
+    check_port_free(settings.port)
+    is_path = settings.model.endswith(".gguf")
+    with progress(f"model {settings.model if is_path else find(settings.model).file}", is_bytes=True) as report:
+        model = resolve(settings.model, report)
+    # a catalogue name stays the model's name in the API; workers find the same verified file
+    wanted = Path(settings.model) if is_path else Path(settings.model)
+    supervisor = Supervisor(settings, wanted, worker_options, lambda line: click.echo(line, err=True))
+    url = f"http://127.0.0.1:{settings.port}"
+    workers = {child.name: f"127.0.0.1:{child.port}" for child in supervisor.workers}
+
+    def on_ready() -> None:
+        write_state(settings.port, ClusterState(os.getpid(), url, model.name, workers))
+        click.echo(_greeting(url, model.name))
+
+    try:
+        asyncio.run(_until_signal(supervisor, on_ready))
+    except* Exception as group:
+        raise _root_of(group) from None
+    finally:
+        forget_state(settings.port)
+
+
+async def _until_signal(supervisor: Any, on_ready: Any) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    running = asyncio.create_task(supervisor.run(stop, on_ready))
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    if not running.done() and not supervisor.gateway.ready:
+        running.cancel()  # stopped while it was starting
+    try:
+        await running
+    except asyncio.CancelledError:
+        click.echo("stopped before the cluster was ready", err=True)
+
+
+def _root_of(group: BaseException) -> BaseException:
+    while isinstance(group, BaseExceptionGroup):
+        group = group.exceptions[0]
+    return group
+
+
+def _detach(port: int) -> None:
+    """The same command in the background, until its state file says that it is ready."""
+    log = state_path(port).with_suffix(".log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    arguments = [argument for argument in sys.argv[1:] if argument != "--detach"]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "edge_llm", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    while read_state(port) is None:
+        if process.poll() is not None:
+            raise ConfigError(f"the cluster could not start:\n{log.read_text()[-2000:]}")
+        time.sleep(0.1)
+    click.echo(log.read_text(), nl=False)
+
+
+def _greeting(url: str, model: str) -> str:
+    body = '{"messages": [{"role": "user", "content": "What is a prefill?"}], "stream": true, "edge_llm": {"mode": "split"}}'
+    return (
+        f"\nThe cluster is ready: {model} at {url}/v1\nTry it in another terminal:\n\n"
+        f"  curl -N {url}/v1/chat/completions -H 'content-type: application/json' \\\n    -d '{body}'\n\n"
+        "or `edge-llm chat`. Ctrl-C stops the cluster."
+    )
