@@ -12,10 +12,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
 from edge_llm.errors import EdgeLLMError
+
+# llama.cpp rounds the cells of a sequence up to multiples of this (llama_context's constructor)
+_CELLS: Final = 256
 
 
 class UnreadableOutput(EdgeLLMError):
@@ -80,7 +84,8 @@ def batched_command(
     tool: Path, model: Path, kernels: Kernels, rows: list[int], prompt_tokens: int, decode_tokens: int
 ) -> list[str]:
     """Decode with each number of rows, every sequence behind a prompt of its own."""
-    cells = max(rows) * (prompt_tokens + decode_tokens)
+    each = -(-(prompt_tokens + decode_tokens) // _CELLS) * _CELLS
+    cells = max(rows) * each
     command = [str(tool), "-m", str(model), "-c", str(cells), "-npp", str(prompt_tokens), "-ntg", str(decode_tokens)]
     command += ["-npl", ",".join(map(str, rows)), "-t", "1", "-tb", "1", "--output-format", "jsonl"]
     if kernels.is_default:

@@ -82,7 +82,7 @@ class Measurer:
 
     def __init__(self, name: str, module: str, arguments: Sequence[str], cores: Sequence[int]) -> None:
         self.name, self.cores = name, tuple(cores)
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  lives as long as the process
+        self._errors = tempfile.TemporaryFile()
         self._started_s = time.monotonic()
         with pinned(cores):
             self._child = subprocess.Popen(

@@ -1,0 +1,214 @@
+"""`edge-llm bench engine`: our engine beside llama.cpp's own tools of the same source, on one core, in one run.
+
+Owns what is compared and in which order. Each repetition measures both sides one after the other, in alternating
+order, and gives one ratio; a figure is the median of the ratios, so what slows the machine for a minute slows both.
+Ours is measured through the real sequencer with sampling and text (edge_llm/engine/measure.py). Theirs is
+llama-bench and llama-batched-bench twice: with the same kernel settings (the bar), and as llama.cpp ships (the price
+of exactness, `default_*`). Refuses to know llama.cpp: everything runs in child processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from edge_llm.bench.llama_tools import Kernels, batched_command, bench_command, parse_batched, parse_bench
+from edge_llm.bench.processes import MeasureFailed, Measurer, run_tool
+from edge_llm.bench.record import ModelFacts
+from edge_llm.bench.reference_tools import ToolTree, Tree
+from edge_llm.bench.run import Run
+from edge_llm.bench.stats import median, ratios
+
+MEASURE: Final = "edge_llm.engine.measure"
+RATIO_BAR: Final = 0.97
+SAMPLER_BAR: Final = 0.03
+# The vocabulary that a sampler's share is asked for: Qwen's, the largest among the families in models.yaml.
+WIDE_VOCABULARY: Final = 151_936
+_HOLE: Final = 4
+_SIZES: Final = ("prefill", "decode", "batch4", "batch8")
+RATIOS: Final = (*(f"{size}_ratio" for size in _SIZES), "batch8_hole_ratio")
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to measure. Depths and sizes are llama-bench's usual ones."""
+
+    core: int
+    repetitions: int
+    prompt_tokens: int = 512
+    decode_tokens: int = 64
+    batch_prompt_tokens: int = 32
+    deadline_s: float = 900.0
+    n_ctx: int = 4096
+    slots: int = 8
+
+
+@dataclass(frozen=True, slots=True)
+class BenchModel:
+    """A model file and what the record says about it."""
+
+    path: Path
+    facts: ModelFacts
+
+
+def measure_models(
+    plan: Plan, models: Sequence[BenchModel], trees: Mapping[Tree, ToolTree], run: Run, progress: Progress
+) -> dict[str, Any]:
+    """Figures of all models: the worst of each key, and per model. Fills `run` as it goes."""
+    for tree, built in trees.items():
+        run.engine(f"llama.cpp tools, tree {tree}", built.facts)
+    for number, model in enumerate(models):
+        run.models.append(model.facts)
+        try:
+            _measure_model(plan, model, trees, run, _within(progress, number, len(models)))
+        except MeasureFailed as error:
+            run.fail(f"engine on {model.facts.name}", error.message)
+    return figures(run, [model.facts.name for model in models])
+
+
+def figures(run: Run, names: Sequence[str]) -> dict[str, Any]:
+    """Ratios of a run, from its samples alone. The top level is the worst model's."""
+    per_model = {name: _model_figures(run, name) for name in names}
+    keys = sorted({key for values in per_model.values() for key in values if key.endswith("_ratio")})
+    worst = {key: min(values[key] for values in per_model.values() if key in values) for key in keys}
+    shares = {
+        key: max(values[key] for values in per_model.values() if key in values)
+        for key in sorted({key for values in per_model.values() for key in values if key.startswith("sampler_")})
+    }
+    return {**worst, **shares, "models": per_model}
+
+
+def missed(found: Mapping[str, Any]) -> list[str]:
+    """Which bars were not met, as lines for people."""
+    lines = [
+        f"{key} is {found[key]:.3f}, below {RATIO_BAR}" if key in found else f"{key} was not measured"
+        for key in RATIOS
+        if not found.get(key, 0.0) >= RATIO_BAR
+    ]
+    lines += [
+        f"{key} is {found[key]:.4f}, above {SAMPLER_BAR}"
+        for key in ("sampler_share_greedy", "sampler_share_full")
+        if found.get(key, 0.0) > SAMPLER_BAR
+    ]
+    return lines
+
+
+def _within(progress: Progress, number: int, count: int) -> Progress:
+    """Progress of one model as a part of the whole."""
+    return lambda what, done, total: progress(what, number * total + done, count * total)
+
+
+def _measure_model(plan: Plan, model: BenchModel, trees: Mapping[Tree, ToolTree], run: Run, progress: Progress) -> None:
+    name = model.facts.name
+    arguments = ["--model", str(model.path), "--n-ctx", str(plan.n_ctx), "--slots", str(plan.slots)]
+    progress(f"{name}: loading", 0, 1)
+    with Measurer(f"engine {name}", MEASURE, arguments, [plan.core]) as ours:
+        run.engine(f"edge_llm on {name}", ours.facts["build"])
+        is_repacked = ours.facts["build"]["repacked_tensors"] != "0"
+        turns = _turns(plan, model, trees, run, ours, is_repacked)
+        total = plan.repetitions * len(turns)
+        for repetition in range(plan.repetitions):
+            # forth and back: neither side is always the one that comes second
+            for number, (what, turn) in enumerate(turns if repetition % 2 == 0 else turns[::-1]):
+                progress(f"{name}: {what}", repetition * len(turns) + number, total)
+                turn()
+        run.used(ours.usage())
+
+
+def _turns(
+    plan: Plan,
+    model: BenchModel,
+    trees: Mapping[Tree, ToolTree],
+    run: Run,
+    ours: Measurer,
+    is_repacked: bool,
+) -> list[tuple[str, Callable[[], None]]]:
+    """One repetition: each of ours between the tools it is compared with."""
+    name = model.facts.name
+    same, default = Kernels(False, is_repacked), Kernels(True, is_repacked)
+    turns: list[tuple[str, Callable[[], None]]] = [
+        ("llama-bench, same kernels", lambda: _llama_bench(plan, model, trees["ours"], same, run)),
+        ("ours, one sequence", lambda: _ours_alone(plan, name, ours, run)),
+        ("llama-batched-bench, same kernels", lambda: _llama_batched(plan, model, trees["ours"], same, run)),
+        ("ours, batches", lambda: _ours_batched(plan, name, ours, run)),
+    ]
+    if "default" in trees:
+        tree = trees["default"]
+        turns.insert(2, ("llama-bench, default", lambda: _llama_bench(plan, model, tree, default, run)))
+        turns.append(("llama-batched-bench, default", lambda: _llama_batched(plan, model, tree, default, run)))
+    return turns
+
+
+def _side(kernels: Kernels) -> str:
+    return "default" if kernels.is_default else "llama.cpp"
+
+
+def _llama_bench(plan: Plan, model: BenchModel, tree: ToolTree, kernels: Kernels, run: Run) -> None:
+    command = bench_command(tree.tool("llama-bench"), model.path, kernels, plan.prompt_tokens, plan.decode_tokens)
+    output, used = run_tool(command, kernels.environment, [plan.core], plan.deadline_s)
+    run.used(used)
+    prefill, decode = parse_bench(output, kernels)
+    run.add(f"{model.facts.name}: {_side(kernels)}: prefill_tokens_per_s", prefill)
+    run.add(f"{model.facts.name}: {_side(kernels)}: decode_tokens_per_s", decode)
+
+
+def _llama_batched(plan: Plan, model: BenchModel, tree: ToolTree, kernels: Kernels, run: Run) -> None:
+    rows = [4, 8]
+    tool = tree.tool("llama-batched-bench")
+    command = batched_command(tool, model.path, kernels, rows, plan.batch_prompt_tokens, plan.decode_tokens)
+    output, used = run_tool(command, kernels.environment, [plan.core], plan.deadline_s)
+    run.used(used)
+    for line in parse_batched(output, kernels, rows):
+        run.add(f"{model.facts.name}: {_side(kernels)}: batch{line.rows}_tokens_per_s", line.decode_tokens_per_s)
+
+
+def _ours_alone(plan: Plan, name: str, ours: Measurer, run: Run) -> None:
+    for size, is_served in (("prefill", True), ("prefill_local", False)):
+        answer = ours.ask("prefill", plan.deadline_s, tokens=plan.prompt_tokens, is_served=is_served)
+        run.add(f"{name}: ours: {size}_tokens_per_s", answer["tokens_per_s"])
+    answer = ours.ask("decode", plan.deadline_s, rows=1, prompt_tokens=0, tokens=plan.decode_tokens)
+    run.add(f"{name}: ours: decode_tokens_per_s", answer["tokens_per_s"])
+
+
+def _ours_batched(plan: Plan, name: str, ours: Measurer, run: Run) -> None:
+    for size, rows, holes in (("batch4", 4, []), ("batch8", 8, []), ("batch8_hole", 8, [_HOLE])):
+        answer = ours.ask(
+            "decode",
+            plan.deadline_s,
+            rows=rows,
+            prompt_tokens=plan.batch_prompt_tokens,
+            tokens=plan.decode_tokens,
+            holes=holes,
+        )
+        run.add(f"{name}: ours: {size}_tokens_per_s", answer["tokens_per_s"])
+
+
+def _model_figures(run: Run, name: str) -> dict[str, float]:
+    """Medians of paired ratios, and of tokens per second. A side that was not measured makes no figure."""
+
+    def samples(side: str, size: str) -> list[float]:
+        return run.samples.get(f"{name}: {side}: {size}_tokens_per_s", [])
+
+    def compared(key: str, ours: list[float], theirs: list[float], factor: float = 1.0) -> None:
+        pairs = min(len(ours), len(theirs))  # an interrupted run may lack the last of one side
+        if pairs:
+            found[f"{key}_ratio"] = factor * median(ratios(ours[:pairs], theirs[:pairs]))
+
+    found: dict[str, float] = {}
+    for size in _SIZES:
+        compared(size, samples("ours", size), samples("llama.cpp", size))
+        compared(f"default_{size}", samples("ours", size), samples("default", size))
+        if samples("ours", size):
+            found[f"{size}_tokens_per_s"] = median(samples("ours", size))
+    compared("prefill_local", samples("ours", "prefill_local"), samples("llama.cpp", "prefill"))
+    # seven sequences: seven eighths of the tokens of eight are no loss
+    compared("batch8_hole", samples("ours", "batch8_hole"), samples("llama.cpp", "batch8"), 8 / 7)
+    compared("batch8_hole_of_batch8", samples("ours", "batch8_hole"), samples("ours", "batch8"))
+    for key in ("sampler_share_greedy", "sampler_share_full"):
+        if f"{name}: {key}" in run.samples:
+            found[key] = median(run.samples[f"{name}: {key}"])
+    return found
