@@ -49,7 +49,7 @@ def fetch(entry: ModelEntry, report: Report = quiet) -> Path:
     """The verified file of `entry`, downloaded if it is not there. Raises CatalogueError, ChecksumMismatch."""
     if entry.sha256 is None:
         raise CatalogueError(
-            f"{entry.name} has no sha256 yet: `edge-llm models pin {entry.name}` fetches it once and records what it saw"
+            f"{entry.name} has no sha256 yet: `edge-llm models pin {entry.name}` fetches it and records what it saw"
         )
     target = installed_path(entry)
     with _turn(target):

@@ -56,7 +56,8 @@ def _ask(url: str, history: list[dict[str, str]], options: dict[str, Any]) -> tu
     request = urllib.request.Request(
         f"{url}/v1/chat/completions", json.dumps(body).encode(), {"content-type": "application/json"}
     )
-    text, timings = "", {}
+    text = ""
+    timings: dict[str, Any] = {}
     try:
         with urllib.request.urlopen(request, timeout=600) as reply:
             for data in _events(reply):

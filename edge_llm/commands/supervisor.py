@@ -53,12 +53,12 @@ class Child:
 class Supervisor:
     """Children of one cluster, from start to stop."""
 
-    def __init__(self, config: UpConfig, model_path: Path, worker_arguments: Sequence[str], say: Say) -> None:
+    def __init__(self, config: UpConfig, model: str, worker_arguments: Sequence[str], say: Say) -> None:
         self._say = say
         self._key = f"up:{secrets.token_hex(32)}\n".encode()
         self._folder = tempfile.TemporaryDirectory(prefix="edge-llm-up-")
         self._is_stopping = False
-        self.workers = self._plan_workers(config, model_path, worker_arguments)
+        self.workers = self._plan_workers(config, model, worker_arguments)
         self.gateway = Child("gateway", self._gateway_arguments(config), config.port)
 
     @property
@@ -84,7 +84,7 @@ class Supervisor:
 
     # -- plan
 
-    def _plan_workers(self, config: UpConfig, model_path: Path, extra: Sequence[str]) -> list[Child]:
+    def _plan_workers(self, config: UpConfig, model: str, extra: Sequence[str]) -> list[Child]:
         roles = ["prefill"] * config.prefill + ["decode"] * config.decode + ["mixed"] * config.mixed
         cores = sorted(os.sched_getaffinity(0))
         threads = config.threads or max(1, usable_cores() // len(roles))
@@ -93,7 +93,7 @@ class Supervisor:
             name = f"{role}-{roles[:number].count(role) + 1}"
             port = _free_port()
             arguments = ["serve", "worker", "--role", role, "--name", name, "--port", str(port)]
-            arguments += ["--model", str(model_path), "--threads", str(threads), "--threads-batch", str(threads)]
+            arguments += ["--model", model, "--threads", str(threads), "--threads-batch", str(threads)]
             mine = tuple(cores[(number * threads + i) % len(cores)] for i in range(threads)) if config.pin else ()
             workers.append(Child(name, [*arguments, *extra], port, mine))
         return workers

@@ -92,8 +92,8 @@ def _run(settings: UpConfig, worker_options: Sequence[str]) -> None:
     is_path = settings.model.endswith(".gguf")
     with progress(f"model {settings.model if is_path else find(settings.model).file}", is_bytes=True) as report:
         model = resolve(settings.model, report)
-    # a catalogue name stays the model's name in the API; workers find the same verified file
-    wanted = Path(settings.model) if is_path else Path(settings.model)
+    # workers get the name, not the path: it stays the model's name in the API, and they find the same verified file
+    wanted = str(model.path) if is_path else settings.model
     supervisor = Supervisor(settings, wanted, worker_options, lambda line: click.echo(line, err=True))
     url = f"http://127.0.0.1:{settings.port}"
     workers = {child.name: f"127.0.0.1:{child.port}" for child in supervisor.workers}
@@ -104,7 +104,7 @@ def _run(settings: UpConfig, worker_options: Sequence[str]) -> None:
 
     try:
         asyncio.run(_until_signal(supervisor, on_ready))
-    except* Exception as group:
+    except BaseExceptionGroup as group:
         raise _root_of(group) from None
     finally:
         forget_state(settings.port)
@@ -152,7 +152,8 @@ def _detach(port: int) -> None:
 
 
 def _greeting(url: str, model: str) -> str:
-    body = '{"messages": [{"role": "user", "content": "What is a prefill?"}], "stream": true, "edge_llm": {"mode": "split"}}'
+    question = '{"role": "user", "content": "What is a prefill?"}'
+    body = f'{{"messages": [{question}], "stream": true, "edge_llm": {{"mode": "split"}}}}'
     return (
         f"\nThe cluster is ready: {model} at {url}/v1\nTry it in another terminal:\n\n"
         f"  curl -N {url}/v1/chat/completions -H 'content-type: application/json' \\\n    -d '{body}'\n\n"

@@ -119,7 +119,7 @@ def _overrides(lib: Any, tensor_names: Sequence[str]) -> Any:
 
 
 class NativeModel:
-    """One loaded GGUF. `policy` exact: nothing repacked but `repacked` (full tensor names); fast: llama.cpp's choice."""
+    """One loaded GGUF. Policy exact repacks only the tensors named in `repacked`; fast leaves it to llama.cpp."""
 
     def __init__(
         self, path: Path, *, policy: Policy = "exact", repacked: Sequence[str] = (), vocab_only: bool = False

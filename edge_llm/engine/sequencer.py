@@ -182,7 +182,7 @@ class Sequencer:
             raise LocalProtocolError(f"slot {slot} is not a free slot of {self.facts.slots}")
         if generation.cells > self.facts.n_ctx:
             raise ContextTooLong(
-                f"prompt and max_tokens need {generation.cells} tokens of context, this model serves {self.facts.n_ctx}",
+                f"prompt and max_tokens need {generation.cells} tokens of context, there are {self.facts.n_ctx}",
                 param="max_tokens",
             )
         worst = max(max(generation.prompt_ids), max(generation.delivered_ids, default=0))

@@ -243,12 +243,10 @@ class Dispatcher:
             if running.plan is None or running.session.state not in (State.PREFILLING, State.DECODING):
                 continue
             decode = running.plan.decode.worker
-            old = booked.get(decode, Booked())
-            booked[decode] = Booked(old.sequences + 1, old.prompt_tokens)
+            booked[decode] = booked.get(decode, Booked()).with_sequence()
             if running.session.state is State.PREFILLING:
                 worker = running.plan.candidates[0].worker if running.plan.candidates else decode
-                old = booked.get(worker, Booked())
-                booked[worker] = Booked(old.sequences, old.prompt_tokens + len(running.job.prompt_ids))
+                booked[worker] = booked.get(worker, Booked()).with_prompt(len(running.job.prompt_ids))
         return booked
 
     def _decode_request(self, running: Running, plan: Plan) -> DecodeRequest:
@@ -357,6 +355,7 @@ class Dispatcher:
             running.notes.append(prompted.report.fallback)
         if running.session.state is State.PREFILLING:
             running.session.on(Event.PROMPTED)
+            self._changed.set()
 
     def _on_token(self, token: messages.Token) -> None:
         running = self._current(token.request_id, token.epoch)

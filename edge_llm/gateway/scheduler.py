@@ -8,7 +8,7 @@ and its words; refuses to do anything about it. Time, randomness and I/O are not
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from edge_llm.cluster.view import ClusterView, Node
@@ -18,6 +18,8 @@ Mode = Literal["auto", "split", "local"]
 MAX_CANDIDATES: Final = 2
 # Rate assumed for a worker that has not prefilled anything yet; only the order of candidates depends on it.
 _UNMEASURED_TOKENS_PER_S: Final = 100.0
+# A worker computes one prompt and lets one more wait (worker/prefill.py); further ones wait here.
+_PROMPTS_PER_WORKER: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,14 @@ class Booked:
     """What this gateway has sent to a worker since its last status: sequences and prompt tokens."""
 
     sequences: int = 0
+    prompts: int = 0
     prompt_tokens: int = 0
+
+    def with_sequence(self) -> Booked:
+        return replace(self, sequences=self.sequences + 1)
+
+    def with_prompt(self, tokens: int) -> Booked:
+        return replace(self, prompts=self.prompts + 1, prompt_tokens=self.prompt_tokens + tokens)
 
 
 def decide(wish: Wish, view: ClusterView, booked: Mapping[str, Booked]) -> Plan:
@@ -68,8 +77,16 @@ def decide(wish: Wish, view: ClusterView, booked: Mapping[str, Booked]) -> Plan:
     if wish.mode == "local" or wish.prompt_tokens < 2:
         return Plan(decode, ())
     candidates, note = _candidates(wish, view, decode, booked)
-    is_worth_it = wish.mode == "split" or wish.prompt_tokens > decode.status.chunk_tokens
-    return Plan(decode, candidates if is_worth_it else (), note if wish.mode == "split" else None)
+    if not candidates:
+        return Plan(decode, (), note if wish.mode == "split" else None)
+    if wish.mode == "auto" and wish.prompt_tokens <= decode.status.chunk_tokens:
+        return Plan(decode, ())
+    free = tuple(node for node in candidates if _prompts(node, booked) < _PROMPTS_PER_WORKER)
+    if free:
+        return Plan(decode, free[:MAX_CANDIDATES])
+    if wish.mode == "auto" and not _sequences(decode, booked):
+        return Plan(decode, ())  # nobody there to disturb, and every prefill worker has a queue
+    raise Overloaded("all prefill workers have a prompt waiting", retry_after_s=2.0)
 
 
 def _candidates(
@@ -94,7 +111,7 @@ def _candidates(
         is_foreign = node.status.exactness_class != decode.status.exactness_class
         return is_foreign, node.decodes, _prompt_wait_s(node, booked), node.worker
 
-    return tuple(sorted(fitting, key=wait)[:MAX_CANDIDATES]), None
+    return tuple(sorted(fitting, key=wait)), None
 
 
 def _prompt_wait_s(node: Node, booked: Mapping[str, Booked]) -> float:
@@ -103,7 +120,16 @@ def _prompt_wait_s(node: Node, booked: Mapping[str, Booked]) -> float:
 
 
 def _slots_free(node: Node, booked: Mapping[str, Booked]) -> int:
-    return node.status.slots - max(node.status.load.sequences_running, booked.get(node.worker, Booked()).sequences)
+    return node.status.slots - _sequences(node, booked)
+
+
+def _sequences(node: Node, booked: Mapping[str, Booked]) -> int:
+    return max(node.status.load.sequences_running, booked.get(node.worker, Booked()).sequences)
+
+
+def _prompts(node: Node, booked: Mapping[str, Booked]) -> int:
+    """Prompts this gateway has there, and whatever others made wait."""
+    return max(booked.get(node.worker, Booked()).prompts, node.status.load.sequences_waiting)
 
 
 def _busy(node: Node, booked: Mapping[str, Booked]) -> float:

@@ -1,7 +1,7 @@
 """How a gateway talks to one worker: signed calls with deadlines, errors as our own classes.
 
 Owns the HTTP of the gateway-worker contract (worker/messages.py). Refuses to know planning, sessions and KV.
-Every await has a deadline; a broken or silent connection is WorkerUnreachable, a reply that does not follow the
+Every await has a deadline, redirects are not followed; a broken or silent connection is WorkerUnreachable, a reply that does not follow the
 protocol RemoteProtocolError, an error the worker names becomes the class of that code.
 """
 
@@ -26,6 +26,7 @@ from edge_llm.errors import (
     WorkerUnreachable,
 )
 from edge_llm.worker.messages import (
+    HEARTBEAT_S,
     CancelReply,
     CancelRequest,
     DecodeReply,
@@ -45,8 +46,6 @@ from edge_llm.worker.tickets import Claims, KeyRing, Operation, authorization, b
 CONNECT_S: Final = 3.0
 CALL_S: Final = 30.0
 STATUS_S: Final = 3.0
-# Workers send an empty batch every HEARTBEAT_S; three missed ones are silence.
-HEARTBEAT_S: Final = 2.0
 SILENCE_S: Final = 3 * HEARTBEAT_S
 MAX_REPLY_BYTES: Final = 64 << 20
 _ERRORS: Final[Mapping[str, type[EdgeLLMError]]] = {
@@ -91,7 +90,10 @@ class WorkerClient:
         async with (
             self._called(peer, STATUS_S),
             self._session.get(
-                f"http://{peer.address}/status", headers=authorization(ticket), timeout=_timeout(STATUS_S)
+                f"http://{peer.address}/status",
+                headers=authorization(ticket),
+                timeout=_timeout(STATUS_S),
+                allow_redirects=False,
             ) as reply,
         ):
             return decode(WorkerStatus, await _body(peer, reply))
@@ -108,7 +110,9 @@ class WorkerClient:
         url = f"http://{peer.address}/events?gateway={self._gateway}"
         async with (
             self._called(peer, None),
-            self._session.get(url, headers=authorization(ticket), timeout=timeout, read_bufsize=1 << 20) as reply,
+            self._session.get(
+                url, headers=authorization(ticket), timeout=timeout, read_bufsize=1 << 20, allow_redirects=False
+            ) as reply,
         ):
             if reply.status != 200:
                 await _body(peer, reply)
@@ -130,7 +134,11 @@ class WorkerClient:
         async with (
             self._called(peer, CALL_S),
             self._session.post(
-                f"http://{peer.address}/{operation}", data=body, headers=authorization(ticket), timeout=_timeout(CALL_S)
+                f"http://{peer.address}/{operation}",
+                data=body,
+                headers=authorization(ticket),
+                timeout=_timeout(CALL_S),
+                allow_redirects=False,
             ) as reply,
         ):
             return decode(kind, await _body(peer, reply))

@@ -170,7 +170,7 @@ class DecodeRole:
             token_s = step.prompt_s / step.prompt_tokens
             self.prompt_token_s += _SMOOTHING * (token_s - self.prompt_token_s) if self.prompt_token_s else token_s
         for progress in step.progress:
-            self._on_progress(progress.request_id, progress.done, progress.total)
+            self._on_progress(progress.request_id, progress.done, progress.total, step.prompt_s)
         for event in step.events:
             running = self._running.get(event.request_id)
             if running is None or running.request.epoch != event.epoch:
@@ -288,13 +288,14 @@ class DecodeRole:
 
     # -- what leaves
 
-    def _on_progress(self, request_id: str, done: int, total: int) -> None:
+    def _on_progress(self, request_id: str, done: int, total: int, call_s: float) -> None:
+        """A local prompt advanced by a call of `call_s`."""
         running = self._running.get(request_id)
         if running is None or not running.is_in_engine:
             return
         self._outboxes.add_progress(running.request.gateway, running.generation, done, total)
         prompt = running.prompt
-        prompt.first_frame_s = prompt.first_frame_s or self._clock()
+        prompt.first_frame_s = prompt.first_frame_s or max(prompt.accepted_s, self._clock() - call_s)
         if done == total:
             prompt.computed_s = self._clock()
 

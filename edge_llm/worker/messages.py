@@ -16,7 +16,7 @@ Errors: HTTP status of the EdgeLLMError class and a body ErrorReply.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Final, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -25,8 +25,10 @@ from edge_llm.errors import RemoteProtocolError
 from edge_llm.kv.snapshot import Level, MemoryKind, Policy
 from edge_llm.request import FinishReason
 
-PROTOCOL = 1
-MAX_TOKENS_IN_MESSAGE = 1 << 20
+PROTOCOL: Final = 1
+MAX_TOKENS_IN_MESSAGE: Final = 1 << 20
+# A stream with nothing to say sends something this often; a reader takes three missed ones for silence.
+HEARTBEAT_S: Final = 2.0
 
 Role = Literal["prefill", "decode", "mixed"]
 Mode = Literal["split", "local"]

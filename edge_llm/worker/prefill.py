@@ -5,33 +5,35 @@ Life of a request in this role:
 2. One prompt is computed at a time; one more may wait here (frames keep it alive), a third is refused (503), so that
    the decode worker tries its next candidate.
 3. Header at once; after each chunk Progress, then Chunk; Progress reaches its total before the last Chunk leaves, so
-   the receiver knows when computing ended. Every KEEP_ALIVE_S something is sent. End closes the stream.
-4. A receiver that is slow fills the outbox (MAX_CHUNKS_OUT): the prompt is held, running streams are not.
-5. It dies by: the receiver hanging up (aborted within one micro-batch), an engine error (Error frame), shutdown.
+   the receiver knows when computing ended. Every HEARTBEAT_S something is sent. End closes the stream.
+4. A receiver that is slow fills the outbox: with MAX_CHUNKS_OUT chunks not yet sent the engine thread holds the
+   prompt before its next step; running streams are not held.
+5. It dies by: the receiver hanging up (aborted within one micro-batch), the receiver reading nothing for long
+   (worker/stream.py), an engine error (Error frame), shutdown.
 
-Owns the outbox and the turn-taking. Memory of one transfer is O(chunk).
+Owns the outbox and the turn-taking. Memory of one transfer is O(chunk). What runs on the engine thread says so.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Final
 
 import structlog
 
-from edge_llm.engine.engine import EngineFacts, Failure, KVChunk, PromptProgress, ServedPrompt, Step
+from edge_llm.engine.engine import Engine, EngineFacts, KVChunk, PromptProgress, ServedPrompt, Step
 from edge_llm.errors import EdgeLLMError, IncompatibleKV, InvalidRequest, Overloaded, Unauthorized, WorkerError
 from edge_llm.kv.frames import Buffer, Chunk, Error, FrameEncoder, Header, Progress
 from edge_llm.kv.snapshot import ids_digest
 from edge_llm.worker.loop import EngineLoop
-from edge_llm.worker.messages import PrefillRequest
+from edge_llm.worker.messages import HEARTBEAT_S, PrefillRequest
 from edge_llm.worker.tickets import Claims
 
 MAX_CHUNKS_OUT: Final = 2
-MAX_WAITING: Final = 1
-KEEP_ALIVE_S: Final = 2.0
+MAX_ADMITTED: Final = 2  # one computes, one waits
 # A MAC over this many bytes takes about a millisecond: longer ones leave the event loop.
 _BIG_PAYLOAD: Final = 1 << 20
 _SMOOTHING: Final = 0.1
@@ -42,21 +44,31 @@ _Item = KVChunk | PromptProgress | EdgeLLMError
 
 @dataclass(slots=True)
 class _Transfer:
-    request_id: str
+    """One served prompt. `served_id` is unique here: a request that comes again must not get the old one's chunks.
+    `chunks_out` (made, not yet sent) belongs to the engine thread."""
+
+    request: PrefillRequest
+    served_id: str
     outbox: asyncio.Queue[_Item] = field(default_factory=asyncio.Queue)
     chunks_out: int = 0
     done: int = 0
+    has_turn: bool = False
+
+    @property
+    def total(self) -> int:
+        return len(self.request.ids) - 1
 
 
 class PrefillRole:
-    """All prompts served by this worker. `on_step` must be called with every step of the engine."""
+    """All prompts served by this worker. `on_step` must be called with every step of the engine, `watch` as well."""
 
-    def __init__(self, loop: EngineLoop, facts: Callable[[], EngineFacts]) -> None:
-        self._loop = loop
+    def __init__(self, facts: Callable[[], EngineFacts]) -> None:
         self._facts_of = facts
         self._turn = asyncio.Lock()
-        self._waiting = 0
+        self._numbers = count()
         self._current: _Transfer | None = None
+        self._serving: _Transfer | None = None  # the engine thread's view of it
+        self.admitted = 0
         self.prompts_met = 0
         self.pending_tokens = 0
         self.prompt_token_s = 0.0
@@ -64,7 +76,7 @@ class PrefillRole:
     @property
     def waiting(self) -> int:
         """Prompts that wait for their turn."""
-        return self._waiting
+        return max(0, self.admitted - 1)
 
     def check(self, request: PrefillRequest, claims: Claims) -> None:
         """Everything that can be refused before the first byte."""
@@ -77,40 +89,40 @@ class PrefillRole:
             raise IncompatibleKV("this worker runs another model, cache type or geometry")
         if request.start >= len(request.ids):
             raise InvalidRequest(f"start {request.start} is behind the prompt of {len(request.ids)} tokens")
-        if self._turn.locked():
-            if self._waiting >= MAX_WAITING:
-                raise Overloaded("one prompt is being computed here and another waits", retry_after_s=1.0)
-            self.prompts_met += 1
+        if max(request.ids) >= facts.vocab_size:
+            raise InvalidRequest(f"token id {max(request.ids)} is outside the vocabulary of {facts.vocab_size}")
+        self._check_room()
 
-    async def stream(self, request: PrefillRequest, key: bytes) -> AsyncIterator[Buffer]:
+    async def stream(
+        self, request: PrefillRequest, key: bytes, loop: EngineLoop
+    ) -> AsyncGenerator[bytes | memoryview, None]:
         """The response body. Call `check` first; what fails from here on travels as an Error frame."""
-        encoder, transfer = FrameEncoder(key), _Transfer(request.request_id)
-        total = len(request.ids) - 1
-        self.pending_tokens += total
-        self._waiting += 1
-        has_turn = False
+        encoder = FrameEncoder(key)
+        transfer = _Transfer(request, f"{request.request_id}#{next(self._numbers)}")
+        is_admitted = False
         try:
-            for part in encoder.send(self._header(request)):
+            # again, because several may have passed `check` before the first of them got here
+            self._check_room()
+            is_admitted = True
+            self._admit(transfer)
+            for part in _wire(encoder.send(self._header(request))):
                 yield part
-            while not (has_turn := await self._take_turn(transfer)):
-                for part in encoder.send(Progress(0, total)):
+            while not await self._take_turn(transfer):
+                for part in _wire(encoder.send(Progress(0, transfer.total))):
                     yield part
-            async for part in self._serve(request, transfer, encoder):
+            async for part in self._serve(transfer, encoder, loop):
                 yield part
         except EdgeLLMError as error:
-            log.warning("prefill failed", request_id=request.request_id, code=error.code)
-            for part in encoder.send(Error(error.code, error.message, error.is_retryable)):
+            log.warning("prefill failed", request_id=request.request_id, code=error.code, message=error.message)
+            for part in _wire(encoder.send(Error(error.code, error.message, error.is_retryable))):
                 yield part
         finally:
             # also reached when the receiver hung up: then the engine is in the middle of the prompt
-            self.pending_tokens -= total
-            if has_turn:
-                self._give_turn(transfer, is_complete=transfer.done == total)
-            else:
-                self._waiting -= 1
+            if is_admitted:
+                self._leave(transfer, loop)
 
     def on_step(self, step: Step) -> None:
-        """Put what a step made for the current prompt into its outbox; hold the prompt when that is full."""
+        """Put what a step made for the current prompt into its outbox."""
         if step.prompt_tokens:
             token_s = step.prompt_s / step.prompt_tokens
             self.prompt_token_s += _SMOOTHING * (token_s - self.prompt_token_s) if self.prompt_token_s else token_s
@@ -118,25 +130,64 @@ class PrefillRole:
         if transfer is None:
             return
         # progress first: it tells the receiver that computing ended while the last chunk is on its way
-        for progress in step.progress:
-            if progress.request_id == transfer.request_id:
-                transfer.outbox.put_nowait(progress)
-        for chunk in step.chunks:
-            if chunk.request_id == transfer.request_id:
-                transfer.outbox.put_nowait(chunk)
-                transfer.chunks_out += 1
+        items: list[PromptProgress | KVChunk] = [*step.progress, *step.chunks]
+        for item in items:
+            if item.request_id == transfer.served_id:
+                transfer.outbox.put_nowait(item)
         for failure in step.failures:
-            self._fail(transfer, failure)
+            if failure.request_id == transfer.served_id:
+                transfer.outbox.put_nowait(failure.error)
+
+    def watch(self, engine: Engine, step: Step) -> None:
+        """Engine thread, after each step: back-pressure takes effect before the next piece is computed."""
+        transfer = self._serving
+        if transfer is None or not step.chunks:
+            return
+        transfer.chunks_out += sum(chunk.request_id == transfer.served_id for chunk in step.chunks)
         if transfer.chunks_out >= MAX_CHUNKS_OUT:
-            self._loop.post(lambda engine: engine.hold_served(True))
+            engine.hold_served(True)
 
     def on_death(self, error: EdgeLLMError) -> None:
         if self._current is not None:
             self._current.outbox.put_nowait(error)
 
-    def _fail(self, transfer: _Transfer, failure: Failure) -> None:
-        if failure.request_id == transfer.request_id:
-            transfer.outbox.put_nowait(failure.error)
+    # -- coming and going
+
+    def _check_room(self) -> None:
+        if self.admitted >= MAX_ADMITTED:
+            raise Overloaded("one prompt is being computed here and another waits", retry_after_s=1.0)
+
+    def _admit(self, transfer: _Transfer) -> None:
+        self.prompts_met += self.admitted > 0
+        self.admitted += 1
+        self.pending_tokens += transfer.total
+
+    def _leave(self, transfer: _Transfer, loop: EngineLoop) -> None:
+        self.admitted -= 1
+        self.pending_tokens -= transfer.total
+        if not transfer.has_turn:
+            return
+        self._current = None
+        self._turn.release()
+        if transfer.done < transfer.total:
+            # the next prompt's letter is posted after this one, so the engine is free when it reads it
+            loop.interrupt_with(lambda engine: engine.end_served(transfer.served_id))
+        log.info(
+            "prompt served" if transfer.done == transfer.total else "prompt given up",
+            request_id=transfer.request.request_id,
+            tokens=transfer.done,
+            of=transfer.total,
+        )
+
+    async def _take_turn(self, transfer: _Transfer) -> bool:
+        try:
+            async with asyncio.timeout(HEARTBEAT_S):
+                await self._turn.acquire()
+        except TimeoutError:
+            return False
+        transfer.has_turn = True
+        self._current = transfer
+        return True
 
     def _header(self, request: PrefillRequest) -> Header:
         facts = self._facts_of()
@@ -151,57 +202,52 @@ class PrefillRole:
             request_id=request.request_id,
         )
 
-    async def _take_turn(self, transfer: _Transfer) -> bool:
-        try:
-            async with asyncio.timeout(KEEP_ALIVE_S):
-                await self._turn.acquire()
-        except TimeoutError:
-            return False
-        self._waiting -= 1
-        self._current = transfer
-        return True
-
-    def _give_turn(self, transfer: _Transfer, *, is_complete: bool) -> None:
-        self._current = None
-        self._turn.release()
-        if not is_complete:
-            self._loop.interrupt_with(lambda engine: engine.end_served(transfer.request_id))
+    # -- one prompt
 
     async def _serve(
-        self, request: PrefillRequest, transfer: _Transfer, encoder: FrameEncoder
-    ) -> AsyncIterator[Buffer]:
-        prompt = ServedPrompt(request.request_id, tuple(request.ids), request.start)
-        await self._loop.call(lambda engine: engine.serve(prompt))
-        total, index = len(request.ids) - 1, 0
-        shipped = request.start
-        while shipped < total or transfer.done < total:
-            item = await self._next(transfer, total)
+        self, transfer: _Transfer, encoder: FrameEncoder, loop: EngineLoop
+    ) -> AsyncGenerator[bytes | memoryview, None]:
+        await loop.call(lambda engine: self._start(engine, transfer))
+        index, shipped = 0, transfer.request.start
+        while shipped < transfer.total or transfer.done < transfer.total:
+            item = await self._next(transfer)
             if isinstance(item, EdgeLLMError):
                 raise item
             if isinstance(item, PromptProgress):
                 transfer.done = item.done
-                parts = encoder.send(Progress(item.done, total))
+                parts = encoder.send(Progress(item.done, transfer.total))
             else:
                 chunk = Chunk(index, item.p0, item.p1, item.payload)
                 is_big = len(item.payload) > _BIG_PAYLOAD
                 parts = await asyncio.to_thread(encoder.send, chunk) if is_big else encoder.send(chunk)
                 index, shipped = index + 1, item.p1
-            for part in parts:
+            for part in _wire(parts):
                 yield part
             if isinstance(item, KVChunk):
-                self._chunk_left(transfer)
-        for part in encoder.end(total):
+                loop.post(lambda engine: self._chunk_left(engine, transfer))
+        for part in _wire(encoder.end(transfer.total)):
             yield part
 
-    async def _next(self, transfer: _Transfer, total: int) -> _Item:
+    async def _next(self, transfer: _Transfer) -> _Item:
         """The next item, or a repeated progress when nothing happened for a while."""
         try:
-            async with asyncio.timeout(KEEP_ALIVE_S):
+            async with asyncio.timeout(HEARTBEAT_S):
                 return await transfer.outbox.get()
         except TimeoutError:
-            return PromptProgress(transfer.request_id, transfer.done, total)
+            return PromptProgress(transfer.served_id, transfer.done, transfer.total)
 
-    def _chunk_left(self, transfer: _Transfer) -> None:
+    def _start(self, engine: Engine, transfer: _Transfer) -> None:
+        """Engine thread."""
+        request = transfer.request
+        engine.serve(ServedPrompt(transfer.served_id, tuple(request.ids), request.start))
+        self._serving = transfer
+
+    def _chunk_left(self, engine: Engine, transfer: _Transfer) -> None:
+        """Engine thread."""
         transfer.chunks_out -= 1
-        if transfer.chunks_out == MAX_CHUNKS_OUT - 1:
-            self._loop.post(lambda engine: engine.hold_served(False))
+        if transfer is self._serving and transfer.chunks_out < MAX_CHUNKS_OUT:
+            engine.hold_served(False)
+
+
+def _wire(parts: Iterable[Buffer]) -> list[bytes | memoryview]:
+    return [bytes(part) if isinstance(part, bytearray) else part for part in parts]

@@ -93,7 +93,7 @@ class KeyRing:
         return claims
 
     def transfer_key(self, ticket: str) -> bytes:
-        """The key of the transfer that a prefill ticket allows: both ends hold the ticket, nobody else can derive it."""
+        """The key of the transfer that a prefill ticket allows: both ends hold the ticket and the cluster key."""
         kid, _ = self._authentic(ticket)
         return _mac(self.keys[kid], "transfer", ticket)
 
