@@ -388,8 +388,9 @@ def run(
     """Run to the end. Without a meter its output is shown; with one its output goes to the meter and the log."""
     full = {**os.environ, **(environ or {})}
     full.pop("PYTHONPATH", None)
+    tail: list[str] = []
     if meter is None:
-        status, tail = subprocess.run(command, env=full, cwd=ROOT, check=False).returncode, []
+        status = subprocess.run(command, env=full, cwd=ROOT, check=False).returncode
     else:
         status, tail = _watched(command, full, log, meter)
     if status:

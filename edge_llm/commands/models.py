@@ -13,6 +13,7 @@ from edge_llm.catalogue.gguf import ModelCard, read_card
 from edge_llm.catalogue.manifest import ModelEntry, load_manifest, record_pin
 from edge_llm.catalogue.resolve import find, resolve
 from edge_llm.commands.progress import progress
+from edge_llm.config import DEFAULT_MODEL
 from edge_llm.errors import ChecksumMismatch
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -52,9 +53,9 @@ def show(model: str, as_json: bool) -> None:
 
 
 @models.command()
-@click.argument("model")
+@click.argument("model", default=DEFAULT_MODEL)
 def pull(model: str) -> None:
-    """Fetch MODEL, verify it, install it."""
+    """Fetch MODEL (the default one when none is named), verify it, install it."""
     entry = find(model)
     with progress(entry.file, is_bytes=True) as report:
         path = fetch(entry, report)

@@ -1,0 +1,59 @@
+# Everything starts here, on a bare Debian machine with Python 3.11+ and a C++ compiler:
+#   make up      set up what is missing, then run the local cluster in the foreground
+#   make test    set up what is missing, then run every check
+# Set-up is edge_llm/bootstrap.py; it does nothing when there is nothing to do.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SETUP = $(PYTHON) -I edge_llm/bootstrap.py
+
+.PHONY: help up test lint types unit verify lock reference-tools setup setup-dev clean
+
+help:
+	@echo "make up               set up, then run a local cluster (ARGS='--port 9000' passes options on)"
+	@echo "make test             set up, then run every check"
+	@echo "make verify           measure on this machine how exact this build is (ARGS='--model NAME')"
+	@echo "make reference-tools  build llama.cpp's own tools to compare with"
+	@echo "make lock             resolve pyproject.toml again into the lock files"
+	@echo "make clean            remove the environment and caches of this folder (not the user's cache)"
+
+setup:
+	@$(SETUP)
+
+setup-dev:
+	@$(SETUP) --dev
+
+up: setup
+	@exec $(BIN)/edge-llm up $(ARGS)
+
+test: setup-dev lint types unit
+
+lint:
+	$(BIN)/ruff check edge_llm tests
+	$(BIN)/ruff format --check edge_llm tests
+	$(BIN)/lint-imports
+
+types:
+	$(BIN)/mypy --strict edge_llm tests
+
+unit:
+	$(BIN)/pytest $(ARGS)
+
+verify: setup
+	$(BIN)/edge-llm verify $(ARGS)
+
+reference-tools: setup
+	$(BIN)/edge-llm bench reference-tools
+
+# The files name no index: whoever installs uses an index of their own, the hashes say whether it gave the right bytes.
+LOCK = $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-emit-find-links \
+	--custom-compile-command "make lock" pyproject.toml --extra setup
+
+lock: setup-dev
+	$(LOCK) --output-file requirements.lock
+	$(LOCK) --extra dev --constraint requirements.lock --output-file requirements-dev.lock
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist
+	find edge_llm tests -name __pycache__ -type d -prune -exec rm -rf {} +
