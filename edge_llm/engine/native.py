@@ -105,13 +105,18 @@ def _repack_buffer_type() -> int | None:
     return None
 
 
-def _overrides(lib: Any, tensor_names: Sequence[str]) -> Any:
+class _BufferOverride(ctypes.Structure):
+    """llama_model_tensor_buft_override, which llama-cpp-python 0.3.36 leaves out."""
+
+    _fields_ = [("pattern", ctypes.c_char_p), ("buft", ctypes.c_void_p)]
+
+
+def _overrides(tensor_names: Sequence[str]) -> Any:
     """tensor_buft_overrides that put exactly `tensor_names` into CPU_REPACK, or None."""
     buffer_type = _repack_buffer_type()
     if not tensor_names or buffer_type is None:
         return None
-    entry = lib.llama_model_tensor_buft_override
-    table = (entry * (len(tensor_names) + 1))()
+    table = (_BufferOverride * (len(tensor_names) + 1))()  # the last one stays empty: end of list
     for row, name in zip(table, tensor_names, strict=False):
         row.pattern = f"^{re.escape(name)}$".encode()
         row.buft = buffer_type
@@ -129,9 +134,9 @@ class NativeModel:
         params.n_gpu_layers = 0
         params.vocab_only = vocab_only
         params.use_extra_bufts = policy == "fast"
-        self._table = _overrides(lib, repacked) if policy == "exact" else None
+        self._table = _overrides(repacked) if policy == "exact" else None
         if self._table is not None:
-            params.tensor_buft_overrides = ctypes.cast(self._table, type(params.tensor_buft_overrides))
+            params.tensor_buft_overrides = ctypes.cast(self._table, ctypes.c_void_p)
         self.pointer = lib.llama_model_load_from_file(os.fsencode(path), params)
         if not self.pointer:
             raise EngineFailed(
