@@ -92,7 +92,8 @@ def cases(count: int, chunk_tokens: int, seed: int = 0) -> list[Case]:
     made = []
     for number in range(count):
         kind = number % 4
-        sampled = {} if number % 2 else {"temperature": 0.8, "top_p": 0.95, "top_k": 40, "min_p": 0.02, "seed": number}
+        # every exact length comes greedy and sampled
+        sampled = {} if number // 40 % 2 else {"temperature": 0.8, "top_p": 0.95, "top_k": 40, "min_p": 0.02, "seed": number}
         body: dict[str, Any] = {"temperature": 0, "max_tokens": 12 + number % 13} | sampled
         if kind < 2:
             length = exact[(number // 4) % len(exact)] if kind == 0 else rng.randrange(17, 400)
@@ -118,12 +119,21 @@ def _text(rng: random.Random, words: int) -> str:
 
 
 async def prove(
-    url: str, model: str, every: Sequence[Case], on_done: Callable[[int, int], None] = lambda done, total: None
+    url: str,
+    model: str | None,
+    cases_for: Callable[[int], Sequence[Case]],
+    on_done: Callable[[int, int], None] = lambda done, total: None,
 ) -> Proof:
-    """Run all cases three ways against the gateway at `url` and compare token ids."""
-    proof, total = Proof(prompts=len(every)), 3 * len(every)
+    """Run all cases three ways against the gateway at `url` and compare token ids.
+
+    `cases_for` makes the cases for the cluster's chunk size; `model` None means its only one.
+    """
     timeout = aiohttp.ClientTimeout(total=None, sock_read=600)
     async with aiohttp.ClientSession(url, timeout=timeout) as session:
+        node = await _decode_node(session)
+        model = model or str(node["model"])
+        every = cases_for(int(node["chunk_tokens"]))
+        proof, total = Proof(prompts=len(every)), 3 * len(every)
         whole = [await _counted(_ask(session, model, case, "local"), on_done, n, total) for n, case in enumerate(every)]
         alone = [
             await _counted(_ask(session, model, case, "split"), on_done, len(every) + n, total)
@@ -191,6 +201,12 @@ def _compare(case: Case, way: str, reference: Answer, answer: Answer, proof: Pro
     # a prompt of one token has nothing to prefill elsewhere
     if answer.prompt_tokens > 1 and (answer.mode != "split" or answer.prefill_node == answer.decode_node):
         proof.unproven.append(f"{case.name}, {way}: ran {answer.mode} on {answer.decode_node}")
+
+
+async def _decode_node(session: aiohttp.ClientSession) -> dict[str, Any]:
+    async with session.get("/cluster") as reply:
+        nodes = (await reply.json())["nodes"]
+    return dict(next(node for node in nodes if node["role"] != "prefill"))
 
 
 async def _check_meetings(session: aiohttp.ClientSession, proof: Proof) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import click
 
+from edge_llm.commands.theorem import theorem
 from edge_llm.config import DEFAULT_MODEL
 
 THRESHOLD_FAILED: Final = 3
@@ -165,6 +166,9 @@ def _finish(
         sys.exit(1)
     if misses:
         sys.exit(THRESHOLD_FAILED)
+
+
+bench.add_command(theorem)
 
 
 def _print(figures: dict[str, Any], indent: str = "") -> None:

@@ -91,7 +91,7 @@ class Supervisor:
         workers = []
         for number, role in enumerate(roles):
             name = f"{role}-{roles[:number].count(role) + 1}"
-            port = _free_port()
+            port = free_port()
             arguments = ["serve", "worker", "--role", role, "--name", name, "--port", str(port)]
             arguments += ["--model", model, "--threads", str(threads), "--threads-batch", str(threads)]
             mine = tuple(cores[(number * threads + i) % len(cores)] for i in range(threads)) if config.pin else ()
@@ -198,7 +198,7 @@ def check_port_free(port: int) -> None:
             raise ConfigError(f"port {port} is in use: choose another with --port, or `edge-llm down` first") from error
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind((LOOPBACK, 0))
         port: int = probe.getsockname()[1]
