@@ -1,7 +1,8 @@
 """The worker's HTTP: routes, tickets, limits, errors. Mounts role prefill, role decode or both on one engine.
 
-Owns the edge: who may call what, how large a body may be, how errors look. Every route needs a ticket unless it is in
-PUBLIC. Refuses to know how prompts are computed (prefill.py), adopted (decode.py) and who the gateways are.
+Owns the edge: who may call what, how large a body may be, how errors look. `gate` runs before every route and denies by
+default: the ticket is verified before a byte of the body is read; only PUBLIC paths need none. Refuses to know how
+prompts are computed (prefill.py), adopted (decode.py) and who the gateways are.
 """
 
 from __future__ import annotations
@@ -9,24 +10,32 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from typing import Final
+from dataclasses import dataclass
+from typing import Final, get_args
 
-import aiohttp
 import structlog
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import StreamingResponse
+from fastapi import Depends, FastAPI, Request, Response
 
 import edge_llm
 from edge_llm.config import WorkerConfig
 from edge_llm.engine.engine import Engine, EngineFacts, Step, Vocabulary
-from edge_llm.errors import EdgeLLMError, EngineFailed, InvalidRequest, Overloaded, PayloadTooLarge, Unauthorized
-from edge_llm.kv.frames import Buffer
+from edge_llm.errors import (
+    ContextTooLong,
+    EdgeLLMError,
+    EngineFailed,
+    InvalidRequest,
+    Overloaded,
+    PayloadTooLarge,
+    Unauthorized,
+    WorkerError,
+)
 from edge_llm.worker.decode import DecodeRole
 from edge_llm.worker.loop import EngineLoop
 from edge_llm.worker.messages import (
+    MAX_TOKENS_IN_MESSAGE,
     CancelReply,
     CancelRequest,
     DecodeReply,
@@ -44,11 +53,17 @@ from edge_llm.worker.messages import (
 )
 from edge_llm.worker.outbox import Outboxes
 from edge_llm.worker.prefill import PrefillRole
+from edge_llm.worker.pull import Puller
+from edge_llm.worker.stream import ClosingStream
 from edge_llm.worker.tickets import Claims, KeyRing, Operation, ReplayGuard, body_digest, ticket_of
 
 PUBLIC: Final = frozenset({"/healthz", "/readyz"})
+_OPERATIONS: Final[Mapping[str, Operation]] = {f"/{operation}": operation for operation in get_args(Operation)}
 MAX_BODY_BYTES: Final = 16 << 20
+BODY_S: Final = 30.0
+MAX_TOKENIZING: Final = 64
 _SWEEP_S: Final = 1.0
+_DRAIN_POLL_S: Final = 0.05
 log = structlog.get_logger()
 
 
@@ -68,10 +83,11 @@ class Worker:
         self._engine, self._vocabulary = engine, vocabulary
         self._wall_clock, self._monotonic = wall_clock, monotonic
         self._replays = ReplayGuard()
-        self._tokenizing = ThreadPoolExecutor(1, "tokenize")
-        self.loop = EngineLoop(engine)
+        self._tokenizer = ThreadPoolExecutor(1, "tokenize")
+        self._tokenizing = 0
+        self.prefill = PrefillRole(lambda: self.facts)
+        self.loop = EngineLoop(engine, self.prefill.watch)
         self.outboxes = Outboxes(monotonic, config.gateway_lease_s)
-        self.prefill = PrefillRole(self.loop, lambda: self.facts)
         self.decode: DecodeRole | None = None
         self.is_draining = False
         self.on_death: Callable[[], None] = lambda: None
@@ -94,13 +110,12 @@ class Worker:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Start the engine thread and the sweeper; stop both."""
-        timeout = aiohttp.ClientTimeout(total=None)
-        async with aiohttp.ClientSession(timeout=timeout, auto_decompress=False) as session:
+        async with Puller(self._monotonic) as puller:
             if self.facts.slots:
                 self.decode = DecodeRole(
                     self.loop,
                     lambda: self.facts,
-                    session,
+                    puller,
                     self.keys,
                     self.outboxes,
                     self.config.allowed_peers,
@@ -115,31 +130,54 @@ class Worker:
                 sweeper.cancel()
                 with suppress(asyncio.CancelledError):
                     await sweeper
-                await self.loop.stop()
-                self._tokenizing.shutdown(wait=False, cancel_futures=True)
-                await asyncio.to_thread(self._engine.close)
+                await self._stop()
+
+    async def _stop(self) -> None:
+        self.outboxes.close()
+        if self.decode is not None:
+            await self.decode.close()
+        is_idle = await self.loop.stop()
+        await asyncio.to_thread(self._tokenizer.shutdown, cancel_futures=True)
+        if is_idle:
+            await asyncio.to_thread(self._engine.close)
+        else:
+            log.error("the engine is stuck in a call; the process ends without freeing it")
 
     async def drain(self) -> None:
-        """Not ready from now on; wait, bounded, until running sequences are done."""
+        """Not ready from now on; wait, bounded, until running sequences are done and their tokens have left."""
         self.is_draining = True
-        deadline_s = self._monotonic() + self.config.drain_s
-        while self.decode and self.decode.sequences_running and self._monotonic() < deadline_s:
-            await asyncio.sleep(0.05)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.config.drain_s):
+                while self._is_busy:  # noqa: ASYNC110 - once per process: no need for an event in every role
+                    await asyncio.sleep(_DRAIN_POLL_S)
+        self.outboxes.close()
 
-    def authorize(self, request: Request, operation: Operation, body: bytes) -> Claims:
-        """The claims of the caller's ticket, bound to this body. Raises Unauthorized."""
-        now_s = self._wall_clock()
+    @property
+    def _is_busy(self) -> bool:
+        return bool(self.prefill.admitted or (self.decode is not None and self.decode.sequences_running))
+
+    async def admit(self, request: Request, operation: Operation) -> Admitted:
+        """What the caller may do, and the body that says so. Raises Unauthorized, PayloadTooLarge, Overloaded."""
         ticket = ticket_of(request.headers.get("authorization"))
-        claims = self.keys.verify(ticket, self.config.name, operation, now_s)
+        claims = self.keys.verify(ticket, self.config.name, operation, self._wall_clock())
+        body = await read_body(request)
+        # a prefill ticket is carried by a decode worker, whose body the gateway has not seen: the ids are bound
+        # instead (PrefillRole.check)
         if operation != "prefill" and claims.body_sha256 != (body_digest(body) if body else ""):
             raise Unauthorized("the ticket is for another body")
-        self._replays.use(claims, now_s)
-        return claims
+        self._replays.use(claims, self._wall_clock())
+        return Admitted(claims, ticket, body)
 
     async def tokenize(self, request: TokenizeRequest) -> TokenizeReply:
         if (request.messages is None) == (request.text is None):
             raise InvalidRequest("send either messages or text", param="messages")
-        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, self._tokenize, request)
+        if self._tokenizing >= MAX_TOKENIZING:
+            raise Overloaded(f"{MAX_TOKENIZING} texts wait to be tokenized on worker {self.config.name}")
+        self._tokenizing += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._tokenizer, self._tokenize, request)
+        finally:
+            self._tokenizing -= 1
 
     def _tokenize(self, request: TokenizeRequest) -> TokenizeReply:
         vocabulary = self._vocabulary
@@ -151,6 +189,10 @@ class Worker:
             ids = vocabulary.tokenize(text, add_special=False, parse_special=True)
         else:
             ids = vocabulary.tokenize(request.text or "", add_special=True, parse_special=True)
+        if len(ids) > MAX_TOKENS_IN_MESSAGE:
+            raise ContextTooLong(
+                f"the prompt has {len(ids)} tokens, this worker's context {self.facts.n_ctx}", param="messages"
+            )
         return TokenizeReply(ids=ids, stop_ids=sorted(vocabulary.stop_ids))
 
     def status(self) -> WorkerStatus:
@@ -209,6 +251,7 @@ class Worker:
         self.prefill.on_death(error)
         if self.decode is not None:
             self.decode.on_death(error)
+        self.outboxes.close()
         self.on_death()
 
     async def _sweep(self) -> None:
@@ -219,6 +262,31 @@ class Worker:
                     self.decode.drop_gateway(gateway)
 
 
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """A call that `gate` let in."""
+
+    claims: Claims
+    ticket: str
+    body: bytes
+
+
+async def gate(request: Request) -> None:
+    """Runs before every route of a worker. The operation a ticket must name is the route's own path."""
+    if request.url.path in PUBLIC:
+        return
+    worker: Worker = request.app.state.worker
+    operation = _OPERATIONS.get(request.url.path)
+    if operation is None:
+        raise Unauthorized("no ticket allows this route")
+    request.state.admitted = await worker.admit(request, operation)
+
+
+def _admitted(request: Request) -> Admitted:
+    admitted: Admitted = request.state.admitted
+    return admitted
+
+
 def create_app(worker: Worker) -> FastAPI:
     """Routes only: each parses, calls one function, answers."""
 
@@ -227,11 +295,16 @@ def create_app(worker: Worker) -> FastAPI:
         async with worker.running():
             yield
 
-    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, dependencies=[Depends(gate)])
+    app.state.worker = worker
 
     @app.exception_handler(EdgeLLMError)
     async def on_error(_request: Request, error: EdgeLLMError) -> Response:
         return error_reply(error)
+
+    @app.exception_handler(Exception)
+    async def on_bug(_request: Request, error: Exception) -> Response:
+        return error_reply(WorkerError(f"worker {worker.config.name} failed: {type(error).__name__}; see its log"))
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
@@ -242,71 +315,66 @@ def create_app(worker: Worker) -> FastAPI:
         return Response("ready" if worker.is_ready else "not ready", 200 if worker.is_ready else 503)
 
     @app.get("/status")
-    async def status(request: Request) -> Response:
-        worker.authorize(request, "status", b"")
+    async def status() -> Response:
         return _reply(worker.status())
 
     @app.get("/events")
-    async def events(request: Request, gateway: str = "") -> Response:
-        worker.authorize(request, "events", b"")
+    async def events(gateway: str = "") -> Response:
         if not 0 < len(gateway) <= 128:
             raise InvalidRequest("name the gateway: /events?gateway=NAME", param="gateway")
-        return StreamingResponse(worker.outboxes.stream(gateway), media_type="application/x-ndjson")
+        worker.outboxes.open(gateway)
+        return ClosingStream(worker.outboxes.stream(gateway), "application/x-ndjson")
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Response:
-        body = await read_body(request)
-        worker.authorize(request, "tokenize", body)
-        return _reply(await worker.tokenize(decode(TokenizeRequest, body)))
+        return _reply(await worker.tokenize(decode(TokenizeRequest, _admitted(request).body)))
 
     @app.post("/decode")
     async def decode_route(request: Request) -> Response:
-        body = await read_body(request)
-        claims = worker.authorize(request, "decode", body)
-        _refuse_when_draining(worker)
+        admitted = _admitted(request)
+        _refuse_unless_ready(worker)
         if worker.decode is None:
             raise InvalidRequest(f"worker {worker.config.name} has role prefill and decodes nothing")
-        worker.decode.accept(decode(DecodeRequest, body), claims)
+        worker.decode.accept(decode(DecodeRequest, admitted.body), admitted.claims)
         return _reply(DecodeReply(), 202)
 
     @app.post("/cancel")
     async def cancel(request: Request) -> Response:
-        body = await read_body(request)
-        worker.authorize(request, "cancel", body)
-        message = decode(CancelRequest, body)
+        message = decode(CancelRequest, _admitted(request).body)
         found = worker.decode.cancel(message.request_id, message.epoch) if worker.decode else False
         return _reply(CancelReply(found=found))
 
     @app.post("/prefill")
     async def prefill(request: Request) -> Response:
-        body = await read_body(request)
-        claims = worker.authorize(request, "prefill", body)
-        _refuse_when_draining(worker)
-        message = decode(PrefillRequest, body)
-        worker.prefill.check(message, claims)
-        key = worker.keys.transfer_key(ticket_of(request.headers.get("authorization")))
-        return StreamingResponse(_as_bytes(worker.prefill.stream(message, key)), media_type="application/octet-stream")
+        admitted = _admitted(request)
+        _refuse_unless_ready(worker)
+        message = decode(PrefillRequest, admitted.body)
+        worker.prefill.check(message, admitted.claims)
+        key = worker.keys.transfer_key(admitted.ticket)
+        return ClosingStream(worker.prefill.stream(message, key, worker.loop), "application/octet-stream")
 
     return app
 
 
-async def _as_bytes(parts: AsyncIterator[Buffer]) -> AsyncIterator[bytes | memoryview]:
-    async for part in parts:
-        yield bytes(part) if isinstance(part, bytearray) else part
-
-
-def _refuse_when_draining(worker: Worker) -> None:
+def _refuse_unless_ready(worker: Worker) -> None:
     if not worker.is_ready:
         raise Overloaded(f"worker {worker.config.name} is draining or its engine is gone", retry_after_s=2.0)
 
 
 async def read_body(request: Request, limit: int = MAX_BODY_BYTES) -> bytes:
-    """The whole body, refused as soon as it is too large."""
+    """The whole body, refused as soon as it is, or says it is, too large."""
+    announced = request.headers.get("content-length", "")
+    if announced.isascii() and announced.isdigit() and int(announced) > limit:
+        raise PayloadTooLarge(f"the body is larger than {limit} bytes")
     data = bytearray()
-    async for part in request.stream():
-        data += part
-        if len(data) > limit:
-            raise PayloadTooLarge(f"the body is larger than {limit} bytes")
+    try:
+        async with asyncio.timeout(BODY_S):
+            async for part in request.stream():
+                data += part
+                if len(data) > limit:
+                    raise PayloadTooLarge(f"the body is larger than {limit} bytes")
+    except TimeoutError as late:
+        raise InvalidRequest(f"the body did not arrive within {BODY_S:.0f} s") from late
     return bytes(data)
 
 

@@ -1,8 +1,8 @@
 """How a gateway talks to one worker: signed calls with deadlines, errors as our own classes.
 
 Owns the HTTP of the gateway-worker contract (worker/messages.py). Refuses to know planning, sessions and KV.
-Every await has a deadline, redirects are not followed; a broken or silent connection is WorkerUnreachable, a reply that does not follow the
-protocol RemoteProtocolError, an error the worker names becomes the class of that code.
+Every await has a deadline, redirects are not followed; a broken or silent connection is WorkerUnreachable, a reply that
+does not follow the protocol RemoteProtocolError, an error the worker names becomes the class of that code.
 """
 
 from __future__ import annotations

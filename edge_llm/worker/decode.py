@@ -3,15 +3,15 @@
 Life of a request in this role:
 1. POST /decode with a ticket over the body: the slot and its cells are claimed before anything is fetched (202), or
    the request is refused (no slot: 503, does not fit: 400).
-2. With prefill candidates: bytes for the snapshot are reserved, then it is pulled chunk by chunk into place. A
-   candidate that fails is followed by the next, from the first missing position on.
-3. No candidate is left: the chunks that arrived stay, the rest of the prompt is computed here. KV of another model
-   or a refused restore: all of it is computed here.
+2. With prefill candidates: bytes for the snapshot are reserved, then it is pulled chunk by chunk into place
+   (worker/adopt.py, with all that can go wrong there).
+3. What did not arrive is computed here. A refused restore: all of it is computed here.
 4. The engine decodes; every step's tokens leave in one line per gateway. `prompted` precedes the first token.
 5. It ends with a finish reason, /cancel, a newer epoch of the same request, an engine error (`failed`), or because
    its gateway was gone for `gateway_lease_s`.
 
-Owns slots, sequences and the fallback order. Slots are given lowest first (llama.cpp splits batches with holes).
+Owns slots and sequences. Slots are given lowest first (llama.cpp splits batches with holes). A slot is free as soon as
+its `end` is posted: mail is read in order, so the next `begin` finds it empty.
 """
 
 from __future__ import annotations
@@ -23,29 +23,25 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
-import aiohttp
 import structlog
 
-from edge_llm.engine.engine import EngineFacts, Step
+from edge_llm.engine.engine import Engine, EngineFacts, Step
 from edge_llm.errors import (
     ContextTooLong,
     EdgeLLMError,
     InvalidRequest,
     Overloaded,
-    ProtocolError,
     RestoreRefused,
     Unauthorized,
     WorkerError,
 )
 from edge_llm.kv.codec import StateBlob
-from edge_llm.kv.frames import Chunk, End, Error, Header, Progress
-from edge_llm.kv.snapshot import Identity, check_compatible, ids_digest
 from edge_llm.request import Generation, SamplingParams
-from edge_llm.worker import messages
+from edge_llm.worker.adopt import Adopter, ByteBudget, PromptRecord, Wanted
 from edge_llm.worker.loop import EngineLoop
-from edge_llm.worker.messages import DecodeRequest, PrefillCandidate, PrefillRequest, PromptReport
+from edge_llm.worker.messages import DecodeRequest
 from edge_llm.worker.outbox import Outboxes
-from edge_llm.worker.pull import Expected, check_address, pull
+from edge_llm.worker.pull import Puller, check_address
 from edge_llm.worker.tickets import Claims, KeyRing
 
 log = structlog.get_logger()
@@ -53,38 +49,26 @@ _SMOOTHING: Final = 0.1
 
 
 @dataclass(slots=True)
-class _Prompt:
-    """How the prompt of one sequence comes to be; becomes a PromptReport."""
-
-    accepted_s: float
-    mode: messages.Mode = "local"
-    prefill_worker: str = ""
-    first_frame_s: float = 0.0
-    computed_s: float = 0.0
-    arrived_s: float = 0.0
-    adopt_s: float = 0.0
-    handoff_bytes: int = 0
-    overlapped_bytes: int = 0
-    restored_tokens: int = 0
-    is_same_class: bool = True
-    fallback: str | None = None
-
-
-@dataclass(slots=True)
 class _Running:
-    """A sequence that holds a slot, from claim to release."""
+    """A sequence that holds a slot, from claim to release. `is_begun` is set on the engine thread."""
 
     request: DecodeRequest
     generation: Generation
     slot: int
-    prompt: _Prompt
-    is_in_engine: bool = False
+    prompt: PromptRecord
+    is_posted: bool = False
+    is_begun: bool = False
     is_prompted: bool = False
     task: asyncio.Task[None] | None = field(default=None, repr=False)
 
     @property
     def request_id(self) -> str:
         return self.generation.request_id
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Positions that need KV before decoding."""
+        return len(self.generation.prompt_ids) + len(self.generation.delivered_ids) - 1
 
 
 class DecodeRole:
@@ -94,18 +78,20 @@ class DecodeRole:
         self,
         loop: EngineLoop,
         facts: Callable[[], EngineFacts],
-        session: aiohttp.ClientSession,
+        puller: Puller,
         keys: KeyRing,
         outboxes: Outboxes,
         allowed_peers: tuple[str, ...],
         name: str,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._loop, self._facts, self._session, self._keys = loop, facts, session, keys
-        self._outboxes, self._allowed_peers, self._name, self._clock = outboxes, allowed_peers, name, clock
+        self._loop, self._facts, self._outboxes = loop, facts, outboxes
+        self._allowed_peers, self._name, self._clock = allowed_peers, name, clock
+        self._adopter = Adopter(puller, keys, facts, clock)
         self._free = list(range(facts().slots))
         self._running: dict[str, _Running] = {}
-        self._adopting = _ByteBudget(max(1, facts().n_ctx * facts().kv_bytes_per_token))
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.adopting = ByteBudget(max(1, facts().n_ctx * facts().kv_bytes_per_token))
         self.decode_step_s = 0.0
         self.prompt_token_s = 0.0
         self.widest_rows = 0
@@ -120,68 +106,66 @@ class DecodeRole:
 
     @property
     def pending_prompt_tokens(self) -> int:
-        """Tokens of local prompts that are not computed yet."""
+        """Tokens of prompts that are to be computed here and are not."""
         waiting = (running for running in self._running.values() if not running.is_prompted)
-        return sum(len(running.generation.context_ids) for running in waiting if not running.request.candidates)
+        return sum(r.prompt_tokens for r in waiting if r.is_begun or not r.request.candidates)
 
     def accept(self, request: DecodeRequest, claims: Claims) -> None:
         """Claim a slot and start; raises what the caller must be told instead of 202."""
         generation = _generation(request)
-        facts = self._facts()
-        if generation.cells > facts.n_ctx:
-            raise ContextTooLong(
-                f"the prompt has {len(generation.prompt_ids)} tokens and max_tokens is {generation.max_tokens}: "
-                f"together more than this worker's context of {facts.n_ctx}",
-                param="max_tokens",
-            )
-        for candidate in request.candidates:
-            if claims.peers.get(candidate.worker) != candidate.address:
-                raise Unauthorized(f"the ticket does not name prefill worker {candidate.worker} at that address")
-            check_address(candidate.address, self._allowed_peers)
+        self._check(request, generation, claims)
+        self._outboxes.open(request.gateway)
         self._replace_older(request)
         if not self._free:
-            raise Overloaded(f"all {facts.slots} slots of worker {self._name} are taken")
-        running = _Running(request, generation, heapq.heappop(self._free), _Prompt(self._clock()))
+            raise Overloaded(f"all {self._facts().slots} slots of worker {self._name} are taken")
+        running = _Running(request, generation, heapq.heappop(self._free), PromptRecord(self._clock()))
         self._running[request.request_id] = running
         running.task = asyncio.create_task(self._run(running), name=f"decode {request.request_id}")
+        self._tasks.add(running.task)
+        running.task.add_done_callback(self._tasks.discard)
+        log.info(
+            "accepted",
+            request_id=request.request_id,
+            epoch=request.epoch,
+            slot=running.slot,
+            prompt_tokens=len(generation.context_ids),
+            candidates=[candidate.worker for candidate in request.candidates],
+        )
 
     def cancel(self, request_id: str, epoch: int) -> bool:
         """Free what a request holds, within one micro-batch. False: nothing of that epoch or older runs here."""
         running = self._running.get(request_id)
         if running is None or running.request.epoch > epoch:
             return False
+        log.info("cancelled", request_id=request_id, epoch=epoch)
         self._drop(running)
         return True
 
     def drop_gateway(self, gateway: str) -> None:
         """Free everything of a gateway that is gone."""
         for running in [running for running in self._running.values() if running.request.gateway == gateway]:
-            log.info("gateway gone, sequence dropped", request_id=running.request_id, gateway=gateway)
+            log.warning("gateway gone, sequence dropped", request_id=running.request_id, gateway=gateway)
             self._drop(running)
 
     def on_step(self, step: Step) -> None:
         """Deliver one step: prompts that became whole, tokens, failures."""
-        if step.decoded_rows:
-            self.widest_rows = max(self.widest_rows, step.decoded_rows)
-            self.decode_step_s += (
-                _SMOOTHING * (step.decode_s - self.decode_step_s) if self.decode_step_s else step.decode_s
-            )
-        if step.prompt_tokens:
-            token_s = step.prompt_s / step.prompt_tokens
-            self.prompt_token_s += _SMOOTHING * (token_s - self.prompt_token_s) if self.prompt_token_s else token_s
+        self._measure(step)
         for progress in step.progress:
-            self._on_progress(progress.request_id, progress.done, progress.total, step.prompt_s)
+            self._on_progress(progress.request_id, progress.done, progress.total)
         for event in step.events:
             running = self._running.get(event.request_id)
             if running is None or running.request.epoch != event.epoch:
                 continue
-            if not running.is_prompted:
-                self._report(running)
+            self._report(running)
             self._outboxes.add_token(running.request.gateway, event)
             if event.finish_reason is not None:
+                log.info(
+                    "finished", request_id=event.request_id, tokens=event.index + 1, finish_reason=event.finish_reason
+                )
                 self._release(running)
         for failure in step.failures:
-            if (running := self._running.get(failure.request_id)) is not None:
+            running = self._running.get(failure.request_id)
+            if running is not None and running.is_begun:
                 self._fail(running, failure.error)
         self._outboxes.flush()
 
@@ -190,13 +174,20 @@ class DecodeRole:
             self._fail(running, error)
         self._outboxes.flush()
 
+    async def close(self) -> None:
+        """Drop everything and wait until no task of this role is left."""
+        for running in list(self._running.values()):
+            self._fail(running, WorkerError(f"worker {self._name} is stopping"))
+        self._outboxes.flush()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
     # -- one sequence
 
     async def _run(self, running: _Running) -> None:
         """Top of a sequence's task: obtain the prompt, hand the sequence to the engine."""
         try:
-            async with self._adopting.reserved(self._snapshot_bytes(running)):
-                snapshot = await self._pull_prompt(running)
+            async with self.adopting.reserved(self._snapshot_bytes(running)):
+                snapshot = await self._adopter.fetch(self._wanted(running), running.prompt)
                 await self._begin(running, snapshot)
         except EdgeLLMError as error:
             self._fail(running, error)
@@ -206,128 +197,91 @@ class DecodeRole:
         self._outboxes.flush()
 
     def _snapshot_bytes(self, running: _Running) -> int:
-        tokens = len(running.generation.context_ids) - 1
-        return tokens * self._facts().kv_bytes_per_token if running.request.candidates else 0
+        layout = self._facts().layout
+        if layout is None or not running.request.candidates or running.prompt_tokens < 1:
+            return 0
+        return layout.size(running.prompt_tokens)
 
-    async def _pull_prompt(self, running: _Running) -> StateBlob | None:
-        """The snapshot, as far as it arrived; None when nothing usable did."""
-        facts, tokens = self._facts(), len(running.generation.context_ids) - 1
-        if not running.request.candidates or tokens < 1:
-            return None
-        if facts.layout is None:
-            running.prompt.fallback = f"computed unsplit: {facts.split_reason}"
-            return None
-        snapshot = StateBlob(facts.layout, tokens, running.slot)
-        reasons: list[str] = []
-        for candidate in running.request.candidates:
-            try:
-                await self._pull_from(candidate, running, snapshot)
-                break
-            except (WorkerError, ProtocolError, Overloaded, Unauthorized) as error:
-                log.warning(
-                    "prefill candidate failed", request_id=running.request_id, worker=candidate.worker, code=error.code
-                )
-                reasons.append(f"{candidate.worker}: {error.code} after {snapshot.filled_to} of {tokens} tokens")
-        if not snapshot.is_complete:
-            reasons.append("the rest was computed here")
-        if reasons:
-            running.prompt.fallback = "; ".join(reasons)
-        return snapshot if snapshot.filled_to else None
+    def _wanted(self, running: _Running) -> Wanted:
+        def on_progress(done: int, total: int) -> None:
+            self._outboxes.add_progress(running.request.gateway, running.generation, done, total)
+            self._outboxes.flush()
 
-    async def _pull_from(self, candidate: PrefillCandidate, running: _Running, snapshot: StateBlob) -> None:
-        facts, ids, prompt = self._facts(), running.generation.context_ids, running.prompt
-        start = snapshot.filled_to
-        request = PrefillRequest(
-            request_id=running.request_id, ids=list(ids), start=start, compatibility=facts.identity.compatibility
-        )
-        expected = Expected(facts.kv_bytes_per_token, snapshot.n_tokens, start, ids_digest(ids))
-        key = self._keys.transfer_key(candidate.ticket)
-        v_layout = facts.v_layout
-        async for event in pull(self._session, candidate, request, key, expected):
-            match event:
-                case Header():
-                    prompt.is_same_class &= self._check_identity(event)
-                    v_layout = event.v_layout
-                    prompt.first_frame_s = prompt.first_frame_s or self._clock()
-                case Chunk():
-                    snapshot.place(event.p0, event.p1, event.payload, v_layout)
-                    prompt.mode, prompt.prefill_worker = "split", candidate.worker
-                    prompt.handoff_bytes += len(event.payload)
-                    prompt.arrived_s = self._clock()
-                case Progress():
-                    if event.done == event.total:
-                        prompt.computed_s, prompt.overlapped_bytes = self._clock(), prompt.handoff_bytes
-                    self._outboxes.add_progress(running.request.gateway, running.generation, event.done, event.total)
-                case Error():
-                    raise WorkerError(f"prefill worker {candidate.worker}: {event.message}")
-                case End():
-                    return
-
-    def _check_identity(self, header: Header) -> bool:
-        ours = self._facts().identity
-        return check_compatible(ours, Identity(header.compatibility, header.exactness_class))
+        generation = running.generation
+        return Wanted(generation.request_id, generation.context_ids, tuple(running.request.candidates), on_progress)
 
     async def _begin(self, running: _Running, snapshot: StateBlob | None) -> None:
         """Hand over to the engine; a refused restore is computed here instead."""
-        prompt, started_s = running.prompt, self._clock()
         try:
-            restored = await self._enter(running, snapshot)
+            await self._enter(running, snapshot)
         except RestoreRefused as error:
             log.warning("restore refused", request_id=running.request_id, message=error.message)
-            prompt.fallback, prompt.mode = f"{error.code}: computed here", "local"
-            restored = await self._enter(running, None)
-        prompt.adopt_s = self._clock() - started_s
-        prompt.restored_tokens = restored
-        if restored == len(running.generation.context_ids) - 1:
+            running.prompt.refused(f"{error.code}: computed here")
+            await self._enter(running, None)
+        if running.prompt.restored_tokens == running.prompt_tokens:
             self._report(running)
 
-    async def _enter(self, running: _Running, snapshot: StateBlob | None) -> int:
+    async def _enter(self, running: _Running, snapshot: StateBlob | None) -> None:
+        posted_s = self._clock()
         # set before the call: a cancellation that comes while the letter waits must still empty the slot
-        running.is_in_engine = True
-        return await self._loop.call(lambda engine: engine.begin(running.slot, running.generation, snapshot))
+        running.is_posted = True
+
+        def begin(engine: Engine) -> None:
+            # noted here, because the first token may be delivered before the caller's task runs again
+            running.prompt.restored_tokens = engine.begin(running.slot, running.generation, snapshot)
+            running.prompt.adopt_s = self._clock() - posted_s if snapshot is not None else 0.0
+            running.is_begun = True
+
+        await self._loop.call(begin)
 
     # -- what leaves
 
-    def _on_progress(self, request_id: str, done: int, total: int, call_s: float) -> None:
-        """A local prompt advanced by a call of `call_s`."""
+    def _measure(self, step: Step) -> None:
+        if step.decoded_rows:
+            self.widest_rows = max(self.widest_rows, step.decoded_rows)
+            self.decode_step_s = _smoothed(self.decode_step_s, step.decode_s)
+        if step.prompt_tokens:
+            self.prompt_token_s = _smoothed(self.prompt_token_s, step.prompt_s / step.prompt_tokens)
+
+    def _on_progress(self, request_id: str, done: int, total: int) -> None:
         running = self._running.get(request_id)
-        if running is None or not running.is_in_engine:
+        if running is None or not running.is_begun:
             return
         self._outboxes.add_progress(running.request.gateway, running.generation, done, total)
-        prompt = running.prompt
-        prompt.first_frame_s = prompt.first_frame_s or max(prompt.accepted_s, self._clock() - call_s)
+        running.prompt.on_local_progress(done, total, self._clock())
         if done == total:
-            prompt.computed_s = self._clock()
+            self._report(running)
 
     def _report(self, running: _Running) -> None:
-        if running.is_prompted:
+        if running.is_prompted or self._running.get(running.request_id) is not running:
             return
         running.is_prompted = True
-        p, now_s = running.prompt, self._clock()
-        total = len(running.generation.context_ids) - 1
-        first_s = p.first_frame_s or now_s
-        computed_s = max(p.computed_s or now_s, first_s)
-        is_split = p.mode == "split"
-        report = PromptReport(
-            mode=p.mode,
-            prefill_worker=p.prefill_worker if is_split else self._name,
-            wait_ms=1e3 * (first_s - p.accepted_s),
-            prefill_ms=1e3 * (computed_s - first_s),
-            handoff_ms=1e3 * (max(0.0, p.arrived_s - computed_s) + p.adopt_s) if is_split else 0.0,
-            adopt_ms=1e3 * p.adopt_s,
-            handoff_bytes=p.handoff_bytes,
-            overlapped_bytes=p.overlapped_bytes,
-            restored_tokens=p.restored_tokens,
-            computed_tokens=total - p.restored_tokens,
-            is_same_class=p.is_same_class,
-            fallback=p.fallback,
-        )
+        report = running.prompt.report(running.prompt_tokens, self._name, self._clock())
         self._outboxes.add_prompted(running.request.gateway, running.generation, report)
 
     def _fail(self, running: _Running, error: EdgeLLMError) -> None:
         if self._running.get(running.request_id) is running:
+            log.warning("failed", request_id=running.request_id, code=error.code, message=error.message)
             self._outboxes.add_failed(running.request.gateway, running.generation, error)
             self._drop(running)
+
+    # -- slots
+
+    def _check(self, request: DecodeRequest, generation: Generation, claims: Claims) -> None:
+        facts = self._facts()
+        if generation.cells > facts.n_ctx:
+            raise ContextTooLong(
+                f"the prompt has {len(generation.prompt_ids)} tokens and max_tokens is {generation.max_tokens}: "
+                f"together more than this worker's context of {facts.n_ctx}",
+                param="max_tokens",
+            )
+        worst = max(generation.context_ids)
+        if worst >= facts.vocab_size:
+            raise InvalidRequest(f"token id {worst} is outside the vocabulary of {facts.vocab_size}", param="prompt")
+        for candidate in request.candidates:
+            if claims.peers.get(candidate.worker) != candidate.address:
+                raise Unauthorized(f"the ticket does not name prefill worker {candidate.worker} at that address")
+            check_address(candidate.address, self._allowed_peers)
 
     def _replace_older(self, request: DecodeRequest) -> None:
         """A newer epoch of a request takes the place of an older one; the same or an older epoch is refused."""
@@ -339,59 +293,22 @@ class DecodeRole:
         self._drop(running)
 
     def _drop(self, running: _Running) -> None:
-        """Forget a sequence now; its slot comes back when the engine has emptied it."""
+        """Forget a sequence now and end it in the engine."""
         if self._running.get(running.request_id) is not running:
             return
-        del self._running[running.request_id]
         if running.task is not None and running.task is not asyncio.current_task():
             running.task.cancel()
-        if not running.is_in_engine:
-            heapq.heappush(self._free, running.slot)
-            return
-        emptied = self._loop.interrupt_with(lambda engine: engine.end(running.slot))
-        asyncio.wrap_future(emptied).add_done_callback(lambda future: self._free_slot(future, running.slot))
-
-    def _free_slot(self, future: asyncio.Future[None], slot: int) -> None:
-        if not future.cancelled() and future.exception() is None:
-            heapq.heappush(self._free, slot)
+        if running.is_posted:
+            self._loop.interrupt_with(lambda engine: engine.end(running.slot))
+        self._release(running)
 
     def _release(self, running: _Running) -> None:
-        """The engine has already freed the slot of a finished answer."""
-        if self._running.pop(running.request_id, None) is not None:
-            heapq.heappush(self._free, running.slot)
+        del self._running[running.request_id]
+        heapq.heappush(self._free, running.slot)
 
 
-class _ByteBudget:
-    """At most `limit` bytes of snapshots at once; a single larger one may pass alone. First come, first served."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit, self._used = limit, 0
-        self._changed = asyncio.Condition()
-
-    def reserved(self, size: int) -> _Reservation:
-        return _Reservation(self, size)
-
-    async def take(self, size: int) -> None:
-        async with self._changed:
-            await self._changed.wait_for(lambda: not self._used or self._used + size <= self._limit)
-            self._used += size
-
-    async def give(self, size: int) -> None:
-        async with self._changed:
-            self._used -= size
-            self._changed.notify_all()
-
-
-@dataclass(slots=True)
-class _Reservation:
-    budget: _ByteBudget
-    size: int
-
-    async def __aenter__(self) -> None:
-        await self.budget.take(self.size)
-
-    async def __aexit__(self, *_: object) -> None:
-        await asyncio.shield(self.budget.give(self.size))
+def _smoothed(mean: float, sample: float) -> float:
+    return mean + _SMOOTHING * (sample - mean) if mean else sample
 
 
 def _generation(request: DecodeRequest) -> Generation:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -118,7 +118,7 @@ class Outboxes:
         for box in self._boxes.values():
             box.flush()
 
-    async def stream(self, gateway: str) -> AsyncIterator[bytes]:
+    async def stream(self, gateway: str) -> AsyncGenerator[bytes | memoryview, None]:
         """Lines for one connection of `gateway`, with heartbeats. Call `open` first."""
         box = self._box(gateway)
         box.connection += 1

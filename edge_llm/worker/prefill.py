@@ -25,7 +25,15 @@ from typing import Final
 import structlog
 
 from edge_llm.engine.engine import Engine, EngineFacts, KVChunk, PromptProgress, ServedPrompt, Step
-from edge_llm.errors import EdgeLLMError, IncompatibleKV, InvalidRequest, Overloaded, Unauthorized, WorkerError
+from edge_llm.errors import (
+    ContextTooLong,
+    EdgeLLMError,
+    IncompatibleKV,
+    InvalidRequest,
+    Overloaded,
+    Unauthorized,
+    WorkerError,
+)
 from edge_llm.kv.frames import Buffer, Chunk, Error, FrameEncoder, Header, Progress
 from edge_llm.kv.snapshot import ids_digest
 from edge_llm.worker.loop import EngineLoop
@@ -81,6 +89,8 @@ class PrefillRole:
     def check(self, request: PrefillRequest, claims: Claims) -> None:
         """Everything that can be refused before the first byte."""
         facts = self._facts_of()
+        if len(request.ids) - 1 > facts.n_ctx:
+            raise ContextTooLong(f"the prompt has {len(request.ids)} tokens, this worker's context {facts.n_ctx}")
         if claims.ids_sha256 != ids_digest(request.ids) or claims.request_id != request.request_id:
             raise Unauthorized("the ticket is for another prompt")
         if not facts.splits or not facts.serves_prompts:

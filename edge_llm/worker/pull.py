@@ -55,44 +55,51 @@ def check_address(address: str, networks: tuple[str, ...]) -> None:
         raise Unauthorized(f"peer address {address} is outside the allowed networks (setting allowed_peers)")
 
 
-async def pull(
-    session: aiohttp.ClientSession,
-    candidate: PrefillCandidate,
-    request: PrefillRequest,
-    key: bytes,
-    expected: Expected,
-    clock: Callable[[], float] = time.monotonic,
-) -> AsyncGenerator[Event, None]:
-    """Events of one transfer, up to and including End or Error. Close it when you stop early.
+class Puller:
+    """Pulls KV over one set of connections; use it as an async context."""
 
-    Raises WorkerUnreachable (no connection, stalled, broken), RemoteProtocolError, or the error that P answered with.
-    """
-    decoder = FrameDecoder(key, expected.kv_bytes_per_token, expected.n_tokens)
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=STALL_S)
-    where = f"prefill worker {candidate.worker} at {candidate.address}"
-    try:
-        async with session.post(
-            f"http://{candidate.address}/prefill",
-            data=encode(request),
-            headers=authorization(candidate.ticket),
-            timeout=timeout,
-            read_bufsize=_READ_BYTES,
-            allow_redirects=False,
-        ) as reply:
-            if reply.status != 200:
-                raise error_of(decode(ErrorReply, await _short_body(reply)), candidate.worker)
-            reached, advanced_s = -1, clock()
-            async for event in _events(reply.content, decoder):
-                _check(event, expected)
-                position = _position(event)
-                if position > reached:
-                    reached, advanced_s = position, clock()
-                elif clock() - advanced_s > ADVANCE_S:
-                    raise WorkerUnreachable(f"{where} got nowhere for {ADVANCE_S:.0f} s")
-                yield event
-    except (aiohttp.ClientError, TimeoutError, OSError) as error:
-        raise WorkerUnreachable(f"{where}: {error or type(error).__name__}") from error
-    decoder.eof()
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+
+    async def __aenter__(self) -> Puller:
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=STALL_S)
+        # no decompression: a few bytes of a hostile sender must not become many
+        self._session = aiohttp.ClientSession(timeout=timeout, auto_decompress=False, read_bufsize=_READ_BYTES)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._session.close()
+
+    async def pull(
+        self, candidate: PrefillCandidate, request: PrefillRequest, key: bytes, expected: Expected
+    ) -> AsyncGenerator[Event, None]:
+        """Events of one transfer, up to and including End or Error. Close it when you stop early.
+
+        Raises WorkerUnreachable (no connection, stalled, broken), RemoteProtocolError, or the error P answered with.
+        """
+        decoder = FrameDecoder(key, expected.kv_bytes_per_token, expected.n_tokens)
+        where = f"prefill worker {candidate.worker} at {candidate.address}"
+        try:
+            async with self._session.post(
+                f"http://{candidate.address}/prefill",
+                data=encode(request),
+                headers=authorization(candidate.ticket),
+                allow_redirects=False,
+            ) as reply:
+                if reply.status != 200:
+                    raise error_of(decode(ErrorReply, await _short_body(reply)), candidate.worker)
+                reached, advanced_s = -1, self._clock()
+                async for event in _events(reply.content, decoder):
+                    _check(event, expected)
+                    position = _position(event)
+                    if position > reached:
+                        reached, advanced_s = position, self._clock()
+                    elif self._clock() - advanced_s > ADVANCE_S:
+                        raise WorkerUnreachable(f"{where} got nowhere for {ADVANCE_S:.0f} s")
+                    yield event
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise WorkerUnreachable(f"{where}: {error or type(error).__name__}") from error
+        decoder.eof()
 
 
 async def _events(content: aiohttp.StreamReader, decoder: FrameDecoder) -> AsyncGenerator[Event, None]:

@@ -21,7 +21,7 @@ from typing import Final, Literal
 
 import msgspec
 
-from edge_llm.errors import ConfigError, Unauthorized
+from edge_llm.errors import ConfigError, Overloaded, Unauthorized
 
 LIFETIME_S: Final = 60.0
 MAX_SKEW_S: Final = 30.0
@@ -115,11 +115,13 @@ class ReplayGuard:
         self._seen: dict[str, float] = {}
 
     def use(self, claims: Claims, now_s: float) -> None:
-        """Raises Unauthorized when this ticket was used before, or when too many were used to tell."""
+        """Raises Unauthorized when this ticket was used before, Overloaded when too many were used to remember more."""
         if len(self._seen) >= MAX_NONCES:
             self._seen = {nonce: until for nonce, until in self._seen.items() if until > now_s}
-        if claims.nonce in self._seen or len(self._seen) >= MAX_NONCES:
+        if claims.nonce in self._seen:
             raise Unauthorized("the ticket was used before")
+        if len(self._seen) >= MAX_NONCES:
+            raise Overloaded(f"more than {MAX_NONCES} calls within two minutes", retry_after_s=LIFETIME_S)
         self._seen[claims.nonce] = claims.issued_s + LIFETIME_S + 2 * MAX_SKEW_S
 
 

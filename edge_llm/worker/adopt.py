@@ -1,0 +1,242 @@
+"""Obtaining a prompt's KV from prefill workers: candidates in order, chunks into place, what is missing computed here.
+
+Owns the order of fallbacks, the bytes reserved for snapshots and the report of how a prompt came to be. Refuses to know
+slots, gateways and the engine thread.
+
+Order: a candidate that fails is followed by the next one, which ships only what is missing but must compute from the
+start; when more than half is already here, or nobody is left, the rest is computed here. Chunks that arrived stay:
+they were authenticated one by one. KV of another model is never placed, so it leaves nothing to undo.
+
+Invariants: bytes of a snapshot are reserved before its first chunk; a snapshot holds positions [0, filled_to) of
+exactly the ids of its request; all times are readings of one monotonic clock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import structlog
+
+from edge_llm.engine.engine import EngineFacts
+from edge_llm.errors import EdgeLLMError
+from edge_llm.kv.codec import StateBlob
+from edge_llm.kv.frames import Chunk, End, Error, Header, Progress
+from edge_llm.kv.snapshot import Identity, VLayout, check_compatible, ids_digest
+from edge_llm.worker.client import error_of
+from edge_llm.worker.messages import ErrorReply, Mode, PrefillCandidate, PrefillRequest, PromptReport
+from edge_llm.worker.pull import BIG_BYTES, Expected, Puller
+from edge_llm.worker.tickets import KeyRing
+
+Result = TypeVar("Result")
+log = structlog.get_logger()
+
+
+@dataclass(slots=True)
+class PromptRecord:
+    """How the prompt of one sequence comes to be, while it does. `_s` fields are clock readings, 0: not yet."""
+
+    accepted_s: float
+    mode: Mode = "local"
+    prefill_worker: str = ""
+    first_frame_s: float = 0.0
+    computed_s: float = 0.0
+    arrived_s: float = 0.0
+    adopt_s: float = 0.0
+    handoff_bytes: int = 0
+    overlapped_bytes: int = 0
+    restored_tokens: int = 0
+    is_same_class: bool = True
+    fallback: str | None = None
+
+    def refused(self, reason: str) -> None:
+        """The engine did not take the snapshot: everything is computed here after all."""
+        self.mode, self.fallback, self.is_same_class = "local", reason, True
+
+    def on_local_progress(self, done: int, total: int, now_s: float) -> None:
+        self.first_frame_s = self.first_frame_s or now_s
+        if done == total:
+            self.computed_s = now_s
+
+    def report(self, total: int, own_name: str, now_s: float) -> PromptReport:
+        """The message; its docstring says what each figure means."""
+        first_s = self.first_frame_s or now_s
+        computed_s = max(self.computed_s or now_s, first_s)
+        is_split = self.mode == "split"
+        return PromptReport(
+            mode=self.mode,
+            prefill_worker=self.prefill_worker if is_split else own_name,
+            wait_ms=1e3 * (first_s - self.accepted_s),
+            prefill_ms=1e3 * (computed_s - first_s),
+            handoff_ms=1e3 * (max(0.0, self.arrived_s - computed_s) + self.adopt_s) if is_split else 0.0,
+            adopt_ms=1e3 * self.adopt_s,
+            handoff_bytes=self.handoff_bytes,
+            overlapped_bytes=self.overlapped_bytes,
+            restored_tokens=self.restored_tokens,
+            computed_tokens=total - self.restored_tokens,
+            is_same_class=self.is_same_class,
+            fallback=self.fallback,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A prompt to be fetched: KV of ids[:-1], from one of the candidates. `on_progress(done, total)` hears of it."""
+
+    request_id: str
+    ids: tuple[int, ...]
+    candidates: tuple[PrefillCandidate, ...]
+    on_progress: Callable[[int, int], None] = field(repr=False)
+
+    @property
+    def total(self) -> int:
+        return len(self.ids) - 1
+
+
+class ByteBudget:
+    """At most `limit` bytes of snapshots at once; a single larger one may pass alone. First come, first served."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._used = limit, 0
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    @property
+    def used_bytes(self) -> int:
+        return self._used
+
+    @asynccontextmanager
+    async def reserved(self, size: int) -> AsyncIterator[None]:
+        """Wait for room, hold it for the block. Nothing to reserve never waits."""
+        if size:
+            await self._take(size)
+        try:
+            yield
+        finally:
+            self._used -= size
+            self._wake()
+
+    async def _take(self, size: int) -> None:
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        place = (size, turn)
+        self._waiting.append(place)
+        self._wake()
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self._used -= size  # granted in the moment of cancellation
+            else:
+                self._waiting.remove(place)
+            self._wake()
+            raise
+
+    def _wake(self) -> None:
+        while self._waiting and (not self._used or self._used + self._waiting[0][0] <= self._limit):
+            size, turn = self._waiting.popleft()
+            self._used += size
+            turn.set_result(None)
+
+
+class Adopter:
+    """Fetches prompts for one decode worker."""
+
+    def __init__(
+        self,
+        puller: Puller,
+        keys: KeyRing,
+        facts: Callable[[], EngineFacts],
+        clock: Callable[[], float],
+    ) -> None:
+        self._puller, self._keys, self._facts, self._clock = puller, keys, facts, clock
+
+    async def fetch(self, wanted: Wanted, record: PromptRecord) -> StateBlob | None:
+        """The snapshot, cut to what arrived; None when nothing usable did."""
+        if not wanted.candidates or wanted.total < 1:
+            return None
+        layout = self._facts().layout
+        if layout is None:
+            record.fallback = f"computed unsplit: {self._facts().split_reason}"
+            return None
+        size = layout.size(wanted.total)
+        snapshot = await _off_loop(size, lambda: StateBlob(layout, wanted.total, 0))
+        reasons = await self._ask_in_turn(wanted, record, snapshot)
+        if not snapshot.is_complete:
+            reasons.append(f"{wanted.total - snapshot.filled_to} tokens were computed here")
+        if reasons:
+            record.fallback = "; ".join(reasons)
+        if snapshot.is_complete or not snapshot.filled_to:
+            return snapshot if snapshot.filled_to else None
+        # here, not on the engine thread, where it would make running streams wait
+        return await _off_loop(size, snapshot.truncated)
+
+    async def _ask_in_turn(self, wanted: Wanted, record: PromptRecord, snapshot: StateBlob) -> list[str]:
+        """Ask candidates until the snapshot is complete or nobody is worth asking; say what went wrong."""
+        reasons: list[str] = []
+        for candidate in wanted.candidates:
+            if snapshot.filled_to * 2 > wanted.total:
+                break
+            try:
+                await self._ask(candidate, wanted, record, snapshot)
+                break
+            except EdgeLLMError as error:  # whatever a candidate says is no reason to fail the request
+                log.warning(
+                    "prefill candidate failed",
+                    request_id=wanted.request_id,
+                    worker=candidate.worker,
+                    code=error.code,
+                    message=error.message,
+                    tokens=snapshot.filled_to,
+                )
+                reasons.append(f"{candidate.worker}: {error.code} after {snapshot.filled_to} of {wanted.total} tokens")
+        return reasons
+
+    async def _ask(
+        self, candidate: PrefillCandidate, wanted: Wanted, record: PromptRecord, snapshot: StateBlob
+    ) -> None:
+        facts = self._facts()
+        request = PrefillRequest(
+            request_id=wanted.request_id,
+            ids=list(wanted.ids),
+            start=snapshot.filled_to,
+            compatibility=facts.identity.compatibility,
+        )
+        expected = Expected(facts.kv_bytes_per_token, wanted.total, request.start, ids_digest(wanted.ids))
+        key = self._keys.transfer_key(candidate.ticket)
+        is_same_class, v_layout = True, facts.v_layout
+        async with aclosing(self._puller.pull(candidate, request, key, expected)) as events:
+            async for event in events:
+                match event:
+                    case Header():
+                        is_same_class = self._check_identity(event)
+                        v_layout = event.v_layout
+                        record.first_frame_s = record.first_frame_s or self._clock()
+                    case Chunk():
+                        await self._place(event, v_layout, snapshot)
+                        record.mode, record.prefill_worker = "split", candidate.worker
+                        record.is_same_class &= is_same_class
+                        record.handoff_bytes += len(event.payload)
+                        record.arrived_s = self._clock()
+                    case Progress():
+                        if event.done == event.total:
+                            record.computed_s, record.overlapped_bytes = self._clock(), record.handoff_bytes
+                        wanted.on_progress(event.done, wanted.total)
+                    case Error():
+                        raise error_of(ErrorReply(code=event.code, message=event.message), candidate.worker)
+                    case End():
+                        return
+
+    async def _place(self, chunk: Chunk, v_layout: VLayout, snapshot: StateBlob) -> None:
+        await _off_loop(len(chunk.payload), lambda: snapshot.place(chunk.p0, chunk.p1, chunk.payload, v_layout))
+
+    def _check_identity(self, header: Header) -> bool:
+        ours = self._facts().identity
+        return check_compatible(ours, Identity(header.compatibility, header.exactness_class))
+
+
+async def _off_loop(size: int, work: Callable[[], Result]) -> Result:
+    """Run `work` on `size` bytes: more than about a millisecond of it in a thread."""
+    return await asyncio.to_thread(work) if size > BIG_BYTES else work()
