@@ -93,7 +93,8 @@ def cases(count: int, chunk_tokens: int, seed: int = 0) -> list[Case]:
     for number in range(count):
         kind = number % 4
         # every exact length comes greedy and sampled
-        sampled = {} if number // 40 % 2 else {"temperature": 0.8, "top_p": 0.95, "top_k": 40, "min_p": 0.02, "seed": number}
+        drawn = {"temperature": 0.8, "top_p": 0.95, "top_k": 40, "min_p": 0.02, "seed": number}
+        sampled = {} if number // 40 % 2 else drawn
         body: dict[str, Any] = {"temperature": 0, "max_tokens": 12 + number % 13} | sampled
         if kind < 2:
             length = exact[(number // 4) % len(exact)] if kind == 0 else rng.randrange(17, 400)
