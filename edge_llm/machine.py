@@ -82,9 +82,14 @@ def available_memory_bytes(root: Path = Path("/")) -> int:
     return free
 
 
-def usable_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0))
+def usable_cores(root: Path = Path("/")) -> int:
+    """Cores this process may keep busy: its affinity, or less when a cgroup's CPU quota allows less.
+
+    More threads than the quota allows make every decode step wait for the scheduler's next period.
+    """
+    cores = len(os.sched_getaffinity(0))
+    quota, period = _cpu_quota(root)
+    return max(1, min(cores, int(quota / period))) if quota and period else cores
 
 
 def process_usage(pid: int) -> ProcessUsage | None:
@@ -123,6 +128,15 @@ def cpu_kind(root: Path = Path("/")) -> str:
             flags = " ".join(sorted(line.partition(":")[2].split()))
             break
     return f"{platform.machine()}/{hashlib.sha256(flags.encode()).hexdigest()[:16]}"
+
+
+def _cpu_quota(root: Path) -> tuple[float | None, float | None]:
+    """Microseconds of CPU per period (cgroup v2, then v1); None when there is no quota."""
+    words = (_text(root / "sys/fs/cgroup/cpu.max") or "").split()
+    if len(words) == 2:
+        return (float(words[0]), float(words[1])) if words[0].isdigit() and words[1].isdigit() else (None, None)
+    quota = _number(root / "sys/fs/cgroup/cpu/cpu.cfs_quota_us")
+    return (quota if quota and quota > 0 else None), _number(root / "sys/fs/cgroup/cpu/cpu.cfs_period_us")
 
 
 def _cpu_name(root: Path) -> str:
