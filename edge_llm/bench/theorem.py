@@ -20,6 +20,7 @@ from typing import Any, Final
 import aiohttp
 
 TOGETHER: Final = 8
+CROWD_TOKENS: Final = 96
 _WORDS: Final = (
     "river stone lamp 42 garden winter salt engine paper, cloud bridge letter. cheese orbit naïve über 東京 Ελλάδα 🙂 "
     "because after seven quiet morning machine window? table (left) copper \n and the of to in is it that was for"
@@ -96,11 +97,16 @@ def cases(count: int, chunk_tokens: int, seed: int = 0) -> list[Case]:
         drawn = {"temperature": 0.8, "top_p": 0.95, "top_k": 40, "min_p": 0.02, "seed": number}
         sampled = {} if number // 40 % 2 else drawn
         body: dict[str, Any] = {"temperature": 0, "max_tokens": 12 + number % 13} | sampled
-        if kind < 2:
-            length = exact[(number // 4) % len(exact)] if kind == 0 else rng.randrange(17, 400)
+        if number >= count - TOGETHER:
+            # the last ones have short prompts and long answers: they are all decoding at the same time
+            length = rng.randrange(2, 20)
+            body["max_tokens"] = CROWD_TOKENS
+            made.append(Case(f"{number}: crowd, {length} ids", body | {"prompt": _ids(rng, length)}, is_chat=False))
+        elif kind < 2:
+            length = exact[(number // 4) % len(exact)] if kind == 0 else rng.randrange(17, 250)
             made.append(Case(f"{number}: {length} ids", body | {"prompt": _ids(rng, length)}, is_chat=False))
         elif kind == 2:
-            words = 1500 if number % 40 == 2 else rng.randrange(5, 250)
+            words = 1500 if number % 40 == 2 else rng.randrange(5, 120)
             made.append(Case(f"{number}: text of {words} words", body | {"prompt": _text(rng, words)}, is_chat=False))
         else:
             messages = [
@@ -167,7 +173,9 @@ async def _ask_together(
         on_done(2 * len(every) + done, total)
         return answer
 
-    return list(await asyncio.gather(*(one(case) for case in every)))
+    mixed, crowd = every[:-TOGETHER], every[-TOGETHER:]
+    first = await asyncio.gather(*(one(case) for case in mixed))
+    return [*first, *await asyncio.gather(*(one(case) for case in crowd))]
 
 
 async def _ask(session: aiohttp.ClientSession, model: str, case: Case, mode: str) -> Answer:
