@@ -385,12 +385,12 @@ def run(
     log: Path | None = None,
     meter: Meter | None = None,
 ) -> None:
-    """Run to the end. Without a meter its output is shown; with one its output goes to the meter and the log."""
+    """Run to the end. Without a meter its errors and progress are shown; with one all output goes to meter and log."""
     full = {**os.environ, **(environ or {})}
     full.pop("PYTHONPATH", None)
     tail: list[str] = []
     if meter is None:
-        status = subprocess.run(command, env=full, cwd=ROOT, check=False).returncode
+        status = subprocess.run(command, env=full, cwd=ROOT, stdout=subprocess.DEVNULL, check=False).returncode
     else:
         status, tail = _watched(command, full, log, meter)
     if status:

@@ -40,7 +40,7 @@ _HYBRID: Final = frozenset(
         "bailingmoe3 kimi-k3 glm5-next qwen35 qwen35moe qwen4exp deepseek4 minimax-01"
     ).split()
 )
-# Architectures that llama.cpp runs with a sliding window (src/models/*.cpp: swa_type). Others may name a window in their
+# Architectures that llama.cpp runs with a sliding window (src/models/*.cpp: swa_type). Others may name a window in the
 # file (phi3, llama, qwen2 do) and are run with full attention. A number: the window when the file names none.
 _SLIDING: Final = {
     **dict.fromkeys(
@@ -136,10 +136,14 @@ class _Header:
     def _check_offsets(self, found: list[tuple[Tensor, int]], alignment: Any) -> None:
         if not isinstance(alignment, int) or not 1 <= alignment <= _MAX_ALIGNMENT or alignment & (alignment - 1):
             raise self._bad(f"alignment {alignment} is not a power of two up to {_MAX_ALIGNMENT}")
-        start = -(-self._file.tell() // alignment) * alignment
+        start, expected = -(-self._file.tell() // alignment) * alignment, 0
         for tensor, offset in found:
-            if offset % alignment or start + offset + tensor.n_bytes > self._size:
+            # llama.cpp wants the same: one after the other, so none overlaps another (ggml's gguf.cpp)
+            if offset != expected:
+                raise self._bad(f"tensor {tensor.name} begins at {offset}, not at {expected}")
+            if start + offset + tensor.n_bytes > self._size:
                 raise self._bad(f"tensor {tensor.name} lies outside the file (interrupted download?)")
+            expected += -(-tensor.n_bytes // alignment) * alignment
 
     def _tensor(self) -> tuple[Tensor, int]:
         name = self._string()

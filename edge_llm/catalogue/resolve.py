@@ -1,7 +1,12 @@
-"""A name of the catalogue or the path of a .gguf file -> a file that is there, and what it is."""
+"""A name of the catalogue or the path of a .gguf file -> a file that is there, and what it is.
+
+Owns the rule which of the two a word is: what ends in .gguf or names a folder is a path. Knows no network.
+"""
 
 from __future__ import annotations
 
+import difflib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,20 +26,27 @@ class LocalModel:
 
 def resolve(name_or_path: str, report: Report = quiet) -> LocalModel:
     """Fetch if needed. Raises CatalogueError with what to do."""
-    path = Path(name_or_path)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise CatalogueError(f"there is no file {path}")
+    if not _is_path(name_or_path):
+        entry = find(name_or_path)
+        return LocalModel(entry.name, fetch(entry, report), entry.sha256 or "")
+    path = Path(name_or_path).expanduser()
+    if not path.is_file():
+        raise CatalogueError(f"there is no file {path}")
+    try:
         return LocalModel(path.stem, path.resolve(), known_sha256(path))
-    entry = find(name_or_path)
-    return LocalModel(entry.name, fetch(entry, report), entry.sha256 or "")
+    except OSError as error:
+        raise CatalogueError(f"cannot read {path}: {error.strerror}") from error
 
 
 def find(name: str) -> ModelEntry:
-    """An entry by name, with the known names when there is none."""
+    """An entry by name, with the nearest names when there is none."""
     entries = load_manifest()
-    if name not in entries:
-        raise CatalogueError(
-            f"unknown model {name!r}: known are {', '.join(sorted(entries))}, or the path of a .gguf file"
-        )
-    return entries[name]
+    if name in entries:
+        return entries[name]
+    near = difflib.get_close_matches(name.lower(), entries, n=3, cutoff=0.5)
+    known = f"did you mean {', '.join(near)}?" if near else f"known are {', '.join(sorted(entries))}."
+    raise CatalogueError(f"unknown model {name!r}: {known} The path of a .gguf file works too.")
+
+
+def _is_path(word: str) -> bool:
+    return word.endswith(".gguf") or os.sep in word

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
-from edge_llm.catalogue.fetch import fetch, fetch_unverified, installed_path, sha256_of
+from edge_llm.catalogue.fetch import fetch, fetch_unverified, installed_path, remember_sha256, sha256_of
 from edge_llm.catalogue.gguf import ModelCard, read_card
-from edge_llm.catalogue.manifest import ModelEntry, load_manifest, record_pin
+from edge_llm.catalogue.manifest import ModelEntry, load_manifest, record_pin, write_pin
 from edge_llm.catalogue.resolve import find, resolve
 from edge_llm.commands.progress import progress
 from edge_llm.config import DEFAULT_MODEL
-from edge_llm.errors import ChecksumMismatch
+from edge_llm.errors import CatalogueError, ChecksumMismatch
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
@@ -41,51 +43,85 @@ def list_models(as_json: bool) -> None:
 @click.argument("model")
 @json_option
 def show(model: str, as_json: bool) -> None:
-    """What the GGUF header of MODEL says (fetches it if needed)."""
+    """What the GGUF header of MODEL (a name or a path) says; fetches it if needed."""
     with progress(model, is_bytes=True) as report:
         card = read_card(resolve(model, report).path)
-    facts = _facts(card)
-    if as_json:
-        click.echo(json.dumps(facts))
-        return
-    for name, value in facts.items():
-        click.echo(f"{name.replace('_', ' '):<22} {value}")
+    _print(_facts(card), as_json)
 
 
 @models.command()
 @click.argument("model", default=DEFAULT_MODEL)
-def pull(model: str) -> None:
+@json_option
+def pull(model: str, as_json: bool) -> None:
     """Fetch MODEL (the default one when none is named), verify it, install it."""
     entry = find(model)
     with progress(entry.file, is_bytes=True) as report:
         path = fetch(entry, report)
-    click.echo(path)
+    _print({"model": entry.name, "path": str(path), "sha256": entry.sha256}, as_json)
+
+
+@models.command()
+@click.argument("names", metavar="[MODEL]...", nargs=-1)
+@json_option
+def verify(names: tuple[str, ...], as_json: bool) -> None:
+    """Read the installed files of MODEL... (all fetched ones when none is named) again and compare their sha256."""
+    entries = [find(name) for name in names] or [e for e in load_manifest().values() if installed_path(e).is_file()]
+    for entry in entries:
+        _print({"model": entry.name, "sha256": _verified(entry), "ok": True}, as_json)
 
 
 @models.command()
 @click.argument("model")
-def verify(model: str) -> None:
-    """Hash the installed file of MODEL again and compare."""
-    entry = find(model)
-    path = installed_path(entry)
-    if not path.is_file():
-        raise ChecksumMismatch(f"{model} is not installed: `edge-llm models pull {model}`")
-    digest = sha256_of(path)
-    if digest != entry.sha256:
-        raise ChecksumMismatch(f"{path} has sha256 {digest}, models.yaml says {entry.sha256}: remove it and pull again")
-    click.echo(f"{model} ok {digest}")
-
-
-@models.command()
-@click.argument("model")
-def pin(model: str) -> None:
+@click.option("--write", type=click.Path(path_type=Path, exists=True), help="Write it into this models.yaml instead.")
+@json_option
+def pin(model: str, write: Path | None, as_json: bool) -> None:
     """Fetch MODEL without a hash to compare with, and record the size and sha256 that came."""
     entry = find(model)
+    if entry.sha256 is not None:
+        raise CatalogueError(f"{model} has a sha256 already ({entry.sha256}): `edge-llm models pull {model}`")
     with progress(entry.file, is_bytes=True) as report:
         path, size, digest = fetch_unverified(entry, report)
-    read_card(path)
-    where = record_pin(entry.name, size, digest)
-    click.echo(f"{model} pinned: {size} bytes, sha256 {digest} (in {where})")
+    if write is None:
+        write = record_pin(entry.name, size, digest)
+    else:
+        write_pin(entry.name, size, digest, write)
+    _print({"model": model, "path": str(path), "size": size, "sha256": digest, "recorded": str(write)}, as_json)
+
+
+@models.command()
+@click.argument("model")
+@click.argument("kind", metavar="TYPE")
+@click.argument("target", type=click.Path(path_type=Path, dir_okay=False))
+@json_option
+def quantize(model: str, kind: str, target: Path, as_json: bool) -> None:
+    """Write MODEL in another format (Q4_0, Q8_0, Q4_K_M, ...) to the file TARGET, a note of its origin beside it."""
+    from edge_llm.engine.quantize import quantize as convert
+
+    with progress(model, is_bytes=True) as report:
+        source = resolve(model, report).path
+    _print({"path": str(target), **asdict(convert(source, target, kind))}, as_json)
+
+
+def _print(facts: Mapping[str, Any], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(facts))
+        return
+    for name, value in facts.items():
+        click.echo(f"{name.replace('_', ' '):<22} {'-' if value is None else value}")
+
+
+def _verified(entry: ModelEntry) -> str:
+    path = installed_path(entry)
+    if not path.is_file():
+        raise CatalogueError(f"{entry.name} is not installed: `edge-llm models pull {entry.name}`")
+    digest = sha256_of(path)
+    remember_sha256(path, digest)
+    if digest != entry.sha256:
+        raise ChecksumMismatch(
+            f"{path} has sha256 {digest}, models.yaml says {entry.sha256}: get it again with "
+            f"`edge-llm models pull {entry.name}`"
+        )
+    return digest
 
 
 def _row(entry: ModelEntry) -> dict[str, Any]:
@@ -98,6 +134,7 @@ def _row(entry: ModelEntry) -> dict[str, Any]:
         "size": entry.size,
         "sha256": entry.sha256,
         "licence": entry.licence,
+        "note": entry.note,
         "sources": [source.words for source in entry.sources],
     }
 
@@ -110,12 +147,14 @@ def _facts(card: ModelCard) -> dict[str, Any]:
         "quantization": card.quantization,
         "parameters": card.n_params,
         "file_bytes": card.file_bytes,
+        "weights_bytes": card.weights_bytes,
         "memory": card.memory,
         "sliding_window": card.sliding_window or None,
         "layers": card.n_layer,
         "heads": card.n_head,
         "kv_heads": max(card.n_head_kv, default=0),
-        "head_size": card.head_size_k,
+        "head_size_k": card.head_size_k,
+        "head_size_v": card.head_size_v,
         "kv_bytes_per_token": card.kv_bytes_per_token(),
         "context": card.n_ctx_train,
         "vocabulary": card.vocab_size,
