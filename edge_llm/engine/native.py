@@ -13,7 +13,7 @@ import ctypes
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -81,25 +81,24 @@ def has_shape_dependent_kernels(system_info: str) -> bool:
 @cache
 def _repack_buffer_type() -> int | None:
     """ggml's CPU_REPACK buffer type, or None in a build without it."""
-    lib_dir = Path(library().__file__).parent / "lib"
-    base, ggml = ctypes.CDLL(str(lib_dir / "libggml-base.so")), ctypes.CDLL(str(lib_dir / "libggml.so"))
+    ggml = library()._lib  # symbols of what libllama was linked with; opening libggml.so again would load a second copy
     pointer = ctypes.c_void_p
     ggml.ggml_backend_dev_by_type.restype = pointer
-    base.ggml_backend_dev_backend_reg.restype = pointer
-    base.ggml_backend_dev_backend_reg.argtypes = [pointer]
-    base.ggml_backend_reg_get_proc_address.restype = pointer
-    base.ggml_backend_reg_get_proc_address.argtypes = [pointer, ctypes.c_char_p]
-    base.ggml_backend_buft_name.restype = ctypes.c_char_p
-    base.ggml_backend_buft_name.argtypes = [pointer]
+    ggml.ggml_backend_dev_backend_reg.restype = pointer
+    ggml.ggml_backend_dev_backend_reg.argtypes = [pointer]
+    ggml.ggml_backend_reg_get_proc_address.restype = pointer
+    ggml.ggml_backend_reg_get_proc_address.argtypes = [pointer, ctypes.c_char_p]
+    ggml.ggml_backend_buft_name.restype = ctypes.c_char_p
+    ggml.ggml_backend_buft_name.argtypes = [pointer]
     device = ggml.ggml_backend_dev_by_type(_CPU_DEVICE)
-    registry = base.ggml_backend_dev_backend_reg(device)
-    address = base.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_dev_get_extra_bufts")
+    registry = ggml.ggml_backend_dev_backend_reg(device)
+    address = ggml.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_dev_get_extra_bufts")
     if not address:
         return None
     types = ctypes.CFUNCTYPE(ctypes.POINTER(pointer), pointer)(address)(device)
     index = 0
     while types and types[index]:
-        if base.ggml_backend_buft_name(types[index]) == b"CPU_REPACK":
+        if ggml.ggml_backend_buft_name(types[index]) == b"CPU_REPACK":
             return int(types[index])
         index += 1
     return None
@@ -205,6 +204,10 @@ class _AbortFlag:
     def set(self) -> None:
         self._bytes[0] = b"\x01"
 
+    def use_threads(self, threads: int) -> None:
+        """Threads of both phases from the next call on (llama_set_n_threads)."""
+        self.settings = replace(self.settings, threads=threads, threads_batch=threads)
+
     def clear(self) -> None:
         self._bytes[0] = b"\x00"
 
@@ -214,7 +217,8 @@ class NativeContext:
 
     def __init__(self, model: NativeModel, settings: ContextSettings) -> None:
         lib = self._lib = library()
-        self.model, self.settings = model, settings
+        self.model = model
+        self.settings: ContextSettings = settings
         params = lib.llama_context_default_params()
         params.n_ctx = settings.n_ctx if settings.is_unified else settings.n_ctx * settings.n_seq
         params.n_batch = params.n_ubatch = settings.rows
@@ -292,6 +296,10 @@ class NativeContext:
 
     def arm(self) -> None:
         self._flag.clear()
+
+    def use_threads(self, threads: int) -> None:
+        """Threads of both phases from the next call on (llama_set_n_threads)."""
+        self.settings = replace(self.settings, threads=threads, threads_batch=threads)
 
     def clear(self) -> None:
         self._lib.llama_memory_clear(self.memory, False)
