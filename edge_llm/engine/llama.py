@@ -236,6 +236,11 @@ class LlamaBackend:
         for context in self._contexts:
             context.arm()
 
+    def use_threads(self, threads: int) -> None:
+        """Threads of both phases from the next call on; `verify` compares counts."""
+        for context in self._contexts:
+            context.use_threads(threads)
+
     def close(self) -> None:
         for context in self._contexts:
             context.close()

@@ -1,7 +1,7 @@
 """Requantizing a GGUF file through llama.cpp itself, with its origin noted beside the result.
 
-Owns the call and the provenance note. `python -m edge_llm.engine.quantize SOURCE TARGET TYPE` does the same in a process
-of its own, for callers that may not load llama.cpp.
+Owns the call and the provenance note. `python -m edge_llm.engine.quantize SOURCE TARGET TYPE` does the same in its own
+process, for callers that may not load llama.cpp.
 """
 
 from __future__ import annotations
