@@ -11,10 +11,10 @@ import json
 import logging
 import os
 import signal
-import socket as sockets
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from socket import AF_INET, AF_INET6, SO_REUSEADDR, SOCK_STREAM, SOL_SOCKET, socket
 from typing import Any
 
 import structlog
@@ -40,29 +40,28 @@ def read_keys(file: Path | None, descriptor: int | None) -> KeyRing:
         raise ConfigError(f"cannot read the cluster key {file}: {error.strerror}") from error
 
 
-def bind(host: str, port: int) -> sockets.socket:
+def bind(host: str, port: int) -> socket:
     """A bound socket, so that a taken port is said before a model is loaded."""
-    family = sockets.AF_INET6 if ":" in host else sockets.AF_INET
-    socket = sockets.socket(family, sockets.SOCK_STREAM)
-    socket.setsockopt(sockets.SOL_SOCKET, sockets.SO_REUSEADDR, 1)
+    bound = socket(AF_INET6 if ":" in host else AF_INET, SOCK_STREAM)
+    bound.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
     try:
-        socket.bind((host, port))
+        bound.bind((host, port))
     except OSError as error:
-        socket.close()
+        bound.close()
         raise ConfigError(
             f"cannot listen on {host} port {port}: {error.strerror}; choose another with --port"
         ) from error
-    socket.set_inheritable(True)
-    return socket
+    bound.set_inheritable(True)
+    return bound
 
 
 class Server:
     """uvicorn around one app and one bound socket."""
 
-    def __init__(self, app: FastAPI, socket: sockets.socket, drain: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, app: FastAPI, bound: socket, drain: Callable[[], Awaitable[None]]) -> None:
         config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5, ws="none")
         self._server = _Uvicorn(config)
-        self._socket, self._drain = socket, drain
+        self._socket, self._drain = bound, drain
         self._has_failed = False
 
     def fail(self) -> None:
@@ -83,8 +82,9 @@ class Server:
             loop.add_signal_handler(number, self._on_signal)
         self._stopping: asyncio.Task[None] | None = None
         serving = asyncio.create_task(self._server.serve(sockets=[self._socket]), name="uvicorn")
-        while not self._server.started and not serving.done():
-            await asyncio.sleep(0.01)
+        starting = asyncio.create_task(self._server.has_started.wait(), name="starting")
+        await asyncio.wait({serving, starting}, return_when=asyncio.FIRST_COMPLETED)
+        starting.cancel()
         host, port = self._socket.getsockname()[:2]
         structlog.get_logger().info("ready", address=f"{host}:{port}", **facts)
         if announce and not serving.done():
@@ -103,7 +103,15 @@ class Server:
 
 
 class _Uvicorn(uvicorn.Server):
-    """Signals are ours: uvicorn's handlers would stop before the drain."""
+    """Signals are ours: uvicorn's handlers would stop before the drain. `has_started` is set once the port answers."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.has_started = asyncio.Event()
+
+    async def startup(self, sockets: list[socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.has_started.set()
 
     def install_signal_handlers(self) -> None:
         return

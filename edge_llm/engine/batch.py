@@ -9,7 +9,7 @@ Refuses to know engines, requests and clocks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
@@ -62,14 +62,15 @@ def token_budget(decode_step_s: float, prompt_token_s: float) -> int:
     return max(1, tokens - tokens % ROW_BLOCK if tokens >= ROW_BLOCK else tokens)
 
 
-def fillers(slots: Sequence[int], cost: RowCost) -> list[int]:
+def fillers(slots: Sequence[int], filled: Set[int], cost: RowCost) -> list[int]:
     """Idle slots between running ones worth evaluating too, so that the call stays one graph run.
 
-    `slots` is ascending. Filling a hole of g slots costs g rows, leaving it costs one more run.
+    `slots` is ascending. Filling a hole of g slots costs g rows, leaving it costs one more run. A hole with a slot in
+    it that holds KV (`filled`: its prompt is not done) stays: a row there would be a wrong position of that sequence.
     """
     chosen: list[int] = []
     for left, right in pairwise(slots):
-        hole = right - left - 1
-        if hole and hole * cost.row_s < cost.run_s:
-            chosen.extend(range(left + 1, right))
+        hole = range(left + 1, right)
+        if hole and len(hole) * cost.row_s < cost.run_s and filled.isdisjoint(hole):
+            chosen.extend(hole)
     return chosen

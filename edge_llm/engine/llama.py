@@ -147,6 +147,7 @@ class LlamaBackend:
         facts: EngineFacts,
         decode: NativeContext | None,
         prompts: NativeContext | None,
+        window: int = 0,
     ) -> None:
         self._model, self._settings = model, settings
         self._decode_context, self._prompt_context = decode, prompts
@@ -154,6 +155,8 @@ class LlamaBackend:
         self._export_buffer = bytearray()
         self._facts = facts
         self._row_cost = RowCost(0.0, 0.0)
+        self._window = window
+        self._filled: set[int] = set()  # slots with KV: a hole there is no place for a throw-away row
         self._can_abort = facts.memory in ("full", "sliding-window")
 
     @property
@@ -170,13 +173,15 @@ class LlamaBackend:
         return LlamaVocabulary(self._model)
 
     def prompt(self, slot: int, ids: Sequence[int], p0: int) -> None:
+        self._filled.add(slot)
         if not self._slots.prompt(ids, p0, slot):
             raise Interrupted
 
     def decode(self, rows: Sequence[Row]) -> Logits:
         context = self._slots
         slots = [row.slot for row in rows]
-        idle = fillers(slots, self._row_cost)
+        self._filled.update(slots)
+        idle = fillers(slots, self._filled, self._row_cost)
         if not idle:
             return context.decode([row.token_id for row in rows], [row.position for row in rows], slots)
         every = sorted([*rows, *(Row(slot, 0, 0) for slot in idle)], key=lambda row: row.slot)
@@ -188,14 +193,17 @@ class LlamaBackend:
         return logits[[row.slot not in idle for row in every]]
 
     def drop(self, slot: int) -> None:
+        self._filled.discard(slot)
         self._slots.remove(slot)
 
     def restore(self, slot: int, blob: StateBlob) -> None:
         context = self._slots
         whole = blob if blob.is_complete else blob.truncated()
         context.set_state(slot, whole.buffer)
+        self._filled.add(slot)
         last = context.last_position(slot)
         if last != whole.filled_to - 1:
+            self._filled.discard(slot)
             context.remove(slot)
             raise RestoreRefused(
                 f"llama.cpp restored {last + 1} of {whole.filled_to} positions; recomputing the prompt here"
@@ -204,6 +212,9 @@ class LlamaBackend:
     def export(self, slot: int, n_tokens: int) -> StateBlob:
         if self._facts.layout is None:
             raise WorkerError(f"the KV of this model cannot travel: {self._facts.split_reason}")
+        if 0 < self._window < n_tokens:
+            # llama_kv_cache::state_write leaves out what the window masks
+            raise WorkerError(f"only the last {self._window} positions of a running sequence of this model travel")
         return StateBlob.from_native(self._facts.layout, self._slots.state(slot), n_tokens)
 
     def serve_open(self) -> None:
@@ -364,13 +375,15 @@ def load_backend(settings: LlamaSettings) -> LlamaBackend:
     identity = _identity(model, card, settings, build)
     record = _recorded_level(settings, identity, build)
     slots = min(settings.slots, record.width) if record.width and record.level == "exact" else settings.slots
-    settings = replace(settings, slots=slots)
+    # a chunk no wider than the window has no masked cell, so every position of it is exported
+    chunk_tokens = min(settings.chunk_tokens, card.sliding_window or settings.chunk_tokens)
+    settings = replace(settings, slots=slots, chunk_tokens=chunk_tokens)
     facts = _facts(card, model, settings, identity, record, build, memory)
     decode = NativeContext(model, settings.context(n_seq=slots, is_unified=False, outputs=slots)) if slots else None
     prompts = (
         NativeContext(model, settings.context(n_seq=2, is_unified=True, outputs=1)) if facts.serves_prompts else None
     )
-    backend = LlamaBackend(model, settings, facts, decode, prompts)
+    backend = LlamaBackend(model, settings, facts, decode, prompts, card.sliding_window)
     backend.start()
     return backend
 

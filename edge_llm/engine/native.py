@@ -204,10 +204,6 @@ class _AbortFlag:
     def set(self) -> None:
         self._bytes[0] = b"\x01"
 
-    def use_threads(self, threads: int) -> None:
-        """Threads of both phases from the next call on (llama_set_n_threads)."""
-        self.settings = replace(self.settings, threads=threads, threads_batch=threads)
-
     def clear(self) -> None:
         self._bytes[0] = b"\x00"
 

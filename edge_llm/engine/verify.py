@@ -171,7 +171,7 @@ class Verifier:
     @property
     def _can_split(self) -> bool:
         facts = self._backend.facts
-        return facts.splits and facts.layout is not None
+        return facts.splits and facts.layout is not None and facts.serves_prompts
 
     @property
     def width(self) -> int:
@@ -183,7 +183,7 @@ class Verifier:
         ids = _text(self._backend.facts.vocab_size, depth + 1 + self._steps + RESUMED, seed=depth)
         reference = _Reference(ids[: depth + 1], ids[depth + 1 :])
         self._prompt(0, reference.prompt[:-1])
-        if self._can_split and depth:
+        if self._can_split and depth and self._backend.facts.memory == "full":
             reference.blob = self._backend.export(0, depth)
         for step in range(self._steps + RESUMED):
             reference.logits.append(self._decode([reference.row(0, step)])[0])
@@ -241,6 +241,19 @@ class Verifier:
                 where = f"slot {slot} of {len(slots)} rows, depth {lanes[slot].depth}, step {steps[slot]}"
                 row.add(got, lanes[slot].logits[steps[slot]], where)
                 steps[slot] += 1
+        self._clear()
+        self._compare_finished(row, lanes)
+
+    def _compare_finished(self, row: Comparison, lanes: Sequence[_Reference]) -> None:
+        """A slot in the middle is empty, as after a finished answer: the backend may fill the hole."""
+        hole = self.width // 2
+        slots = [slot for slot in range(self.width) if slot != hole]
+        for slot in slots:
+            self._place(slot, lanes[slot])
+        for step in range(self._steps // 4 if slots else 0):
+            logits = self._decode([lanes[slot].row(slot, step) for slot in slots])
+            for slot, got in zip(slots, logits, strict=True):
+                row.add(got, lanes[slot].logits[step], f"slot {slot}, slot {hole} empty, step {step}")
 
     def _compare_chunks(self, row: Comparison) -> None:
         for reference in self._references[1:2] or self._references:
@@ -256,7 +269,7 @@ class Verifier:
             self._prompt(last, reference.prompt[:-1])
             self._follow(row, reference, last)
             self._clear()
-        if self._can_split and self._backend.facts.serves_prompts and len(self._references) > 1:
+        if self._can_split and len(self._references) > 1:
             self._serve(self._references[0].prompt + self._references[0].teacher[:40])
             reference = self._references[1]
             self._backend.restore(0, self._serve(reference.prompt))
@@ -268,9 +281,7 @@ class Verifier:
             if not reference.depth:
                 continue
             slot = self._backend.facts.slots - 1
-            blob = self._serve(reference.prompt) if self._backend.facts.serves_prompts else reference.blob
-            assert blob is not None
-            self._backend.restore(slot, blob)
+            self._backend.restore(slot, self._serve(reference.prompt))
             self._follow(row, reference, slot)
             self._clear()
 

@@ -35,10 +35,16 @@ def test_prompt_work_between_two_tokens_is_bounded_by_the_measured_step() -> Non
 def test_a_hole_is_filled_only_when_a_row_costs_less_than_another_graph_run() -> None:
     memory_bound, compute_bound = RowCost(run_s=0.010, row_s=0.001), RowCost(run_s=0.001, row_s=0.010)
     slots = [0, 1, 2, 4, 5, 6, 7]
-    assert fillers(slots, memory_bound) == [3]
-    assert fillers(slots, compute_bound) == []
-    assert fillers([0, 9], RowCost(run_s=0.004, row_s=0.001)) == []
-    assert fillers([3], memory_bound) == []
+    assert fillers(slots, set(), memory_bound) == [3]
+    assert fillers(slots, set(), compute_bound) == []
+    assert fillers([0, 9], set(), RowCost(run_s=0.004, row_s=0.001)) == []
+    assert fillers([3], set(), memory_bound) == []
+
+
+def test_a_hole_that_holds_kv_is_never_filled() -> None:
+    memory_bound = RowCost(run_s=0.010, row_s=0.001)
+    assert fillers([0, 2, 4], {0, 1, 2, 4}, memory_bound) == [3]
+    assert fillers([0, 3], {0, 2, 3}, memory_bound) == []
 
 
 def test_row_cost_is_fitted_from_two_call_widths() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import cast
 
 import pytest
 from hypothesis import given, settings
@@ -19,6 +20,7 @@ from edge_llm.kv.frames import (
     Header,
     Progress,
 )
+from edge_llm.kv.snapshot import VLayout
 
 KEY, OTHER_KEY = b"k" * 32, b"o" * 32
 BYTES_PER_TOKEN = 6
@@ -145,7 +147,7 @@ def test_an_authentic_chunk_of_a_wrong_place_or_size_is_refused(chunk: Chunk) ->
 @pytest.mark.parametrize(
     "header",
     [
-        Header("c", "e", "diagonal", 4, 10, 0, "a", "r"),
+        Header("c", "e", cast(VLayout, "diagonal"), 4, 10, 0, "a", "r"),
         Header("c", "e", "rows", 4, 10, 11, "a", "r"),
         Header("c", "e", "rows", 4, 17, 0, "a", "r"),
         Header("c", "e", "rows", 0, 10, 0, "a", "r"),
