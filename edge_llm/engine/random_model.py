@@ -114,9 +114,10 @@ def _write_header(writer: Any, shape: Shape) -> None:
 
 
 def _write_vocabulary(writer: Any, n_vocab: int) -> None:
-    """Byte-level: three special tokens, 256 bytes, then words that no text tokenizes to."""
+    """Byte-level: three special tokens, 256 bytes, the space, then words that no text tokenizes to."""
     rest = n_vocab - len(_SPECIAL) - 256
-    tokens = [*_SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *(f"w{i}" for i in range(rest))]
+    words = ["\u2581", *(f"w{i}" for i in range(1, rest))]
+    tokens = [*_SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *words]
     writer.add_tokenizer_model("llama")
     writer.add_token_list(tokens)
     writer.add_token_scores([0.0] * 259 + [-1e4] * rest)
@@ -124,6 +125,7 @@ def _write_vocabulary(writer: Any, n_vocab: int) -> None:
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_add_bos_token(True)
+    writer.add_add_space_prefix(False)
     writer.add_chat_template(_TEMPLATE)
 
 
