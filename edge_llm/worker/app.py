@@ -53,7 +53,7 @@ from edge_llm.worker.messages import (
 )
 from edge_llm.worker.outbox import Outboxes
 from edge_llm.worker.prefill import PrefillRole
-from edge_llm.worker.pull import Puller
+from edge_llm.worker.pull import PATIENCE, Patience, Puller
 from edge_llm.worker.stream import ClosingStream
 from edge_llm.worker.tickets import Claims, KeyRing, Operation, ReplayGuard, body_digest, ticket_of
 
@@ -78,10 +78,11 @@ class Worker:
         keys: KeyRing,
         wall_clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
+        patience: Patience = PATIENCE,
     ) -> None:
         self.config, self.keys = config, keys
         self._engine, self._vocabulary = engine, vocabulary
-        self._wall_clock, self._monotonic = wall_clock, monotonic
+        self._wall_clock, self._monotonic, self._patience = wall_clock, monotonic, patience
         self._replays = ReplayGuard()
         self._tokenizer = ThreadPoolExecutor(1, "tokenize")
         self._tokenizing = 0
@@ -110,7 +111,7 @@ class Worker:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Start the engine thread and the sweeper; stop both."""
-        async with Puller(self._monotonic) as puller:
+        async with Puller(self._monotonic, self._patience) as puller:
             if self.facts.slots:
                 self.decode = DecodeRole(
                     self.loop,

@@ -3,8 +3,9 @@
 Owns the connection to the prefill worker, its deadlines, and the order of checks (kv-handoff rule: length, MAC,
 layout, bounds, identity; only then does anything native happen, elsewhere). Refuses to know slots and engines.
 
-A sender that is silent for STALL_S is a failed one: prefill workers send something every two seconds. So is one that
-talks but gets nowhere for ADVANCE_S. Redirects are not followed: the address came out of a signed ticket.
+A sender that is silent for `stall_s` is a failed one: prefill workers send something every two seconds. So is one that
+talks but gets nowhere for `advance_s`, whatever it sends: headers, an error, parts of a frame, frames. Redirects are
+not followed: the address came out of a signed ticket.
 Memory: the socket's buffer (about 2 MiB) and one frame; what is not read stops the sender.
 """
 
@@ -12,7 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
 from typing import Final
@@ -25,13 +27,22 @@ from edge_llm.worker.client import CONNECT_S, error_of
 from edge_llm.worker.messages import ErrorReply, PrefillCandidate, PrefillRequest, decode, encode
 from edge_llm.worker.tickets import authorization
 
-STALL_S: Final = 10.0
-# A prompt may stand behind another one on a slow board: 4,096 tokens at 40 tokens/s are 102 s.
-ADVANCE_S: Final = 120.0
 MAX_ERROR_BYTES: Final = 64 << 10
 _READ_BYTES: Final = 1 << 20
 # Checking a MAC over this many bytes takes about a millisecond: more is done off the event loop.
 BIG_BYTES: Final = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a sender may say nothing, and how long it may talk without getting further."""
+
+    stall_s: float = 10.0
+    # A prompt may stand behind another one on a slow board: 4,096 tokens at 40 tokens/s are 102 s.
+    advance_s: float = 120.0
+
+
+PATIENCE: Final = Patience()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +69,11 @@ def check_address(address: str, networks: tuple[str, ...]) -> None:
 class Puller:
     """Pulls KV over one set of connections; use it as an async context."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(self, clock: Callable[[], float] = time.monotonic, patience: Patience = PATIENCE) -> None:
+        self._clock, self._patience = clock, patience
 
     async def __aenter__(self) -> Puller:
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=STALL_S)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=self._patience.stall_s)
         # no decompression: a few bytes of a hostile sender must not become many
         self._session = aiohttp.ClientSession(timeout=timeout, auto_decompress=False, read_bufsize=_READ_BYTES)
         return self
@@ -79,31 +90,65 @@ class Puller:
         """
         decoder = FrameDecoder(key, expected.kv_bytes_per_token, expected.n_tokens)
         where = f"prefill worker {candidate.worker} at {candidate.address}"
+        headway = _Headway(self._clock, self._patience.advance_s, where)
         try:
-            async with self._session.post(
-                f"http://{candidate.address}/prefill",
-                data=encode(request),
-                headers=authorization(candidate.ticket),
-                allow_redirects=False,
-            ) as reply:
+            async with headway.limit():
+                reply = await self._session.post(
+                    f"http://{candidate.address}/prefill",
+                    data=encode(request),
+                    headers=authorization(candidate.ticket),
+                    allow_redirects=False,
+                )
+            async with reply:
                 if reply.status != 200:
-                    raise error_of(decode(ErrorReply, await _short_body(reply)), candidate.worker)
-                reached, advanced_s = -1, self._clock()
-                async for event in _events(reply.content, decoder):
+                    async with headway.limit():
+                        body = await _short_body(reply)
+                    raise error_of(decode(ErrorReply, body), candidate.worker)
+                async for event in _events(reply.content, decoder, headway):
                     _check(event, expected)
-                    position = _position(event)
-                    if position > reached:
-                        reached, advanced_s = position, self._clock()
-                    elif self._clock() - advanced_s > ADVANCE_S:
-                        raise WorkerUnreachable(f"{where} got nowhere for {ADVANCE_S:.0f} s")
+                    headway.note(_position(event))
                     yield event
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise WorkerUnreachable(f"{where}: {error or type(error).__name__}") from error
         decoder.eof()
 
 
-async def _events(content: aiohttp.StreamReader, decoder: FrameDecoder) -> AsyncGenerator[Event, None]:
-    async for data in content.iter_any():
+class _Headway:
+    """How far a sender is, and how long it may take for the next step."""
+
+    def __init__(self, clock: Callable[[], float], advance_s: float, where: str) -> None:
+        self._clock, self._advance_s, self._where = clock, advance_s, where
+        self._reached, self._since_s = -1, clock()
+
+    def note(self, position: int) -> None:
+        if position > self._reached:
+            self._reached, self._since_s = position, self._clock()
+
+    @asynccontextmanager
+    async def limit(self) -> AsyncIterator[None]:
+        """Bounds one wait by what is left. Raises WorkerUnreachable."""
+        left_s = self._since_s + self._advance_s - self._clock()
+        nowhere = WorkerUnreachable(f"{self._where} got nowhere for {self._advance_s:.0f} s")
+        if left_s <= 0:
+            raise nowhere
+        deadline = asyncio.timeout(left_s)
+        try:
+            async with deadline:
+                yield
+        except TimeoutError as late:
+            if not deadline.expired():
+                raise  # the socket's own: silence
+            raise nowhere from late
+
+
+async def _events(
+    content: aiohttp.StreamReader, decoder: FrameDecoder, headway: _Headway
+) -> AsyncGenerator[Event, None]:
+    while not decoder.is_done:
+        async with headway.limit():
+            data = await content.readany()
+        if not data:
+            return
         decoder.feed(data)
         while True:
             is_big = decoder.ready_bytes > BIG_BYTES
@@ -111,8 +156,6 @@ async def _events(content: aiohttp.StreamReader, decoder: FrameDecoder) -> Async
             if event is NEED_DATA:
                 break
             yield event
-        if decoder.is_done:
-            return
 
 
 async def _short_body(reply: aiohttp.ClientResponse) -> bytes:
@@ -129,6 +172,8 @@ def _check(event: Event, expected: Expected) -> None:
         expected.ids_sha256,
     ):
         raise RemoteProtocolError("the KV offered belongs to another prompt or position")
+    if isinstance(event, Progress) and event.total != expected.n_tokens:
+        raise RemoteProtocolError(f"progress of {event.total} positions where {expected.n_tokens} were asked for")
 
 
 def _position(event: Event) -> int:
