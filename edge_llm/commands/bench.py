@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import sys
@@ -77,6 +78,64 @@ def engine(
         found, is_complete = _until_interrupted(
             lambda: measure_models(plan, chosen, trees, run, report),
             lambda: figures(run, [model.facts.name for model in chosen]),
+        )
+    _finish(run, found, is_complete, output, as_json, missed(found) if check else [])
+
+
+@bench.command()
+@click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Name in models.yaml or path of a .gguf file.")
+@click.option("--repetitions", type=click.IntRange(1, 100), help="Repetitions (default 5, quick 1).")
+@click.option("--prompt-tokens", type=click.IntRange(256, 100_000), default=1700, show_default=True)
+@click.option("--n-ctx", type=click.IntRange(1024, 1 << 20), default=4096, show_default=True, help="Context per slot.")
+@click.option("--llama-server/--no-llama-server", "with_server", default=True, help="Measure llama-server beside.")
+@quick_option
+@check_option
+@output_option
+@json_option
+def handoff(
+    model: str,
+    repetitions: int | None,
+    prompt_tokens: int,
+    n_ctx: int,
+    with_server: bool,
+    quick: bool,
+    check: bool,
+    output: Path,
+    as_json: bool,
+) -> None:
+    """KV hand-off and stalls: a long prompt arrives while other streams run, on clusters started for it."""
+    from edge_llm.bench.handoff import Plan, figures, measure, missed
+    from edge_llm.bench.models import local_model
+    from edge_llm.bench.reference_tools import require
+    from edge_llm.bench.run import Run
+    from edge_llm.catalogue.gguf import read_card
+    from edge_llm.commands.local_cluster import llama_server, local_cluster
+    from edge_llm.config import WorkerConfig
+
+    core, tools = _last_core(), require("ours") if with_server else None
+    run = Run(
+        "handoff", _command(), {"repetitions": repetitions or (1 if quick else 5), "prompt_tokens": prompt_tokens}
+    )
+    with _steps() as report:
+        chosen = local_model(model, report)
+        plan = Plan(
+            core=core,
+            repetitions=repetitions or (1 if quick else 5),
+            vocab_size=read_card(chosen.path).vocab_size,
+            chunk_tokens=WorkerConfig().chunk_tokens,
+            n_ctx=n_ctx,
+            prompt_tokens=prompt_tokens,
+        )
+        # a name stays a name: workers then find the file that was verified already
+        wanted = str(chosen.path) if model.endswith(".gguf") else model
+        server = (
+            (lambda _layout: llama_server(tools.tool("llama-server"), chosen.path, core, 9, n_ctx)) if tools else None
+        )
+        found, is_complete = _until_interrupted(
+            lambda: asyncio.run(
+                measure(plan, chosen, lambda layout: local_cluster(layout, wanted), server, run, report)
+            ),
+            lambda: figures(run, plan),
         )
     _finish(run, found, is_complete, output, as_json, missed(found) if check else [])
 

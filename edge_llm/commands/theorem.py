@@ -10,9 +10,11 @@ from typing import Any
 
 import click
 
+from edge_llm.bench.layout import Layout
 from edge_llm.bench.theorem import Proof, cases, prove
+from edge_llm.commands.local_cluster import local_cluster
 from edge_llm.commands.progress import progress
-from edge_llm.config import DEFAULT_MODEL, UpConfig
+from edge_llm.config import DEFAULT_MODEL
 
 
 @click.command()
@@ -34,25 +36,11 @@ def theorem(as_json: bool, **options: Any) -> None:
 
 async def _prove(model: str, prompts: int, seed: int, url: str | None, advance: Callable[[int, int], None]) -> Proof:
     """On the cluster given, or on one of our own with eight slots."""
-    from edge_llm.commands.supervisor import LOOPBACK, Supervisor, free_port
-
     if url is not None:
         return await prove(url, None, lambda chunk: cases(prompts, chunk, seed), advance)
-    settings = UpConfig(model=model, port=free_port(), pin=True)
-    supervisor = Supervisor(settings, model, ["--slots", "8"], lambda line: click.echo(line, err=True))
-    ready, stop = asyncio.Event(), asyncio.Event()
-    running = asyncio.create_task(supervisor.run(stop, ready.set))
-    waiting = asyncio.create_task(ready.wait())
-    try:
-        await asyncio.wait({running, waiting}, return_when=asyncio.FIRST_COMPLETED)
-        if running.done():
-            await running
-        address = f"http://{LOOPBACK}:{settings.port}"
-        return await prove(address, None, lambda chunk: cases(prompts, chunk, seed), advance)
-    finally:
-        waiting.cancel()
-        stop.set()
-        await running
+    layout = Layout("theorem", prefill=1, decode=1, options=("--slots", "8"))
+    async with local_cluster(layout, model) as cluster:
+        return await prove(cluster.url, None, lambda chunk: cases(prompts, chunk, seed), advance)
 
 
 def _words(proof: Proof) -> str:

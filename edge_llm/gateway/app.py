@@ -98,7 +98,7 @@ class Gateway:
             max_tokens=self._max_tokens(ask, len(ids), model),
             sampling=ask.sampling,
             stop=ask.stop,
-            stop_ids=tuple(reply.stop_ids),
+            stop_ids=() if ask.ignores_stop_ids else tuple(reply.stop_ids),
             mode=ask.mode,
         )
         return job, node

@@ -67,6 +67,7 @@ class _Common(_Body):
     stop: StrictStr | list[StrictStr] | None = None
     logit_bias: dict[StrictStr, Number] | None = None
     return_progress: StrictBool = False
+    ignore_eos: StrictBool = False
     edge_llm: _Vendor = _Vendor()
 
 
@@ -96,6 +97,7 @@ class Ask:
     wants_usage: bool
     wants_progress: bool
     wants_token_ids: bool
+    ignores_stop_ids: bool
     mode: Literal["auto", "split", "local"]
 
 
@@ -150,6 +152,7 @@ def _ask(body: _Chat | _Completion, random_seed: Callable[[], int], mode_header:
         wants_usage=body.stream_options is not None and body.stream_options.include_usage,
         wants_progress=body.return_progress,
         wants_token_ids=body.edge_llm.return_token_ids,
+        ignores_stop_ids=body.ignore_eos,
         mode=mode,
     )
 
