@@ -26,6 +26,7 @@ from edge_llm.engine.sequencer import Sequencer
 from edge_llm.engine.simulated import SimulatedBackend, SimulatedSettings, SimulatedVocabulary, create_simulated
 from edge_llm.kv.snapshot import ids_digest
 from edge_llm.request import FinishReason, Generation, SamplingParams
+from edge_llm.serving import bind
 from edge_llm.worker.app import Worker, create_app
 from edge_llm.worker.client import Peer, WorkerClient
 from edge_llm.worker.messages import DecodeRequest, EventBatch, Failed, PrefillCandidate, PromptReport, Role, Sampling
@@ -123,7 +124,7 @@ class LoopbackServer(uvicorn.Server):
 @asynccontextmanager
 async def listening(worker: Worker) -> AsyncIterator[tuple[str, LoopbackServer]]:
     """The worker's app on a loopback port; gives `ip:port` and the server."""
-    bound = socket.create_server(("127.0.0.1", 0))
+    bound = bind("127.0.0.1", 0)
     config = uvicorn.Config(
         create_app(worker), log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=2
     )
@@ -288,7 +289,7 @@ class Node:
 
 
 class Cluster:
-    """Starts workers, and gateways that listen to those that decode; use the fixture `cluster`."""
+    """Starts workers, and gateways that listen to those that decode; use the fixture `cluster` or `running_cluster`."""
 
     def __init__(self, session: aiohttp.ClientSession, stack: AsyncExitStack) -> None:
         self.session = session
@@ -342,10 +343,19 @@ def settings_of(role: Role) -> SimulatedSettings:
     return SimulatedSettings(n_ctx=512, slots=slots, serves_prompts=role != "decode", chunk_tokens=CHUNK)
 
 
-@pytest.fixture
-async def cluster() -> AsyncIterator[Cluster]:
+@asynccontextmanager
+async def running_cluster() -> AsyncIterator[Cluster]:
     async with AsyncExitStack() as stack:
         session = await stack.enter_async_context(aiohttp.ClientSession())
         made = Cluster(session, stack)
+        try:
+            yield made
+        finally:
+            await made.stop()
+
+
+@pytest.fixture
+async def cluster() -> AsyncIterator[Cluster]:
+    """A cluster of this test alone."""
+    async with running_cluster() as made:
         yield made
-        await made.stop()
