@@ -18,6 +18,7 @@ from typing import Final, get_args
 
 import structlog
 from fastapi import Depends, FastAPI, Request, Response
+from starlette.exceptions import HTTPException
 
 import edge_llm
 from edge_llm.config import WorkerConfig
@@ -62,6 +63,7 @@ _OPERATIONS: Final[Mapping[str, Operation]] = {f"/{operation}": operation for op
 MAX_BODY_BYTES: Final = 16 << 20
 BODY_S: Final = 30.0
 MAX_TOKENIZING: Final = 64
+NO_ROUTE: Final = "no ticket allows this route"
 _SWEEP_S: Final = 1.0
 _DRAIN_POLL_S: Final = 0.05
 log = structlog.get_logger()
@@ -279,7 +281,7 @@ async def gate(request: Request) -> None:
     worker: Worker = request.app.state.worker
     operation = _OPERATIONS.get(request.url.path)
     if operation is None:
-        raise Unauthorized("no ticket allows this route")
+        raise Unauthorized(NO_ROUTE)
     request.state.admitted = await worker.admit(request, operation)
 
 
@@ -296,12 +298,24 @@ def create_app(worker: Worker) -> FastAPI:
         async with worker.running():
             yield
 
-    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, dependencies=[Depends(gate)])
+    app = FastAPI(
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
+        dependencies=[Depends(gate)],
+    )
     app.state.worker = worker
 
     @app.exception_handler(EdgeLLMError)
     async def on_error(_request: Request, error: EdgeLLMError) -> Response:
         return error_reply(error)
+
+    @app.exception_handler(HTTPException)
+    async def on_no_route(_request: Request, _error: HTTPException) -> Response:
+        # `gate` runs only where a route matches: a path or method that has none is denied here, in the same words
+        return error_reply(Unauthorized(NO_ROUTE))
 
     @app.exception_handler(Exception)
     async def on_bug(_request: Request, error: Exception) -> Response:
