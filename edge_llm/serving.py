@@ -102,7 +102,7 @@ class Server:
         """A supervised process ends with its supervisor, however that died: its end of our stdin is closed."""
         if not os.read(sys.stdin.fileno(), 4096):
             asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
-            structlog.get_logger().warning("the supervisor is gone: stopping")
+            _close_output()
             self._on_signal()
 
     def _on_signal(self) -> None:
@@ -134,6 +134,14 @@ class _Uvicorn(uvicorn.Server):
         import contextlib
 
         return contextlib.nullcontext()
+
+
+def _close_output() -> None:
+    """Whoever read our output is gone: writing would fail in the middle of stopping."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def _is_pipe(descriptor: int) -> bool:

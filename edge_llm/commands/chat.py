@@ -25,6 +25,7 @@ def chat(url: str, system: str | None, **options: Any) -> None:
     """Chat; answers stream. /reset forgets, /quit leaves. Reads one question per line when piped."""
     history = [{"role": "system", "content": system}] if system else []
     start = list(history)
+    _check_reachable(url)
     for question in _questions():
         if question == "/quit":
             return
@@ -35,6 +36,15 @@ def chat(url: str, system: str | None, **options: Any) -> None:
         answer, timings = _ask(url, history, options)
         history.append({"role": "assistant", "content": answer})
         click.secho(_summary(timings), dim=True, err=True)
+
+
+def _check_reachable(url: str) -> None:
+    """Before the first question is typed. Raises WorkerUnreachable."""
+    try:
+        with urllib.request.urlopen(f"{url}/v1/models", timeout=10):
+            return
+    except OSError as error:
+        raise WorkerUnreachable(f"no answer from {url}: {error}; is a cluster running (`edge-llm up`)?") from error
 
 
 def _questions() -> Iterator[str]:

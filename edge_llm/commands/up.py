@@ -100,7 +100,7 @@ def _run(settings: UpConfig, worker_options: Sequence[str]) -> None:
 
     def on_ready() -> None:
         write_state(settings.port, ClusterState(os.getpid(), url, model.name, workers))
-        click.echo(_greeting(url, model.name))
+        click.echo(_greeting(url, model.name, _levels(supervisor)))
 
     try:
         asyncio.run(_until_signal(supervisor, on_ready))
@@ -151,11 +151,22 @@ def _detach(port: int) -> None:
     click.echo(log.read_text(), nl=False)
 
 
-def _greeting(url: str, model: str) -> str:
+def _levels(supervisor: Any) -> set[str]:
+    """What the workers promise of their exactness."""
+    return {child.ready["level"] for child in supervisor.workers if child.ready}
+
+
+def _greeting(url: str, model: str, levels: set[str]) -> str:
     question = '{"role": "user", "content": "What is a prefill?"}'
     body = f'{{"messages": [{question}], "stream": true, "edge_llm": {{"mode": "split"}}}}'
+    hint = (
+        "Not verified yet whether this build is exact here: `edge-llm verify` measures it (about two minutes), "
+        "and answers name the level after the next start.\n"
+        if "unverified" in levels
+        else ""
+    )
     return (
         f"\nThe cluster is ready: {model} at {url}/v1\nTry it in another terminal:\n\n"
         f"  curl -N {url}/v1/chat/completions -H 'content-type: application/json' \\\n    -d '{body}'\n\n"
-        "or `edge-llm chat`. Ctrl-C stops the cluster."
+        f"or `edge-llm chat`. {hint}Ctrl-C stops the cluster."
     )
