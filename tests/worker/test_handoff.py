@@ -219,9 +219,11 @@ async def test_cancel_ends_the_work_of_the_prefill_worker_too(cluster: Cluster) 
 
 async def test_a_gateway_that_went_away_loses_its_slots_after_its_lease_and_no_other_does(cluster: Cluster) -> None:
     clock = SkippingClock()
-    decode = await cluster.start("decode", "d1", SLOW, clock=clock)
+    decode = await cluster.start("decode", "d1", replace(SLOW, n_ctx=1 << 13), clock=clock)
     leaving = cluster.second_gateway()
-    lost = [await leaving.ask(decode.peer, prompt_of(CHUNK, seed), max_tokens=ENDLESS_TOKENS) for seed in range(2)]
+    # they would end by themselves only long after this test's deadline
+    far = int(3 * DEADLINE_S / SLOW.decode_run_s)
+    lost = [await leaving.ask(decode.peer, prompt_of(CHUNK, seed), max_tokens=far) for seed in range(2)]
     stays = await cluster.gateway.ask(decode.peer, prompt_of(CHUNK, 2), max_tokens=200)
     for asked in (*lost, stays):
         await asked.first_token()

@@ -319,14 +319,8 @@ LIES: Final[dict[str, tuple[Said, str, int]]] = {
         8,
     ),
     "frames of another transfer": (of_another_transfer, PROTOCOL, 0),
-    "length of 2**63": (after(1, lambda w: w.frame(CHUNK_KIND, b"x", size=1 << 63)), PROTOCOL, 8),
-    "length just over the model's largest chunk": (
-        after(1, lambda w: w.frame(CHUNK_KIND, b"", size=(64 << 10) + 1)),
-        PROTOCOL,
-        8,
-    ),
     "a header of 64 KiB and one byte": (lambda w: w.frame(HEADER, b" " * ((64 << 10) + 1)), PROTOCOL, 0),
-    "length one too large": (after(1, lambda w: w.frame(PROGRESS, bytes(16), size=17)), PROTOCOL, 8),
+    "length one too large": (after(1, lambda w: w.frame(PROGRESS, bytes(16), size=17) + w.progress(16)), PROTOCOL, 8),
     "p0 leaves a gap": (after(1, lambda w: w.chunk(1, CHUNK + 1, 2 * CHUNK, w.payload(9, 16))), PROTOCOL, 8),
     "p0 overlaps": (after(1, lambda w: w.chunk(1, CHUNK - 1, 2 * CHUNK, w.payload(7, 16))), PROTOCOL, 8),
     "p1 behind the prompt": (
@@ -378,14 +372,20 @@ LIES: Final[dict[str, tuple[Said, str, int]]] = {
     ),
     "an error of a wrong form": (after(1, lambda w: w.error(["overloaded"])), PROTOCOL, 8),
     "a web page": (lambda w: b"<html>" + b"x" * 9999, PROTOCOL, 0),
-    "nothing": (lambda w: b"", PROTOCOL, 0),
 }
 
 
 @pytest.mark.parametrize("lie", LIES)
 async def test_a_lie_costs_a_fallback_and_no_token(stage: Stage, lie: str) -> None:
+    """The sender then stays connected and silent: who believed it would wait, and call it a stall."""
     said, code, kept = LIES[lie]
-    stage.liar.answering = saying(said)
+
+    async def answering(request: web.Request, writer: Writer) -> web.StreamResponse:
+        response = await _begin(request, said(writer))
+        await stage.liar.over.wait()
+        return response
+
+    stage.liar.answering = answering
     await stage.survives(code, kept)
 
 
@@ -487,6 +487,20 @@ async def _begin(request: web.Request, *parts: bytes, status: int = 200) -> web.
     for part in parts:
         await response.write(part)
     return response
+
+
+@pytest.mark.parametrize("size", [(64 << 10) + 1, 1 << 40, (1 << 64) - 1])
+@pytest.mark.parametrize("kind", [CHUNK_KIND, PROGRESS, END, ERROR])
+async def test_a_length_beyond_reason_is_refused_before_its_body_comes(stage: Stage, kind: int, size: int) -> None:
+    """The sender stays connected and silent: one that waited for the body would call it a stall."""
+
+    async def answering(request: web.Request, writer: Writer) -> web.StreamResponse:
+        response = await _begin(request, writer.begun(1), writer.frame(kind, b"", size=size)[: PREAMBLE.size])
+        await stage.liar.over.wait()
+        return response
+
+    stage.liar.answering = answering
+    await stage.survives(PROTOCOL, CHUNK)
 
 
 async def test_a_connection_that_breaks_in_the_middle_is_a_fallback(stage: Stage) -> None:
