@@ -28,7 +28,7 @@ from edge_llm.config import DEFAULT_MODEL, cache_dir, levels_dir
 def verify(as_json: bool, quick: bool, no_write: bool, **options: Any) -> None:
     """Compare logits bit for bit and record the level that workers publish. Exits 1 when split differs from whole."""
     from edge_llm.engine.level import write_level
-    from edge_llm.engine.llama import load_backend
+    from edge_llm.engine.load import load_backend
     from edge_llm.engine.verify import DEPTHS, Report, Verifier, thread_counts
 
     with progress("loading", is_bytes=True) as report:
@@ -47,7 +47,7 @@ def verify(as_json: bool, quick: bool, no_write: bool, **options: Any) -> None:
 
 def _settings(report: Any, **options: Any) -> Any:
     from edge_llm.catalogue.resolve import resolve
-    from edge_llm.engine.llama import LlamaSettings
+    from edge_llm.engine.load import LlamaSettings
     from edge_llm.engine.random_model import make_model
 
     model = options["model"]

@@ -1,11 +1,10 @@
 """The real backend: one GGUF model, a context for decode slots and one for prompts of others.
 
-Owns the kernel policy, the start-up self-test, the probe that gives a node its exactness class, and the moves
-between native state bytes and `StateBlob`. Refuses to know requests, sampling, text and networks.
+Owns the calls on both contexts, the start-up self-test, and the moves between native state bytes and `StateBlob`.
+Refuses to know how a model is chosen, measured and loaded (engine/load.py), requests, sampling, text and networks.
 
-Life of a load: header read -> memory sum checked -> weights loaded by policy -> probe (class) -> recorded level
-looked up, slots capped to what it covers -> contexts -> state layout learned from a real blob -> split and
-rejoined once. What fails the self-test is served unsplit, with the reason in `facts.split_reason`.
+Life of a start: state layout learned from a real blob -> split and rejoined once -> restored once -> a row timed. What
+fails the self-test is served unsplit, with the reason in `facts.split_reason`.
 
 Invariants: the prompt context is unified, holds one prompt, from cell 0; the decode context has one stream per
 slot. Local prompts are computed in their slot's own stream (blueprint section 4 has them computed in the prompt
@@ -14,127 +13,26 @@ context and adopted: measured equal bit for bit, and here their KV is held once 
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Final
 
-import numpy as np
-
-from edge_llm.catalogue.gguf import ModelCard, read_card
 from edge_llm.engine.backend import Interrupted, Logits, Row
 from edge_llm.engine.batch import RowCost, fillers
 from edge_llm.engine.engine import EngineFacts
-from edge_llm.engine.level import LevelRecord, capped, read_level
-from edge_llm.engine.memory import MemoryPlan, ModelSizes, check_fits, plan_memory
-from edge_llm.engine.native import (
-    ContextSettings,
-    FlashAttention,
-    KVType,
-    NativeContext,
-    NativeModel,
-    build_facts,
-    has_shape_dependent_kernels,
-    use_tiled_kernels,
-)
-from edge_llm.engine.sequencer import Sequencer
+from edge_llm.engine.native import NativeContext, NativeModel
 from edge_llm.engine.vocabulary import LlamaVocabulary
 from edge_llm.errors import LocalProtocolError, RestoreRefused, WorkerError
 from edge_llm.kv.codec import BlobLayout, StateBlob, UnaccountedState, cut, extract, learn
-from edge_llm.kv.snapshot import Compatibility, ExactnessClass, Identity, Level, Policy
-from edge_llm.machine import cpu_kind
 
-# Formats whose repacked kernels round a row the same way whatever batch it is in (blueprint section 4, measured
-# per machine kind by `edge-llm verify`). Anything else is loaded plain.
-EXACT_WHEN_REPACKED: Final = {
-    "x86_64": frozenset({"Q4_0", "IQ4_NL"}),
-    "aarch64": frozenset({"Q4_0", "IQ4_NL", "Q4_K", "Q5_K"}),
-}
-_REPACK_COLUMNS: Final = 8  # ggml-cpu/repack.cpp interleaves up to 8 rows of a weight matrix
-_PROBE_TOKENS: Final = 33
 _SELF_TEST_TOKENS: Final = 24
 _SERVED, _EXPORT = 0, 1  # sequence ids of the prompt context
 
 
-@dataclass(frozen=True, slots=True)
-class LlamaSettings:
-    """How to load. `n_ctx` cells per sequence, `slots` 0 for a prefill worker; threads per phase."""
-
-    model_path: Path
-    model_name: str
-    model_sha256: str
-    n_ctx: int = 4096
-    slots: int = 4
-    serves_prompts: bool = True
-    chunk_tokens: int = 128
-    k_type: KVType = "f16"
-    v_type: KVType = "f16"
-    policy: Policy = "exact"
-    flash_attention: FlashAttention = "auto"
-    threads: int = 1
-    threads_batch: int = 1
-    level_cap: Level = "exact"
-    levels_dir: Path | None = None
-    available_bytes: int | None = None
-
-    @property
-    def effective_flash_attention(self) -> FlashAttention:
-        """Flash attention picks kernels by row count and depth, so policy exact turns `auto` into off."""
-        return "off" if self.flash_attention == "auto" and self.policy == "exact" else self.flash_attention
-
-    @property
-    def rows(self) -> int:
-        return max(self.chunk_tokens, self.slots)
-
-    def context(self, *, n_seq: int, is_unified: bool, outputs: int) -> ContextSettings:
-        return ContextSettings(
-            n_ctx=self.n_ctx,
-            n_seq=n_seq,
-            rows=self.rows,
-            outputs=outputs,
-            is_unified=is_unified,
-            k_type=self.k_type,
-            v_type=self.v_type,
-            flash_attention=self.effective_flash_attention,
-            threads=self.threads,
-            threads_batch=self.threads_batch,
-        )
-
-
-def repacked_tensors(card: ModelCard, machine: str) -> list[str]:
-    """Names of the tensors that policy exact may repack on this machine kind.
-
-    Never the token embedding: llama.cpp reads single rows of it, which a repacked buffer cannot give (it aborts).
-    """
-    good = EXACT_WHEN_REPACKED.get(machine, frozenset())
-    return [
-        tensor.name
-        for tensor in card.tensors
-        if tensor.type in good
-        and tensor.name.endswith(".weight")
-        and tensor.name != "token_embd.weight"
-        and len(tensor.shape) == 2
-        and tensor.shape[1] % _REPACK_COLUMNS == 0
-    ]
-
-
-def model_memory(card: ModelCard, settings: LlamaSettings, repacked: Sequence[str]) -> MemoryPlan:
-    """The memory sum of this model under these settings."""
-    names = set(repacked)
-    sizes = ModelSizes(
-        weights_bytes=card.weights_bytes,
-        repacked_bytes=sum(tensor.n_bytes for tensor in card.tensors if tensor.name in names),
-        kv_bytes_per_token=card.kv_bytes_per_token(settings.k_type, settings.v_type),
-        vocab_size=card.vocab_size,
-        n_head=card.n_head,
-        n_embd=card.n_embd,
-        n_ff=card.n_ff,
-    )
-    return plan_memory(
-        sizes, n_ctx=settings.n_ctx, slots=settings.slots, serves_prompts=settings.serves_prompts, rows=settings.rows
-    )
+def known_ids(n_vocab: int, count: int) -> list[int]:
+    """A fixed text of ordinary tokens, the same on every node."""
+    return [3 + (7919 * i + 104729) % (n_vocab - 3) for i in range(count)]
 
 
 class LlamaBackend:
@@ -143,13 +41,12 @@ class LlamaBackend:
     def __init__(
         self,
         model: NativeModel,
-        settings: LlamaSettings,
         facts: EngineFacts,
         decode: NativeContext | None,
         prompts: NativeContext | None,
         window: int = 0,
     ) -> None:
-        self._model, self._settings = model, settings
+        self._model = model
         self._decode_context, self._prompt_context = decode, prompts
         self._prompt_layout: BlobLayout | None = None
         self._export_buffer = bytearray()
@@ -277,7 +174,7 @@ class LlamaBackend:
 
     def start(self) -> None:
         """Learn the state layouts, split and rejoin one sequence, time a row and a run."""
-        ids = _test_ids(self._model.n_vocab, _SELF_TEST_TOKENS + 1)
+        ids = known_ids(self._model.n_vocab, _SELF_TEST_TOKENS + 1)
         try:
             if not self._facts.splits:
                 raise UnaccountedState(self._facts.split_reason)
@@ -349,122 +246,3 @@ class LlamaBackend:
         for slot in range(rows):
             self.drop(slot)
         return best_s
-
-
-def load(settings: LlamaSettings) -> tuple[Sequencer, LlamaVocabulary]:
-    """A ready engine and a vocabulary-only copy for the tokenizing thread.
-
-    Raises ConfigError when it does not fit, CatalogueError for a bad file, EngineFailed when llama.cpp refuses.
-    """
-    backend = load_backend(settings)
-    vocabulary = LlamaVocabulary(NativeModel(settings.model_path, vocab_only=True))
-    cost = backend.row_cost
-    return Sequencer(backend, backend.pieces, decode_step_s=cost.run_s + cost.row_s), vocabulary
-
-
-def load_backend(settings: LlamaSettings) -> LlamaBackend:
-    """The backend alone: what `verify` and the measuring commands drive directly."""
-    card = read_card(settings.model_path)
-    repacked = repacked_tensors(card, cpu_kind().split("/")[0]) if settings.policy == "exact" else []
-    memory = model_memory(card, settings, repacked)
-    if settings.available_bytes is not None:
-        check_fits(memory, settings.available_bytes, settings.model_name)
-    use_tiled_kernels(settings.policy == "fast")
-    model = NativeModel(settings.model_path, policy=settings.policy, repacked=repacked)
-    build = build_facts() | {"repacked_tensors": str(len(repacked))}
-    identity = _identity(model, card, settings, build)
-    record = _recorded_level(settings, identity, build)
-    slots = min(settings.slots, record.width) if record.width and record.level == "exact" else settings.slots
-    # a chunk no wider than the window has no masked cell, so every position of it is exported
-    chunk_tokens = min(settings.chunk_tokens, card.sliding_window or settings.chunk_tokens)
-    settings = replace(settings, slots=slots, chunk_tokens=chunk_tokens)
-    facts = _facts(card, model, settings, identity, record, build, memory)
-    decode = NativeContext(model, settings.context(n_seq=slots, is_unified=False, outputs=slots)) if slots else None
-    prompts = (
-        NativeContext(model, settings.context(n_seq=2, is_unified=True, outputs=1)) if facts.serves_prompts else None
-    )
-    backend = LlamaBackend(model, settings, facts, decode, prompts, card.sliding_window)
-    backend.start()
-    return backend
-
-
-def _test_ids(n_vocab: int, count: int) -> list[int]:
-    """A fixed text of ordinary tokens, the same on every node."""
-    return [3 + (7919 * i + 104729) % (n_vocab - 3) for i in range(count)]
-
-
-def _identity(model: NativeModel, card: ModelCard, settings: LlamaSettings, build: dict[str, str]) -> Identity:
-    """Compatibility from what the KV means, class from what its bits depend on (with the probe's logits)."""
-    context = NativeContext(model, replace(settings, n_ctx=256, slots=1).context(n_seq=1, is_unified=False, outputs=1))
-    ids = _test_ids(model.n_vocab, _PROBE_TOKENS)
-    try:
-        context.prompt(ids[:-1], 0, 0)
-        logits = context.decode(ids[-1:], [len(ids) - 1], [0])
-        probe = hashlib.sha256(np.ascontiguousarray(logits).tobytes()).hexdigest()
-        geometry = learn(context.state(0), len(ids)).geometry if card.memory in ("full", "sliding-window") else None
-    except UnaccountedState:
-        geometry = None
-    finally:
-        context.close()
-    flags = {key: build[key] for key in ("llama_cpp_python", "system_info")}
-    exactness = ExactnessClass(
-        machine=cpu_kind(),
-        build=hashlib.sha256(repr(sorted(flags.items())).encode()).hexdigest(),
-        policy=settings.policy,
-        is_flash_attention=settings.effective_flash_attention != "off",
-        probe_sha256=probe,
-    )
-    kept = (
-        Compatibility(settings.model_sha256, geometry, rope=card.rope)
-        if geometry
-        else (settings.model_sha256, settings.k_type)
-    )
-    compatibility = kept.digest if isinstance(kept, Compatibility) else hashlib.sha256(repr(kept).encode()).hexdigest()
-    return Identity(compatibility, exactness.digest)
-
-
-def _recorded_level(settings: LlamaSettings, identity: Identity, build: dict[str, str]) -> LevelRecord:
-    if settings.policy == "exact" and has_shape_dependent_kernels(build["system_info"]):
-        reason = "this llama-cpp-python was built with tinyBLAS; rebuild it with -DGGML_LLAMAFILE=OFF (`make up` does)"
-        return capped(LevelRecord("none", reason, settings.slots), settings.level_cap)
-    if settings.levels_dir is None:
-        return capped(LevelRecord("unverified", "no folder with verified levels was given", 0), settings.level_cap)
-    return capped(read_level(settings.levels_dir, identity), settings.level_cap)
-
-
-def _facts(
-    card: ModelCard,
-    model: NativeModel,
-    settings: LlamaSettings,
-    identity: Identity,
-    record: LevelRecord,
-    build: dict[str, str],
-    memory: MemoryPlan,
-) -> EngineFacts:
-    travels = card.memory in ("full", "sliding-window")
-    reason = "" if travels else f"{card.architecture} keeps {card.memory} state, which cannot be cut by position"
-    return EngineFacts(
-        model_name=settings.model_name,
-        model_sha256=settings.model_sha256,
-        architecture=card.architecture,
-        quantization=card.quantization,
-        memory=card.memory,
-        n_ctx=settings.n_ctx,
-        n_ctx_train=card.n_ctx_train,
-        slots=settings.slots,
-        serves_prompts=settings.serves_prompts and travels,
-        chunk_tokens=settings.chunk_tokens,
-        vocab_size=model.n_vocab,
-        kv_bytes_per_token=card.kv_bytes_per_token(settings.k_type, settings.v_type),
-        splits=travels,
-        split_reason=reason,
-        identity=identity,
-        layout=None,
-        v_layout="rows",
-        policy=settings.policy,
-        is_flash_attention=settings.effective_flash_attention != "off",
-        level=record.level,
-        level_reason=record.reason,
-        build=build,
-        memory_bytes=memory.parts,
-    )

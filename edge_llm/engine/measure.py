@@ -26,7 +26,8 @@ import numpy as np
 
 from edge_llm.engine.backend import Logits
 from edge_llm.engine.engine import ServedPrompt, Step
-from edge_llm.engine.llama import LlamaBackend, LlamaSettings, load_backend
+from edge_llm.engine.llama import LlamaBackend
+from edge_llm.engine.load import LlamaSettings, load_backend
 from edge_llm.engine.sampling import sample
 from edge_llm.engine.sequencer import Sequencer
 from edge_llm.errors import EdgeLLMError, EngineFailed

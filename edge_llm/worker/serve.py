@@ -31,7 +31,7 @@ def run_worker(config: WorkerConfig) -> None:
 
 def _loaded(config: WorkerConfig) -> tuple[Engine, Vocabulary]:
     from edge_llm.catalogue.resolve import resolve
-    from edge_llm.engine.llama import LlamaSettings, load
+    from edge_llm.engine.load import LlamaSettings, load
 
     model = resolve(config.model)
     return load(

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from edge_llm.engine.engine import Engine, Vocabulary
-from edge_llm.engine.llama import LlamaBackend, LlamaSettings, load, load_backend
+from edge_llm.engine.llama import LlamaBackend
+from edge_llm.engine.load import LlamaSettings, load, load_backend
 from edge_llm.engine.random_model import make_model
 from edge_llm.engine.simulated import SimulatedSettings, create_simulated
 
