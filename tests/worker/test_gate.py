@@ -28,7 +28,7 @@ from edge_llm.worker.messages import (
     encode,
 )
 from edge_llm.worker.tickets import LIFETIME_S, MAX_SKEW_S, Claims, KeyRing, Operation, authorization, body_digest
-from tests.worker.conftest import CHUNK, KEYS, Cluster, Node, prompt_of, running_cluster
+from tests.loopback import CHUNK, KEYS, Cluster, Node, prompt_of, running_cluster
 
 pytestmark = pytest.mark.anyio
 NAME: Final = "w1"

@@ -11,7 +11,7 @@ from edge_llm.errors import ContextTooLong, InvalidRequest, Overloaded, WorkerEr
 from edge_llm.request import SamplingParams
 from edge_llm.worker.client import Peer
 from edge_llm.worker.messages import CancelRequest
-from tests.worker.conftest import (
+from tests.loopback import (
     CHUNK,
     DEADLINE_S,
     GREEDY,

@@ -29,7 +29,7 @@ from edge_llm.worker.client import Peer
 from edge_llm.worker.messages import ErrorReply, PrefillRequest, PromptReport, decode, encode
 from edge_llm.worker.pull import Patience
 from edge_llm.worker.tickets import ticket_of
-from tests.worker.conftest import CHUNK, KEYS, Cluster, Node, prompt_of, running_cluster, settings_of, undisturbed
+from tests.loopback import CHUNK, KEYS, Cluster, Node, prompt_of, running_cluster, settings_of, undisturbed
 
 pytestmark = pytest.mark.anyio
 HEADER, CHUNK_KIND, PROGRESS, END, ERROR = range(1, 6)
