@@ -93,16 +93,19 @@ class Session:
         self.state = target
 
     def is_current(self, epoch: int) -> bool:
-        """Whether what a worker says in `epoch` still counts."""
-        return epoch == self.epoch and not self.is_over and self.state is not State.REPLANNING
+        """Whether what a worker says in `epoch` counts: some worker has this request now, in that epoch."""
+        return epoch == self.epoch and self.state in (State.PREFILLING, State.DECODING)
 
     def deliver(self, token: TokenEvent) -> bool:
         """Accept the next token; False for one of an old epoch or after the end.
 
-        Raises RemoteProtocolError when the worker skipped or repeated an index.
+        Raises RemoteProtocolError when the worker skipped or repeated an index, or did not report the prompt first; then
+        nothing was delivered.
         """
         if not self.is_current(token.epoch):
             return False
+        if self.state is not State.DECODING:
+            raise RemoteProtocolError(f"request {self.request_id}: token {token.index} before its prompt was done")
         if token.index != len(self.delivered):
             raise RemoteProtocolError(
                 f"request {self.request_id}: token {token.index} after {len(self.delivered)} tokens"
