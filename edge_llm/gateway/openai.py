@@ -7,12 +7,22 @@ stream). Unknown fields are ignored, wrong ones are 400s that name the field. Re
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    model_validator,
+)
 
 from edge_llm.errors import EdgeLLMError, InvalidRequest, Overloaded
 from edge_llm.request import SamplingParams, check_stop
@@ -20,13 +30,22 @@ from edge_llm.request import SamplingParams, check_stop
 DONE: Final = b"data: [DONE]\n\n"
 ROLES: Final = ("system", "user", "assistant", "tool", "developer")
 _MAX_SEED: Final = (1 << 63) - 1
-Number = Annotated[float, Field(allow_inf_nan=False)]
+# what pydantic puts into the path of an error for the branch of a union; no field of ours has such a name
+_BRANCH: Final = re.compile(r"str|list\[.*\]|\[key\]")
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+TokenKey = Annotated[StrictStr, Field(pattern=r"^[0-9]{1,10}$")]
+Bias = Annotated[float, Field(strict=True, ge=-100, le=100)]
 
 
 class _Body(BaseModel):
-    """Unknown fields are ignored: clients send many."""
+    """Unknown fields are ignored: clients send many. Null means not given, as in OpenAI's schema."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, values: object) -> object:
+        return {k: v for k, v in values.items() if v is not None} if isinstance(values, dict) else values
 
 
 class _Part(_Body):
@@ -62,10 +81,10 @@ class _Common(_Body):
     repeat_penalty: Number | None = None
     frequency_penalty: Number | None = None
     presence_penalty: Number | None = None
-    repeat_last_n: StrictInt | None = None
+    repeat_last_n: Annotated[StrictInt, Field(ge=-1, le=1 << 30)] | None = None
     seed: StrictInt | None = None
     stop: StrictStr | list[StrictStr] | None = None
-    logit_bias: dict[StrictStr, Number] | None = None
+    logit_bias: dict[TokenKey, Bias] | None = None
     return_progress: StrictBool = False
     ignore_eos: StrictBool = False
     edge_llm: _Vendor = _Vendor()
@@ -231,10 +250,7 @@ def _sampling(body: _Common, random_seed: Callable[[], int]) -> SamplingParams:
     values: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     # llama.cpp's clients send -1 for "choose one"
     seed = body.seed if body.seed is not None and body.seed >= 0 else random_seed()
-    try:
-        bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
-    except ValueError as error:
-        raise InvalidRequest("logit_bias maps token ids to numbers", param="logit_bias") from error
+    bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
     return SamplingParams(**values, seed=seed & _MAX_SEED, logit_bias=bias)
 
 
@@ -245,9 +261,11 @@ def _stop(stop: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 def _first_problem(error: ValidationError) -> InvalidRequest:
-    problem = error.errors(include_url=False, include_input=False)[0]
-    path = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("list[", "constrained")))
-    name = str(problem["loc"][0]) if problem["loc"] else "body"
+    """The first wrong field; where it may have several forms, the one that the value comes closest to."""
+    problems = error.errors(include_url=False, include_input=False)
+    name = str(problems[0]["loc"][0]) if problems[0]["loc"] else "body"
+    problem = max((p for p in problems if p["loc"][:1] == problems[0]["loc"][:1]), key=lambda p: len(p["loc"]))
+    path = ".".join(str(part) for part in problem["loc"] if not _BRANCH.fullmatch(str(part)))
     what = "is missing" if problem["type"] == "missing" else problem["msg"]
     return InvalidRequest(f"{path or name}: {what}", param=name)
 
@@ -331,4 +349,7 @@ def error_body(error: EdgeLLMError) -> dict[str, Any]:
 
 def error_headers(error: EdgeLLMError) -> dict[str, str]:
     """Retry-After for what may work later."""
-    return {"retry-after": str(max(1, round(error.retry_after_s)))} if isinstance(error, Overloaded) else {}
+    if not error.is_retryable:
+        return {}
+    wait_s = error.retry_after_s if isinstance(error, Overloaded) else 1.0
+    return {"retry-after": str(max(1, round(wait_s)))}

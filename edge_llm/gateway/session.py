@@ -99,8 +99,8 @@ class Session:
     def deliver(self, token: TokenEvent) -> bool:
         """Accept the next token; False for one of an old epoch or after the end.
 
-        Raises RemoteProtocolError when the worker skipped or repeated an index, or did not report the prompt first; then
-        nothing was delivered.
+        Raises RemoteProtocolError when the worker skipped or repeated an index, or did not report the prompt first;
+        then nothing was delivered.
         """
         if not self.is_current(token.epoch):
             return False
