@@ -143,8 +143,10 @@ def _fits(node: Node, wish: Wish) -> bool:
 
 
 def _why_nobody(wish: Wish, view: ClusterView, able: list[Node]) -> str:
-    if able:
+    if any(_fits(node, wish) for node in able):
         return "all slots of all decode workers are taken"
+    if able:
+        return f"no decode worker that is left has a context of {wish.prompt_tokens + wish.max_tokens} tokens"
     if wish.avoid:
         return "the workers that could decode this have failed and no other is left"
     roles = ", ".join(f"{node.worker} ({node.status.role})" for node in view.nodes)
