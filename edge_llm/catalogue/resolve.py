@@ -26,16 +26,23 @@ class LocalModel:
 
 def resolve(name_or_path: str, report: Report = quiet) -> LocalModel:
     """Fetch if needed. Raises CatalogueError with what to do."""
-    if not _is_path(name_or_path):
+    if not is_path(name_or_path):
         entry = find(name_or_path)
         return LocalModel(entry.name, fetch(entry, report), entry.sha256 or "")
-    path = Path(name_or_path).expanduser()
-    if not path.is_file():
-        raise CatalogueError(f"there is no file {path}")
     try:
+        path = Path(name_or_path).expanduser()
+        if not path.is_file():
+            raise CatalogueError(f"there is no file {path}")
         return LocalModel(path.stem, path.resolve(), known_sha256(path))
     except OSError as error:
-        raise CatalogueError(f"cannot read {path}: {error.strerror}") from error
+        raise CatalogueError(f"cannot read {name_or_path}: {error.strerror}") from error
+    except RuntimeError as error:  # what expanduser says of an unknown user
+        raise CatalogueError(f"cannot read {name_or_path}: {error}") from error
+
+
+def is_path(word: str) -> bool:
+    """Else it is a name of the catalogue."""
+    return word.endswith(".gguf") or os.sep in word
 
 
 def find(name: str) -> ModelEntry:
@@ -46,7 +53,3 @@ def find(name: str) -> ModelEntry:
     near = difflib.get_close_matches(name.lower(), entries, n=3, cutoff=0.5)
     known = f"did you mean {', '.join(near)}?" if near else f"known are {', '.join(sorted(entries))}."
     raise CatalogueError(f"unknown model {name!r}: {known} The path of a .gguf file works too.")
-
-
-def _is_path(word: str) -> bool:
-    return word.endswith(".gguf") or os.sep in word

@@ -84,16 +84,16 @@ def status(port: int, as_json: bool) -> None:
 
 
 def _run(settings: UpConfig, worker_options: Sequence[str]) -> None:
-    from edge_llm.catalogue.resolve import find, resolve
+    from edge_llm.catalogue.resolve import find, is_path, resolve
     from edge_llm.commands.progress import progress
     from edge_llm.commands.supervisor import Supervisor, check_port_free
 
     check_port_free(settings.port)
-    is_path = settings.model.endswith(".gguf")
-    with progress(f"model {settings.model if is_path else find(settings.model).file}", is_bytes=True) as report:
+    is_file = is_path(settings.model)
+    with progress(f"model {settings.model if is_file else find(settings.model).file}", is_bytes=True) as report:
         model = resolve(settings.model, report)
     # workers get the name, not the path: it stays the model's name in the API, and they find the same verified file
-    wanted = str(model.path) if is_path else settings.model
+    wanted = str(model.path) if is_file else settings.model
     supervisor = Supervisor(settings, wanted, worker_options, lambda line: click.echo(line, err=True))
     url = f"http://127.0.0.1:{settings.port}"
     workers = {child.name: f"127.0.0.1:{child.port}" for child in supervisor.workers}
