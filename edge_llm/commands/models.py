@@ -66,8 +66,14 @@ def pull(model: str, as_json: bool) -> None:
 def verify(names: tuple[str, ...], as_json: bool) -> None:
     """Read the installed files of MODEL... (all fetched ones when none is named) again and compare their sha256."""
     entries = [find(name) for name in names] or [e for e in load_manifest().values() if installed_path(e).is_file()]
+    problems = []
     for entry in entries:
-        _print({"model": entry.name, "sha256": _verified(entry), "ok": True}, as_json)
+        try:
+            _print({"model": entry.name, "sha256": _verified(entry), "ok": True}, as_json)
+        except CatalogueError as error:
+            problems.append(error.message)
+    if problems:
+        raise CatalogueError("\n  ".join(problems))
 
 
 @models.command()
@@ -112,6 +118,8 @@ def _print(facts: Mapping[str, Any], as_json: bool) -> None:
 
 def _verified(entry: ModelEntry) -> str:
     path = installed_path(entry)
+    if entry.sha256 is None:
+        raise CatalogueError(f"{entry.name} has no sha256 to compare with: `edge-llm models pin {entry.name}`")
     if not path.is_file():
         raise CatalogueError(f"{entry.name} is not installed: `edge-llm models pull {entry.name}`")
     digest = sha256_of(path)
