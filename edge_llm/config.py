@@ -9,13 +9,13 @@ user's configuration folder. Unknown keys are errors: a typing mistake must not 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from edge_llm.errors import ConfigError
 
@@ -24,7 +24,18 @@ PRIVATE_NETWORKS: Final = ("127.0.0.0/8", "::1/128", "10.0.0.0/8", "172.16.0.0/1
 PUBLIC_HUB: Final = "https://huggingface.co"
 _ENV: Final = "EDGE_LLM"
 
+UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
 Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class ClosedLoader(yaml.SafeLoader):
+    """Safe YAML in which a key given twice is an error: the second would silently win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [key.value for key, _ in node.value]
+        if len(keys) != len(set(map(str, keys))):
+            raise yaml.constructor.ConstructorError(None, None, "a key is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 class _Settings(BaseModel):
@@ -32,68 +43,113 @@ class _Settings(BaseModel):
 
 
 class WorkerConfig(_Settings):
-    """One worker. `threads` and `threads_batch` (decode and prefill) 0 = all cores this process may use."""
+    """One worker."""
 
     model: str = DEFAULT_MODEL
+    """Name in models.yaml or path of a .gguf file."""
     role: Literal["prefill", "decode", "mixed"] = "mixed"
+    """What it does at first; a worker's role is what it reports."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{0,64}$")] = ""
+    """Its name in the cluster; empty: role and port."""
     host: str = "127.0.0.1"
+    """Address to listen on."""
     port: Port = 0
+    """Port to listen on; 0 takes a free one."""
     n_ctx: Annotated[int, Field(ge=64, le=1 << 20)] = 4096
+    """KV cells per sequence: prompt and answer together."""
     slots: Annotated[int, Field(ge=1, le=64)] = 8
+    """Sequences that decode at once; memory grows with slots x n_ctx."""
     threads: Annotated[int, Field(ge=0, le=512)] = 0
+    """For decode; 0 = all cores this process may use."""
     threads_batch: Annotated[int, Field(ge=0, le=512)] = 0
+    """For prefill; 0 = all cores this process may use."""
     chunk_tokens: Annotated[int, Field(ge=1, le=4096)] = 128
+    """Prompt tokens per chunk; the same on all nodes."""
     k_type: Literal["f16", "f32", "bf16", "q8_0", "q4_0"] = "f16"
+    """Type of the K cache."""
     v_type: Literal["f16", "f32", "bf16", "q8_0", "q4_0"] = "f16"
+    """Type of the V cache; other than f16, f32 and bf16 needs flash attention, which `exact` switches off."""
     policy: Literal["exact", "fast"] = "exact"
+    """`exact` switches off what makes results depend on shape, `fast` takes llama.cpp's own choices."""
     flash_attention: Literal["auto", "on", "off"] = "auto"
+    """`auto` follows the policy."""
     level_cap: Literal["exact", "same-plan", "none"] = "exact"
-    key_file: Path | None = None
+    """Promise no more than this, whatever was verified."""
+    key_file: UserPath | None = None
+    """The cluster key (`edge-llm serve key`)."""
     key_fd: int | None = None
+    """The same from an inherited descriptor, for `edge-llm up`."""
     allowed_peers: tuple[str, ...] = PRIVATE_NETWORKS
+    """Networks that prefill workers may be in; in the environment separated by commas."""
     memory_limit_bytes: Annotated[int, Field(ge=0)] = 0
+    """Refuse to start above this; 0 = what the board has free."""
     simulate: bool = False
+    """A clock instead of a model, for load and fault tests."""
     announce: bool = False
+    """Say on stdout when ready, for `edge-llm up`."""
     gateway_lease_s: Annotated[float, Field(gt=0, le=600)] = 10.0
+    """A sequence whose gateway is gone for so long is freed."""
     drain_s: Annotated[float, Field(ge=0, le=3600)] = 30.0
+    """How long running answers may go on after SIGTERM."""
 
-    @model_validator(mode="after")
-    def _networks_are_networks(self) -> Self:
-        for network in self.allowed_peers:
+    @field_validator("allowed_peers")
+    @classmethod
+    def _networks_are_networks(cls, networks: tuple[str, ...]) -> tuple[str, ...]:
+        for network in networks:
             ip_network(network)
-        return self
+        return networks
 
 
 class GatewayConfig(_Settings):
-    """The gateway. `workers_file` lists the workers (README shows the format)."""
+    """The gateway."""
 
     host: str = "127.0.0.1"
+    """Address to listen on; there are no API keys, so think before leaving loopback."""
     port: Port = 8080
+    """Port of the endpoint."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{0,64}$")] = ""
-    workers_file: Path | None = None
-    key_file: Path | None = None
+    """Its name towards workers; empty: a random one."""
+    workers_file: UserPath | None = None
+    """Who the workers are; read again when it changes."""
+    key_file: UserPath | None = None
+    """The cluster key (`edge-llm serve key`)."""
     key_fd: int | None = None
+    """The same from an inherited descriptor, for `edge-llm up`."""
     announce: bool = False
+    """Say on stdout when ready, for `edge-llm up`."""
     probe_s: Annotated[float, Field(gt=0, le=60)] = 1.0
+    """Between two questions to a worker how it is."""
     queue_length: Annotated[int, Field(ge=0, le=100_000)] = 256
+    """Requests that may wait; more are refused with status 503."""
     queue_wait_s: Annotated[float, Field(gt=0, le=3600)] = 300.0
+    """A request that waited so long is refused with status 503."""
     keep_alive_s: Annotated[float, Field(gt=0, le=60)] = 5.0
+    """After so much silence a stream gets a comment."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = 8 << 20
+    """A larger request is refused with status 413."""
     default_max_tokens: Annotated[int, Field(ge=1)] = 512
+    """Length of an answer when the request does not say one."""
     replan_limit: Annotated[int, Field(ge=0, le=16)] = 3
+    """Workers that one answer may lose before it fails."""
 
 
 class UpConfig(_Settings):
     """The embedded cluster of `edge-llm up`."""
 
     prefill: Annotated[int, Field(ge=0, le=64)] = 1
+    """Prefill workers."""
     decode: Annotated[int, Field(ge=0, le=64)] = 1
+    """Decode workers."""
     mixed: Annotated[int, Field(ge=0, le=64)] = 0
+    """Workers that do both."""
     model: str = DEFAULT_MODEL
+    """Name in models.yaml or path of a .gguf file."""
     port: Port = 8080
+    """Port of the endpoint."""
     threads: Annotated[int, Field(ge=0, le=512)] = 0
+    """Per worker; 0 shares the cores out."""
     pin: bool = False
+    """Give each worker cores of its own."""
 
     @model_validator(mode="after")
     def _somebody_decodes(self) -> Self:
@@ -103,12 +159,14 @@ class UpConfig(_Settings):
 
 
 class CatalogueConfig(_Settings):
-    """Where models are listed and kept. `models_file` None: the models.yaml that comes with this program;
-    `models_dir` None: in the cache folder; `hub` None: HF_ENDPOINT, else the public hub."""
+    """Where models are listed and kept."""
 
-    models_file: Path | None = None
-    models_dir: Path | None = None
+    models_file: UserPath | None = None
+    """The list of models; None: the models.yaml that comes with this program."""
+    models_dir: UserPath | None = None
+    """Where fetched models live; None: in the cache folder."""
     hub: Annotated[str, Field(pattern=r"^https?://")] | None = None
+    """Address of the hub for `hf` sources; None: HF_ENDPOINT, else the public hub."""
 
 
 SettingsType = TypeVar("SettingsType", bound=_Settings)
@@ -129,23 +187,28 @@ def load_settings(
     """Settings of one section. `flags` with value None were not given. Raises ConfigError."""
     environ = os.environ if environ is None else environ
     section = next(name for name, known in _SECTIONS.items() if known is kind)
-    values: dict[str, Any] = dict(_from_file(section, file, environ))
-    values |= _from_environment(section, kind, environ)
-    values |= {key: value for key, value in flags.items() if value is not None}
+    path, in_file = _from_file(section, file, environ)
+    in_environment = _from_environment(section, kind, environ)
+    given = {key: value for key, value in flags.items() if value is not None}
+    origins = dict.fromkeys(in_file, f" in {path}")
+    origins |= {key: f" in {_ENV}_{section.upper()}_{key.upper()}" for key in in_environment} | dict.fromkeys(given, "")
     try:
-        return kind(**values)
+        return kind(**(in_file | in_environment | given))
     except ValidationError as error:
-        raise ConfigError(_explain(section, error)) from error
+        raise ConfigError(_explain(section, error, origins)) from error
 
 
 def catalogue_settings(environ: Mapping[str, str] | None = None) -> CatalogueConfig:
     """The section `catalogue` with its defaults filled in. Raises ConfigError."""
     environ = os.environ if environ is None else environ
     given = load_settings(CatalogueConfig, {}, None, environ)
+    hub = given.hub or environ.get("HF_ENDPOINT") or PUBLIC_HUB
+    if not hub.startswith(("http://", "https://")):
+        raise ConfigError(f"HF_ENDPOINT must be the address of a hub, https://..., not {hub!r}")
     return CatalogueConfig(
         models_file=given.models_file or _shipped_models_file(),
         models_dir=given.models_dir or _folder("XDG_CACHE_HOME", ".cache", environ) / "models",
-        hub=(given.hub or environ.get("HF_ENDPOINT") or PUBLIC_HUB).rstrip("/"),
+        hub=hub.rstrip("/"),
     )
 
 
@@ -156,26 +219,27 @@ def _shipped_models_file() -> Path:
     return checkout if (package.parent / "pyproject.toml").is_file() else package / "models.yaml"
 
 
-def _from_file(section: str, file: Path | None, environ: Mapping[str, str]) -> dict[str, Any]:
+def _from_file(section: str, file: Path | None, environ: Mapping[str, str]) -> tuple[Path, dict[str, Any]]:
+    """The file's place and what it says."""
     named = file or (Path(environ[f"{_ENV}_CONFIG"]) if f"{_ENV}_CONFIG" in environ else None)
     path = named or _folder("XDG_CONFIG_HOME", ".config", environ) / "config.yaml"
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.load(path.read_text(), Loader=ClosedLoader)
     except FileNotFoundError:
         if named is not None:
             raise ConfigError(f"there is no configuration file {path}") from None
-        return {}
-    except (OSError, yaml.YAMLError) as error:
+        return path, {}
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read the configuration file {path}: {error}") from error
     if content is None:
-        return {}
+        return path, {}
     if not isinstance(content, dict) or not content.keys() <= _SECTIONS.keys():
         raise ConfigError(f"{path}: the sections are {', '.join(_SECTIONS)}; {_unknown(content, _SECTIONS)}")
-    values = content.get(section) or {}
+    values = {} if content.get(section) is None else content[section]
     known = _SECTIONS[section].model_fields
     if not isinstance(values, dict) or not values.keys() <= known.keys():
         raise ConfigError(f"{path}, section {section}: the keys are {', '.join(known)}; {_unknown(values, known)}")
-    return values
+    return path, values
 
 
 def _from_environment(section: str, kind: type[_Settings], environ: Mapping[str, str]) -> dict[str, Any]:
@@ -186,14 +250,23 @@ def _from_environment(section: str, kind: type[_Settings], environ: Mapping[str,
         names = ", ".join(prefix + name.upper() for name in sorted(unknown))
         allowed = ", ".join(prefix + key.upper() for key in kind.model_fields)
         raise ConfigError(f"unknown environment setting {names}; known are {allowed}")
-    return {key: value.split(",") if key == "allowed_peers" else value for key, value in given.items()}
+    return {
+        key: [part.strip() for part in value.split(",")] if key == "allowed_peers" else value
+        for key, value in given.items()
+    }
 
 
-def _explain(section: str, error: ValidationError) -> str:
-    lines = [
-        f"{section}.{'.'.join(map(str, problem['loc'])) or '*'}: {problem['msg']} (got {problem['input']!r})"
-        for problem in error.errors(include_url=False)
-    ]
+def _explain(section: str, error: ValidationError, origins: Mapping[str, str]) -> str:
+    """`origins`: where each given key was found, as words that follow its name."""
+    lines = []
+    for problem in error.errors(include_url=False):
+        place = ".".join(map(str, problem["loc"]))
+        if not place:  # about several settings together
+            lines.append(f"{section}: {problem['msg']}")
+            continue
+        lines.append(
+            f"{section}.{place}{origins.get(str(problem['loc'][0]), '')}: {problem['msg']} (got {problem['input']!r})"
+        )
     return "wrong setting: " + "; ".join(lines)
 
 

@@ -8,14 +8,13 @@ only pinned. A pin never outranks a hash that models.yaml has.
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from edge_llm.config import catalogue_settings, data_dir
+from edge_llm.config import ClosedLoader, catalogue_settings, data_dir
 from edge_llm.errors import CatalogueError
 
 _PLAIN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -145,20 +144,9 @@ def _replace(path: Path, text: str) -> None:
     draft.replace(path)
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which a key given twice is an error: the second would silently win."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [key.value for key, _ in node.value]
-        if len(keys) != len(set(map(str, keys))):
-            raise yaml.constructor.ConstructorError(None, None, "a key is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def _mapping(path: Path, key: str) -> dict[str, Any]:
     try:
-        # _Loader is a SafeLoader
-        content = yaml.load(path.read_text(), Loader=_Loader)
+        content = yaml.load(path.read_text(), Loader=ClosedLoader)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise CatalogueError(f"cannot read {path}: {error}") from error
     if not isinstance(content, dict) or content.keys() != {key} or not isinstance(content[key], dict):
