@@ -66,19 +66,21 @@ def node_facts(root: Path = Path("/")) -> NodeFacts:
 
 
 def available_memory_bytes(root: Path = Path("/")) -> int:
-    """Memory a new process may fill: MemAvailable, or less when a cgroup (v2 or v1) allows less."""
+    """Memory a new process may fill: MemAvailable, or less when a cgroup (v2 or v1) allows less.
+
+    Files that were read count as used in a cgroup, but the kernel drops them first: a model just downloaded must not
+    keep itself from being loaded.
+    """
     free = int(psutil.virtual_memory().available)
-    pairs = (
-        (root / "sys/fs/cgroup/memory.max", root / "sys/fs/cgroup/memory.current"),
-        (
-            root / "sys/fs/cgroup/memory/memory.limit_in_bytes",
-            root / "sys/fs/cgroup/memory/memory.usage_in_bytes",
-        ),
+    v2, v1 = root / "sys/fs/cgroup", root / "sys/fs/cgroup/memory"
+    groups = (
+        (v2 / "memory.max", v2 / "memory.current", v2 / "memory.stat", "inactive_file"),
+        (v1 / "memory.limit_in_bytes", v1 / "memory.usage_in_bytes", v1 / "memory.stat", "total_inactive_file"),
     )
-    for limit_file, used_file in pairs:
-        limit, used = _number(limit_file), _number(used_file)
+    for limit_file, used_file, stat, reclaimable in groups:
+        limit, used = _number(limit_file), _number(used_file) or 0
         if limit is not None and limit < _UNLIMITED:
-            free = min(free, max(0, int(limit - (used or 0))))
+            free = min(free, max(0, int(limit - max(0, used - _line(stat, reclaimable)))))
     return free
 
 
@@ -151,6 +153,15 @@ def _text(path: Path) -> str | None:
         return path.read_text(errors="replace").strip("\0\n ")
     except OSError:
         return None
+
+
+def _line(path: Path, name: str) -> int:
+    """The number in the line `<name> <number>`; 0 when there is none."""
+    for line in (_text(path) or "").splitlines():
+        key, _, value = line.partition(" ")
+        if key == name and value.isdigit():
+            return int(value)
+    return 0
 
 
 def _number(path: Path) -> float | None:

@@ -1,0 +1,180 @@
+"""A board's files under a root of the test's own: a Pi 5, containers of both cgroup versions, boards that say nothing."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from edge_llm.machine import (
+    available_memory_bytes,
+    cpu_kind,
+    node_facts,
+    peak_memory_bytes,
+    process_usage,
+    reset_peak_memory,
+    usable_cores,
+)
+
+MIB = 1 << 20
+CPUINFO = """\
+processor\t: 0
+BogoMIPS\t: 108.00
+Features\t: fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp
+CPU implementer\t: 0x41
+CPU part\t: 0xd0b
+
+Revision\t: d04170
+Serial\t\t: 0123456789abcdef
+Model\t\t: Raspberry Pi 5 Model B Rev 1.0
+"""
+
+
+def write(root: Path, files: dict[str, str]) -> Path:
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    return root
+
+
+@pytest.fixture
+def pi(tmp_path: Path) -> Path:
+    """What a Raspberry Pi 5 says of itself."""
+    frequency = "sys/devices/system/cpu/cpu0/cpufreq"
+    return write(
+        tmp_path,
+        {
+            "proc/cpuinfo": CPUINFO,
+            "proc/device-tree/model": "Raspberry Pi 5 Model B Rev 1.0\0",
+            f"{frequency}/scaling_cur_freq": "2400000\n",
+            f"{frequency}/scaling_governor": "ondemand\n",
+            "sys/class/thermal/thermal_zone0/temp": "61450\n",
+        },
+    )
+
+
+def test_a_pi_says_what_it_is_and_how_it_feels(pi: Path) -> None:
+    facts = node_facts(pi)
+    assert facts.board == facts.cpu == "Raspberry Pi 5 Model B Rev 1.0"
+    assert (facts.governor, facts.frequency_mhz, facts.temperature_c) == ("ondemand", 2400.0, 61.45)
+
+
+def test_what_a_board_does_not_have_is_none_and_the_rest_is_there(tmp_path: Path) -> None:
+    facts = node_facts(tmp_path)
+    assert (facts.board, facts.governor, facts.frequency_mhz, facts.temperature_c) == (None, None, None, None)
+    assert facts.cpu
+    assert facts.machine == platform.machine()
+    assert facts.ram_bytes == psutil.virtual_memory().total
+    assert facts.usable_cores == tuple(sorted(os.sched_getaffinity(0)))
+    assert facts.cores >= len(facts.usable_cores) > 0
+
+
+def test_a_sensor_that_speaks_nonsense_is_none(pi: Path) -> None:
+    write(pi, {"sys/class/thermal/thermal_zone0/temp": "hot\n", "proc/device-tree/model": "\xff\0"})
+    facts = node_facts(pi)
+    assert facts.temperature_c is None
+    assert facts.board == "\xff"
+
+
+def test_an_x86_cpu_is_named_by_its_model_name_not_its_number(tmp_path: Path) -> None:
+    write(tmp_path, {"proc/cpuinfo": "model\t\t: 85\nmodel name\t: Intel(R) N100\nflags\t\t: sse2 avx2\n"})
+    assert node_facts(tmp_path).cpu == "Intel(R) N100"
+
+
+def test_kinds_of_cpu_are_told_apart_by_features_not_by_their_order(tmp_path: Path) -> None:
+    lines = {
+        "a": "flags\t: avx2 fma\n",
+        "b": "flags\t: fma avx2\n",
+        "c": "flags\t: avx2\n",
+        "d": "Features : avx2 fma\n",
+    }
+    kinds = {name: cpu_kind(write(tmp_path / name, {"proc/cpuinfo": line})) for name, line in lines.items()}
+    assert kinds["a"] == kinds["b"] == kinds["d"] != kinds["c"]
+    assert kinds["a"].startswith(f"{platform.machine()}/")
+    assert cpu_kind(tmp_path / "nothing").startswith(f"{platform.machine()}/")
+
+
+# --- containers ---------------------------------------------------------------------------------------------------
+
+V1 = "sys/fs/cgroup/memory/memory"
+
+
+def memory(limit: str, used: str, *, v1: bool = False, stat: str = "") -> dict[str, str]:
+    if v1:
+        return {f"{V1}.limit_in_bytes": limit, f"{V1}.usage_in_bytes": used, f"{V1}.stat": stat}
+    folder = "sys/fs/cgroup/memory"
+    return {f"{folder}.max": limit, f"{folder}.current": used, f"{folder}.stat": stat}
+
+
+def test_without_a_limit_memory_is_what_the_machine_has_free(tmp_path: Path) -> None:
+    total = psutil.virtual_memory().total
+    unlimited = memory("max\n", f"{5 * MIB}\n"), memory(f"{(1 << 63) - 4096}\n", f"{5 * MIB}\n", v1=True)
+    for number, files in enumerate(({}, *unlimited)):
+        assert 64 * MIB < available_memory_bytes(write(tmp_path / str(number), files)) <= total
+
+
+@pytest.mark.parametrize("v1", [False, True])
+def test_a_control_group_allows_its_limit_less_what_is_used(tmp_path: Path, v1: bool) -> None:
+    write(tmp_path, memory(f"{48 * MIB}\n", f"{8 * MIB}\n", v1=v1))
+    assert available_memory_bytes(tmp_path) == 40 * MIB
+
+
+@pytest.mark.parametrize("v1", [False, True])
+def test_a_file_that_was_read_does_not_count_as_used(tmp_path: Path, v1: bool) -> None:
+    """A model just downloaded fills the group's page cache; the kernel drops it when memory is asked for."""
+    stat = f"cache {30 * MIB}\n{'total_' * v1}inactive_file {30 * MIB}\nactive_file {2 * MIB}\n"
+    write(tmp_path, memory(f"{48 * MIB}\n", f"{40 * MIB}\n", v1=v1, stat=stat))
+    assert available_memory_bytes(tmp_path) == 38 * MIB
+
+
+def test_a_group_over_its_limit_has_nothing_left(tmp_path: Path) -> None:
+    assert available_memory_bytes(write(tmp_path, memory(f"{8 * MIB}\n", f"{9 * MIB}\n"))) == 0
+
+
+CORES = len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize(
+    ("quota", "period", "cores"),
+    [("max", 100_000, CORES), (100_000, 100_000, 1), (50_000, 100_000, 1), (150_000, 100_000, 1), (99 << 20, 1, CORES)],
+)
+def test_cores_are_what_the_quota_lets_run(tmp_path: Path, quota: int | str, period: int, cores: int) -> None:
+    v2 = write(tmp_path / "v2", {"sys/fs/cgroup/cpu.max": f"{quota} {period}\n"})
+    folder = "sys/fs/cgroup/cpu/cpu"
+    old = {f"{folder}.cfs_quota_us": f"{-1 if quota == 'max' else quota}\n", f"{folder}.cfs_period_us": f"{period}\n"}
+    assert usable_cores(v2) == usable_cores(write(tmp_path / "v1", old)) == cores
+
+
+def test_cores_without_a_control_group_are_the_affinity(tmp_path: Path) -> None:
+    assert usable_cores(tmp_path) == CORES
+    assert usable_cores(write(tmp_path, {"sys/fs/cgroup/cpu.max": "nonsense\n"})) == CORES
+
+
+# --- processes ----------------------------------------------------------------------------------------------------
+
+
+def test_a_process_is_measured_while_it_lives() -> None:
+    usage = process_usage(os.getpid())
+    assert usage is not None
+    assert usage.cpu_s > 0
+    assert usage.rss_bytes > MIB
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    assert process_usage(ended.pid) is None
+    assert peak_memory_bytes(ended.pid) is None
+    assert not reset_peak_memory(ended.pid)
+
+
+def test_the_peak_is_the_kernels_high_water_mark(tmp_path: Path) -> None:
+    write(tmp_path, {"proc/7/status": "Name:\tpython\nVmPeak:\t 9000 kB\nVmHWM:\t 1024 kB\nVmRSS:\t 512 kB\n"})
+    assert peak_memory_bytes(7, tmp_path) == MIB
+    assert peak_memory_bytes(8, tmp_path) is None
+    write(tmp_path, {"proc/7/clear_refs": ""})
+    assert reset_peak_memory(7, tmp_path)
+    assert (tmp_path / "proc/7/clear_refs").read_text() == "5"
