@@ -7,6 +7,7 @@ does not answer `MISSES` times in a row, or whose connection is refused, leaves 
 from __future__ import annotations
 
 import asyncio
+import errno
 import time
 from collections.abc import Callable
 from typing import Final, Protocol
@@ -41,20 +42,24 @@ class Prober:
         self._discovery, self._client, self._interval_s = discovery, client, interval_s
         self._on_change, self._clock = on_change, clock
         self._misses: dict[str, int] = {}
+        self._places: tuple[Place, ...] = ()
         self.view = ClusterView()
 
     async def run(self) -> None:
         while True:
-            await self.probe_all()
+            try:
+                await self.probe_all()
+            except Exception as error:  # top of the task: a view that nobody renews would be believed for ever
+                log.error("probing failed", error=repr(error), exc_info=True)
             await asyncio.sleep(self._interval_s)
 
     async def probe_all(self) -> None:
-        """One round."""
+        """One round. Places that cannot be read are those of the last time."""
         try:
-            places = self._discovery.places()
+            self._places = self._discovery.places()
         except ConfigError as error:
             log.error("workers file", message=error.message)
-            places = tuple(node.place for node in self.view.nodes)
+        places = self._places
         await asyncio.gather(*(self._probe(place) for place in places))
         self._set(self.view.without({node.worker for node in self.view.nodes} - {place.worker for place in places}))
 
@@ -79,10 +84,16 @@ class Prober:
         misses = self._misses[place.worker] = self._misses.get(place.worker, 0) + 1
         if misses == MISSES or (misses == 1 and self.view.node(place.worker) is not None):
             log.warning("worker does not answer", worker=place.worker, message=error.message)
-        if misses >= MISSES:
+        if misses >= MISSES or _is_refused(error):
             self.lost(place.worker)
 
     def _set(self, view: ClusterView) -> None:
         if view != self.view:
             before, self.view = self.view, view
             self._on_change(before, view)
+
+
+def _is_refused(error: EdgeLLMError) -> bool:
+    """Whether nobody listens there: the process is gone, not slow."""
+    cause = error.__cause__
+    return isinstance(cause, OSError) and cause.errno == errno.ECONNREFUSED

@@ -1,7 +1,7 @@
 """Workers from a file: how two boards without Kubernetes find each other.
 
-The file is YAML, a list of `{name, address}`; `address` is `IP:port`. It is read again when it changes, so that a
-board can be added while the gateway runs. Owns the format and its errors; refuses to ask workers anything.
+The file is YAML, a list of `{name, address}`, both text; `address` is `IP:port`. It is read again when it changes, so
+that a board can be added while the gateway runs. Owns the format and its errors; refuses to ask workers anything.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from edge_llm.errors import ConfigError
 
 _KEYS: Final = frozenset({"name", "address"})
 _NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
+MAX_PORT: Final = 65_535
 _ADDRESS: Final = re.compile(r"[A-Za-z0-9.\[\]:_-]{1,255}:[0-9]{1,5}")
 
 
@@ -37,6 +38,8 @@ class StaticFile:
                 self._places, self._stamp = parse_places(self._path.read_text(), str(self._path)), stamp
         except OSError as error:
             raise ConfigError(f"cannot read the workers file {self._path}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"the workers file {self._path} is not text in UTF-8") from error
         return self._places
 
 
@@ -44,7 +47,8 @@ def parse_places(text: str, where: str) -> tuple[Place, ...]:
     """Places out of YAML text. Raises ConfigError that names the file, the entry and the allowed keys."""
     try:
         entries = yaml.safe_load(text) or []
-    except yaml.YAMLError as error:
+    # the library lets what it cannot make of a date or of a very deep list through as it is
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{where} is not YAML: {error}") from error
     if not isinstance(entries, list):
         raise ConfigError(f"{where} must be a list of workers, each with name and address")
@@ -58,7 +62,14 @@ def _place(entry: object, number: int, where: str) -> Place:
     if not isinstance(entry, dict) or entry.keys() != _KEYS:
         got = ", ".join(map(str, entry)) if isinstance(entry, dict) else repr(entry)
         raise ConfigError(f"{where}, worker {number}: the keys are name and address; it has {got}")
-    name, address = str(entry["name"]), str(entry["address"])
-    if not _NAME.fullmatch(name) or not _ADDRESS.fullmatch(address):
-        raise ConfigError(f"{where}, worker {number}: name {name!r} or address {address!r} (IP:port) is not one")
+    name, address = entry["name"], entry["address"]
+    if not (isinstance(name, str) and _NAME.fullmatch(name) and isinstance(address, str) and _is_address(address)):
+        raise ConfigError(
+            f"{where}, worker {number}: name {name!r} or address {address!r} (IP:port) is not one; both are text, "
+            "a name of digits needs quotes"
+        )
     return Place(name, address)
+
+
+def _is_address(text: str) -> bool:
+    return bool(_ADDRESS.fullmatch(text)) and 0 < int(text.rpartition(":")[2]) <= MAX_PORT

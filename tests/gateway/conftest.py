@@ -1,64 +1,11 @@
-"""What the tests of the gateway share: nodes and views that no worker stands behind."""
+"""What the tests of the gateway share."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import msgspec
 import pytest
-
-from edge_llm.cluster.view import Node, Place
-from edge_llm.worker.messages import Load, Role, WorkerStatus
-
-IDLE = Load(
-    slots_free=0,
-    sequences_running=0,
-    sequences_waiting=0,
-    pending_prompt_tokens=0,
-    kv_cells_free=0,
-    decode_step_s=0.0,
-    prefill_tokens_per_s=0.0,
-)
 
 
 @pytest.fixture
 def anyio_backend() -> str:
     """Async tests run on asyncio, as the gateway does."""
     return "asyncio"
-
-
-def load_of(**changes: Any) -> Load:
-    return msgspec.structs.replace(IDLE, **changes)
-
-
-def node_of(worker: str, role: Role, **changes: Any) -> Node:
-    """A worker as its status would describe it; `changes` are fields of WorkerStatus."""
-    status = WorkerStatus(
-        worker=worker,
-        role=role,
-        is_ready=True,
-        is_draining=False,
-        model="m",
-        model_sha256="0" * 64,
-        architecture="simulated",
-        quantization="none",
-        memory="full",
-        n_ctx=512,
-        slots=0 if role == "prefill" else 4,
-        chunk_tokens=8,
-        vocab_size=259,
-        kv_bytes_per_token=64,
-        splits=True,
-        split_reason="",
-        compatibility="a" * 64,
-        exactness_class="b" * 64,
-        policy="exact",
-        level="exact",
-        level_reason="",
-        version="0",
-        pid=1,
-        build={},
-        memory_bytes={},
-        load=IDLE,
-    )
-    return Node(Place(worker, f"{worker}:1"), msgspec.structs.replace(status, **changes), seen_s=0.0)

@@ -13,7 +13,7 @@ from edge_llm.cluster.view import ClusterView, Node
 from edge_llm.errors import Overloaded, UnknownModel
 from edge_llm.gateway.scheduler import MAX_CANDIDATES, Booked, Mode, Plan, Wish, decide
 from edge_llm.worker.messages import Role
-from tests.gateway.conftest import load_of, node_of
+from tests.nodes import load_of, node_of
 
 NOTHING: Final[Mapping[str, Booked]] = {}
 CHUNK: Final = 8

@@ -1,0 +1,200 @@
+"""Who is in the view: those who answer under their own name."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, field
+
+import aiohttp
+import pytest
+from fastapi import FastAPI, Response
+
+from edge_llm.cluster.probe import MISSES, Prober
+from edge_llm.cluster.view import ClusterView, Node, Place
+from edge_llm.errors import ConfigError
+from edge_llm.worker.client import WorkerClient
+from edge_llm.worker.messages import ErrorReply, WorkerStatus, encode
+from tests.loopback import KEYS, LoopbackServer, listening, until
+from tests.nodes import load_of, node_of
+
+pytestmark = pytest.mark.anyio
+
+
+@dataclass
+class StatusOnly:
+    """A worker that can say how it is and nothing else; `status` None: it fails."""
+
+    status: WorkerStatus | None
+    place: Place = field(init=False)
+    server: LoopbackServer = field(init=False)
+
+    def app(self) -> FastAPI:
+        app = FastAPI()
+
+        @app.get("/status")
+        async def status() -> Response:
+            if self.status is None:
+                return Response(encode(ErrorReply(code="worker_failed", message="out of order")), 503)
+            return Response(encode(self.status))
+
+        return app
+
+
+class Written:
+    """Discovery of what the test wrote down; a problem is raised instead."""
+
+    def __init__(self) -> None:
+        self.written: tuple[Place, ...] = ()
+        self.problem: Exception | None = None
+        self.rounds = 0
+
+    def places(self) -> tuple[Place, ...]:
+        self.rounds += 1
+        if self.problem is not None:
+            raise self.problem
+        return self.written
+
+
+class Scene:
+    """A prober, the workers it looks at, and every change it told of."""
+
+    def __init__(self, session: aiohttp.ClientSession, stack: AsyncExitStack) -> None:
+        self.discovery = Written()
+        self.changes: list[tuple[ClusterView, ClusterView]] = []
+        self.now_s = 100.0
+        client = WorkerClient(session, KEYS, "g1", lambda: 0.0, lambda: "n")
+        self.prober = Prober(self.discovery, client, 0.005, self._on_change, lambda: self.now_s)
+        self._stack = stack
+
+    def _on_change(self, before: ClusterView, after: ClusterView) -> None:
+        assert self.prober.view is after, "the view is told before it is true"
+        self.changes.append((before, after))
+
+    async def start(self, node: Node) -> StatusOnly:
+        """A worker with this status; its place is written down."""
+        worker = StatusOnly(node.status)
+        address, worker.server = await self._stack.enter_async_context(listening(worker.app()))
+        worker.place = Place(node.worker, address)
+        self.discovery.written += (worker.place,)
+        return worker
+
+    async def probed(self, rounds: int = 1) -> list[str]:
+        for _ in range(rounds):
+            await self.prober.probe_all()
+        return sorted(node.worker for node in self.prober.view.nodes)
+
+
+@pytest.fixture
+async def scene() -> AsyncIterator[Scene]:
+    async with AsyncExitStack() as stack:
+        session = await stack.enter_async_context(aiohttp.ClientSession())
+        yield Scene(session, stack)
+
+
+@asynccontextmanager
+async def probing(scene: Scene) -> AsyncIterator[None]:
+    running = asyncio.create_task(scene.prober.run())
+    try:
+        yield
+    finally:
+        running.cancel()
+        with suppress(asyncio.CancelledError):
+            await running
+
+
+async def test_who_answers_is_in_the_view_with_place_status_and_time(scene: Scene) -> None:
+    one, two = node_of("d1", "decode"), node_of("p1", "prefill")
+    first, second = await scene.start(one), await scene.start(two)
+    assert await scene.probed() == ["d1", "p1"]
+    view = scene.prober.view
+    assert view.node("d1") == Node(first.place, one.status, 100.0)
+    assert view.node("p1") == Node(second.place, two.status, 100.0)
+    assert [len(after.nodes) for _, after in scene.changes] == [1, 2]
+
+
+async def test_a_new_status_takes_the_place_of_the_old_and_only_changes_are_told(scene: Scene) -> None:
+    worker = await scene.start(node_of("d1", "decode"))
+    await scene.probed(3)
+    assert len(scene.changes) == 1, "nothing had changed, not even the time"
+    busier = node_of("d1", "decode", load=load_of(sequences_running=3)).status
+    worker.status = busier
+    scene.now_s = 101.0
+    await scene.probed()
+    assert scene.prober.view.nodes == (Node(worker.place, busier, 101.0),)
+    before, after = scene.changes[-1]
+    assert (len(before.nodes), len(after.nodes)) == (1, 1)
+
+
+async def test_a_worker_may_miss_some_rounds_and_leaves_after_too_many(scene: Scene) -> None:
+    worker = await scene.start(node_of("d1", "decode"))
+    status = worker.status
+    await scene.probed()
+    for _ in range(2):
+        worker.status = None
+        assert await scene.probed(MISSES - 1) == ["d1"]
+        worker.status = status
+        assert await scene.probed() == ["d1"], "an answer did not set the count back"
+    worker.status = None
+    assert await scene.probed(MISSES) == []
+    worker.status = status
+    assert await scene.probed() == ["d1"]
+
+
+async def test_a_worker_that_nobody_listens_for_any_more_leaves_at_once(scene: Scene) -> None:
+    worker, _stays = await scene.start(node_of("d1", "decode")), await scene.start(node_of("d2", "decode"))
+    assert await scene.probed() == ["d1", "d2"]
+    worker.server.die()
+    assert await scene.probed() == ["d2"]
+
+
+async def test_a_worker_under_another_name_is_not_the_one_that_was_meant(scene: Scene) -> None:
+    worker = await scene.start(node_of("d1", "decode"))
+    assert await scene.probed() == ["d1"]
+    worker.status = node_of("d9", "decode").status
+    assert await scene.probed(MISSES - 1) == ["d1"]
+    assert await scene.probed() == []
+    assert await scene.probed(2) == [], "a stranger came in under its own name"
+
+
+async def test_a_worker_that_was_taken_out_of_the_file_leaves_and_one_that_was_added_comes(scene: Scene) -> None:
+    await scene.start(node_of("d1", "decode"))
+    assert await scene.probed() == ["d1"]
+    scene.discovery.written = ()
+    assert await scene.probed() == []
+    await scene.start(node_of("d2", "decode"))
+    assert await scene.probed() == ["d2"]
+
+
+async def test_while_the_file_is_bad_the_old_places_are_asked_all_the_same(scene: Scene) -> None:
+    await scene.start(node_of("d1", "decode"))
+    assert await scene.probed() == ["d1"]
+    scene.discovery.problem = ConfigError("w.yaml is not YAML")
+    assert await scene.probed(MISSES + 1) == ["d1"]
+    scene.prober.lost("d1")
+    assert await scene.probed() == ["d1"], "lost while the file was bad, and never looked for again"
+    scene.discovery.problem, scene.discovery.written = None, ()
+    assert await scene.probed() == []
+
+
+async def test_a_lost_worker_leaves_at_once_and_comes_back_when_it_answers(scene: Scene) -> None:
+    await scene.start(node_of("d1", "decode"))
+    await scene.probed()
+    scene.prober.lost("d1")
+    assert scene.prober.view.nodes == ()
+    scene.prober.lost("d1")
+    assert len(scene.changes) == 2, "losing what is lost is no change"
+    assert await scene.probed() == ["d1"]
+
+
+async def test_probing_goes_on_round_after_round_whatever_happens_in_one(scene: Scene) -> None:
+    worker = await scene.start(node_of("d1", "decode"))
+    scene.discovery.problem = RuntimeError("a bug in discovery")
+    async with probing(scene):
+        await until(lambda: scene.discovery.rounds > 2)
+        assert scene.prober.view.nodes == ()
+        scene.discovery.problem = None
+        await until(lambda: len(scene.prober.view.nodes) == 1)
+        worker.server.die()
+        await until(lambda: not scene.prober.view.nodes)
