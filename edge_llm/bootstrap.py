@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with one_at_a_time(paths.cache):
             set_up(paths, options.dev, not options.no_model)
-    except SetupError as error:
+    except (SetupError, OSError) as error:
         say(f"edge-llm set-up: {error}")
         return 1
     except KeyboardInterrupt:
@@ -107,11 +107,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def set_up(paths: Paths, is_dev: bool, wants_model: bool) -> None:
-    """Do what is missing, in order of how long it takes to find out that it cannot work."""
+def set_up(paths: Paths, is_dev: bool, wants_model: bool, look: Callable[[Paths], Machine] | None = None) -> None:
+    """Do what is missing, in order of how long it takes to find out that it cannot work. `look` reads the machine."""
     wanted = fingerprint(paths.root, sys.version_info[:2], is_dev)
     if not is_done(paths, wanted, fingerprint(paths.root, sys.version_info[:2], True)):
-        machine = this_machine(paths)
+        machine = (look or this_machine)(paths)
         wheel = cached_wheel(paths, machine.compiler)
         check(machine, wheel is None)
         make_environment(paths)
@@ -160,31 +160,43 @@ def this_machine(paths: Paths) -> Machine:
         has_venv=all(importlib.util.find_spec(name) for name in ("venv", "ensurepip")),
         compiler=compiler_version(os.environ),
         make=shutil.which("make"),
-        free_disk=min(shutil.disk_usage(place).free for place in (paths.cache, paths.venv.parent)),
+        free_disk=min(shutil.disk_usage(nearest_folder(place)).free for place in (paths.cache, paths.venv)),
         free_memory=free_memory(Path("/")),
         cores=len(os.sched_getaffinity(0)),
     )
 
 
+def nearest_folder(place: Path) -> Path:
+    """`place`, or the folder above it that is there: it is on the same disk."""
+    return next(folder for folder in (place, *place.parents) if folder.is_dir())
+
+
 def compiler_version(environ: Mapping[str, str]) -> str | None:
     """First line of the C++ compiler's --version; None without a compiler, or without the C one that goes with it."""
-    names = [environ["CXX"]] if environ.get("CXX") else ["c++", "g++", "clang++"]
-    found = next(filter(None, map(shutil.which, names)), None)
-    has_c = any(map(shutil.which, [environ["CC"]] if environ.get("CC") else ["cc", "gcc", "clang"]))
-    if found is None or not has_c:
+    found = first_program(environ, "CXX", ["c++", "g++", "clang++"])
+    if found is None or first_program(environ, "CC", ["cc", "gcc", "clang"]) is None:
         return None
     done = subprocess.run([found, "--version"], stdout=subprocess.PIPE, text=True, check=False)
     return done.stdout.partition("\n")[0] or None
 
 
+def first_program(environ: Mapping[str, str], variable: str, names: list[str]) -> str | None:
+    """Where the first of `names` is, or what `variable` names, which may have arguments (`ccache g++`)."""
+    words = environ.get(variable, "").split()
+    places = (shutil.which(name, path=environ.get("PATH")) for name in (words[:1] or names))
+    return next(filter(None, places), None)
+
+
 def free_memory(root: Path) -> int:
-    """Bytes that a compiler may fill: available and swap, or what a control group (v2) leaves."""
+    """Bytes that a compiler may fill: available and swap, or what a control group (v2) leaves beside files it has read."""
     text = (root / "proc/meminfo").read_text()
     lines = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
     free = sum(int(lines.get(key, "0 kB").split()[0]) * 1024 for key in ("MemAvailable", "SwapFree"))
     with contextlib.suppress(OSError, ValueError):  # no control group, or `max`
-        limit = int((root / "sys/fs/cgroup/memory.max").read_text())
-        free = min(free, max(0, limit - int((root / "sys/fs/cgroup/memory.current").read_text())))
+        group = root / "sys/fs/cgroup"
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        found = re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
+        free = min(free, max(0, limit - max(0, used - int(found[1] if found else 0))))
     return free
 
 
@@ -237,9 +249,9 @@ def pinned_version(root: Path) -> str:
     return found[1]
 
 
-def wheel_folder(paths: Paths, compiler: str, features: str) -> Path:
+def wheel_folder(paths: Paths, compiler: str, features: str, flags: Sequence[str] = FLAGS) -> Path:
     """The cache's key: version, flags, CPU and compiler."""
-    key = hashlib.sha256(repr((FLAGS, features, compiler)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((tuple(flags), features, compiler)).encode()).hexdigest()[:16]
     return paths.cache / "wheels" / f"{PACKAGE}-{pinned_version(paths.root)}-{platform.machine()}-{key}"
 
 
@@ -415,7 +427,7 @@ def _watched(command: list[str], environ: dict[str, str], log: Path | None, mete
         stack.callback(_end, process)
         stack.callback(meter.close)
         assert process.stdout is not None
-        for line in process.stdout:
+        for line in stack.enter_context(process.stdout):
             tail = [*tail[-24:], line.rstrip()]
             meter.line(line)
             if sink is not None:

@@ -1,4 +1,4 @@
-"""A board's files under a root of the test's own: a Pi 5, containers of both cgroup versions, boards that say nothing."""
+"""A board's files under a root of the test's own: a Pi 5, containers of both cgroup versions, silent boards."""
 
 from __future__ import annotations
 
