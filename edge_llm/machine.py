@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,8 @@ from pathlib import Path
 import psutil
 
 _UNLIMITED = 1 << 60
+_TUNABLES = "GLIBC_TUNABLES"
+_HUGE_PAGES = "glibc.malloc.hugetlb"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +95,21 @@ def usable_cores(root: Path = Path("/")) -> int:
     cores = len(os.sched_getaffinity(0))
     quota, period = _cpu_quota(root)
     return max(1, min(cores, int(quota / period))) if quota and period else cores
+
+
+def huge_page_environment(environ: Mapping[str, str], root: Path = Path("/")) -> dict[str, str]:
+    """What to add to a process's environment before it starts, so that glibc asks for huge pages for large buffers.
+
+    The KV cache of 4,096 cells is walked in strides: on 4 KiB pages a decode step of 4 or 8 sequences spent a tenth of
+    its time in page walks. glibc reads the tunable (glibc.malloc.hugetlb, since 2.35) at exec only. Empty where the
+    kernel never gives huge pages, or where whoever started us has set the tunable.
+    """
+    tunables = environ.get(_TUNABLES, "")
+    if _HUGE_PAGES in tunables or "[never]" in (
+        _text(root / "sys/kernel/mm/transparent_hugepage/enabled") or "[never]"
+    ):
+        return {}
+    return {_TUNABLES: ":".join(filter(None, (tunables, f"{_HUGE_PAGES}=1")))}
 
 
 def process_usage(pid: int) -> ProcessUsage | None:

@@ -1,8 +1,9 @@
 """What to ask llama-bench and llama-batched-bench, and what their answers mean. Pure: command lines and parsing.
 
 Owns the options that make a comparison fair: one thread, no flash attention, the same K and V types, repacking as our
-policy has it, one KV stream per sequence (`--no-kv-unified`), the same depths. `default` settings name nothing:
-llama.cpp's own choice, but for the thread count. Refuses to know processes and where tools lie.
+policy has it, one KV stream per sequence (`--no-kv-unified`), as many cells each as ours has (llama-bench takes no
+more than its test needs), the same depths. `default` settings name nothing: llama.cpp's own choice, but for the thread
+count and the cells. Refuses to know processes and where tools lie.
 
 llama-bench's prompts are one call of 512 rows (its default micro-batch); ours are pieces of a chunk. That is a price
 of chunked hand-off, so it stays in the comparison.
@@ -12,14 +13,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 import msgspec
 
 from edge_llm.errors import EdgeLLMError
-
-# llama.cpp rounds the cells of a sequence up to multiples of this (llama_context's constructor)
-_CELLS: Final = 256
 
 
 class UnreadableOutput(EdgeLLMError):
@@ -81,11 +78,10 @@ def bench_command(tool: Path, model: Path, kernels: Kernels, prompt_tokens: int,
 
 
 def batched_command(
-    tool: Path, model: Path, kernels: Kernels, rows: list[int], prompt_tokens: int, decode_tokens: int
+    tool: Path, model: Path, kernels: Kernels, rows: list[int], prompt_tokens: int, decode_tokens: int, n_ctx: int
 ) -> list[str]:
-    """Decode with each number of rows, every sequence behind a prompt of its own."""
-    each = -(-(prompt_tokens + decode_tokens) // _CELLS) * _CELLS
-    cells = max(rows) * each
+    """Decode with each number of rows, every sequence behind a prompt of its own, `n_ctx` cells each."""
+    cells = max(rows) * n_ctx
     command = [str(tool), "-m", str(model), "-c", str(cells), "-npp", str(prompt_tokens), "-ntg", str(decode_tokens)]
     command += ["-npl", ",".join(map(str, rows)), "-t", "1", "-tb", "1", "--output-format", "jsonl"]
     if kernels.is_default:

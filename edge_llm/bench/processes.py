@@ -21,7 +21,7 @@ from typing import IO, Any, Final, Self
 
 from edge_llm.bench.record import Process
 from edge_llm.errors import EdgeLLMError
-from edge_llm.machine import peak_memory_bytes, process_usage
+from edge_llm.machine import huge_page_environment, peak_memory_bytes, process_usage
 
 _END_S: Final = 10.0
 # Loading the largest model that a board of ours holds, from an SD card.
@@ -91,6 +91,7 @@ class Measurer:
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
                 text=True,
+                env={**os.environ, **huge_page_environment(os.environ)},  # as workers run
             )
         self.facts = self._answer(_READY_S)
         usage = process_usage(self._child.pid)

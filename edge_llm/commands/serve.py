@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import secrets
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
 from edge_llm.config import GatewayConfig, WorkerConfig, load_settings
+from edge_llm.machine import huge_page_environment
 
 config_option = click.option("--config", type=click.Path(path_type=Path), help="Configuration file (YAML).")
 
@@ -43,6 +46,7 @@ def serve() -> None:
 @click.option("--announce", is_flag=True, default=None, hidden=True)
 def worker(config: Path | None, allowed_peers: tuple[str, ...], **flags: Any) -> None:
     """A worker: one model, one engine thread, role prefill, decode or mixed."""
+    _start_again_with_huge_pages()
     from edge_llm.worker.serve import run_worker
 
     run_worker(load_settings(WorkerConfig, flags | {"allowed_peers": allowed_peers or None}, config))
@@ -62,6 +66,12 @@ def gateway(config: Path | None, **flags: Any) -> None:
     from edge_llm.gateway.serve import run_gateway
 
     run_gateway(load_settings(GatewayConfig, flags, config))
+
+
+def _start_again_with_huge_pages() -> None:
+    """Exec this command once more where that gives its buffers huge pages; process id and descriptors stay."""
+    if added := huge_page_environment(os.environ):
+        os.execve(sys.executable, [sys.executable, "-m", "edge_llm", *sys.argv[1:]], {**os.environ, **added})
 
 
 @serve.command()
