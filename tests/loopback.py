@@ -191,10 +191,10 @@ class Gateway:
         self.name = name
         self.client = WorkerClient(session, KEYS, name, time.time, lambda: f"{name}-{next(self._numbers)}")
         self._answers: dict[tuple[str, int], Answer] = {}
-        self._listeners: dict[str, asyncio.Task[None]] = {}
+        self._listeners: dict[Peer, asyncio.Task[None]] = {}
 
     def listen(self, peer: Peer) -> None:
-        self._listeners[peer.worker] = asyncio.create_task(self._listen(peer))
+        self._listeners[peer] = asyncio.create_task(self._listen(peer))
 
     async def leave(self) -> None:
         """Hang up on all workers."""

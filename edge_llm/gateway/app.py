@@ -10,16 +10,16 @@ import asyncio
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any, Final
 
 import aiohttp
 import structlog
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import HTTPException
-from fastapi.responses import JSONResponse, StreamingResponse
-from starlette.exceptions import HTTPException as StarletteHTTPException
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from edge_llm.cluster.probe import Discovery, Prober
 from edge_llm.cluster.view import Node
@@ -37,6 +37,7 @@ from edge_llm.gateway.dispatch import Dispatcher, Finish, Job, Progress, Running
 from edge_llm.gateway.openai import DONE, Ask, Shape, Usage, comment, error_body, error_headers, parse, sse
 from edge_llm.worker.client import WorkerClient
 from edge_llm.worker.messages import ChatMessage, TokenizeRequest
+from edge_llm.worker.stream import ClosingStream
 from edge_llm.worker.tickets import KeyRing
 
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,64}")
@@ -108,7 +109,9 @@ class Gateway:
         models = self.dispatcher.view.models
         if not models:
             raise Overloaded("no worker is ready yet: models are still loading", retry_after_s=2.0)
-        if wanted is None and len(models) == 1:
+        if wanted is None:
+            if len(models) > 1:
+                raise InvalidRequest(f"several models are served, name one of {', '.join(models)}", param="model")
             return models[0]
         if wanted not in models:
             raise UnknownModel(f"no worker serves the model {wanted!r}; served are: {', '.join(models)}", param="model")
@@ -122,11 +125,10 @@ class Gateway:
         room = n_ctx - prompt_tokens
         if room < 1:
             raise ContextTooLong(
-                f"the prompt has {prompt_tokens} tokens, the context of {model} here is {n_ctx}", param="messages"
+                f"the prompt has {prompt_tokens} tokens, the context of {model} here is {n_ctx}",
+                param="messages" if ask.is_chat else "prompt",
             )
-        wanted = (
-            min(ask.max_tokens or self.config.default_max_tokens, room) if ask.max_tokens is None else ask.max_tokens
-        )
+        wanted = ask.max_tokens or min(self.config.default_max_tokens, room)
         if wanted > room:
             raise ContextTooLong(
                 f"the prompt has {prompt_tokens} tokens and max_tokens is {wanted}: more than the context of {n_ctx}",
@@ -146,13 +148,18 @@ def create_app(gateway: Gateway) -> FastAPI:
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.exception_handler(EdgeLLMError)
-    async def on_error(_request: Request, error: EdgeLLMError) -> Response:
-        return JSONResponse(error_body(error), error.status, error_headers(error))
+    async def on_error(request: Request, error: EdgeLLMError) -> Response:
+        return JSONResponse(error_body(error), error.status, _headers(request) | error_headers(error))
 
-    @app.exception_handler(StarletteHTTPException)
+    @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> Response:
         failure = InvalidRequest(f"{request.method} {request.url.path}: {error.detail}")
-        return JSONResponse(error_body(failure), error.status_code)
+        return JSONResponse(error_body(failure), error.status_code, _headers(request) | dict(error.headers or {}))
+
+    @app.exception_handler(Exception)
+    async def on_bug(request: Request, error: Exception) -> Response:
+        failure = EdgeLLMError(f"the gateway failed: {type(error).__name__}; see its log")
+        return JSONResponse(error_body(failure), failure.status, _headers(request))
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
@@ -176,7 +183,9 @@ def create_app(gateway: Gateway) -> FastAPI:
 
     @app.get("/cluster")
     async def cluster() -> Response:
-        return JSONResponse({"gateway": gateway.name, "nodes": [_node_entry(n) for n in gateway.dispatcher.view.nodes]})
+        requests = gateway.dispatcher.requests
+        nodes = [_node_entry(node) for node in gateway.dispatcher.view.nodes]
+        return JSONResponse({"gateway": gateway.name, "requests": requests, "nodes": nodes})
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
@@ -197,18 +206,20 @@ async def _answer(gateway: Gateway, request: Request, *, is_chat: bool) -> Respo
     ask = parse(body, is_chat=is_chat, random_seed=lambda: secrets.randbits(63), mode_header=mode)
     job, node = await gateway.job(ask, f"{request_id}.{secrets.token_hex(4)}")
     shape = Shape(request_id, int(time.time()), node.status.model, is_chat)
-    headers = {"x-request-id": request_id, **_SECURITY}
     if ask.is_stream:
         parts = _stream(gateway, ask, job, shape, arrived_s)
         first = await anext(parts)  # what is refused at once is an HTTP error, not an error in a stream
-        return StreamingResponse(_after(first, parts), media_type="text/event-stream", headers=headers)
-    return JSONResponse(await _whole(gateway, request, ask, job, shape, arrived_s), headers=headers)
+        stream = ClosingStream(_after(first, parts), "text/event-stream")
+        stream.headers.update(_headers(request))
+        return stream
+    return JSONResponse(await _whole(gateway, request, ask, job, shape, arrived_s), headers=_headers(request))
 
 
-async def _after(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    yield first
-    async for part in rest:
-        yield part
+async def _after(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    async with aclosing(rest):
+        yield first
+        async for part in rest:
+            yield part
 
 
 async def _whole(
@@ -247,22 +258,18 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-async def _stream(gateway: Gateway, ask: Ask, job: Job, shape: Shape, arrived_s: float) -> AsyncIterator[bytes]:
-    """SSE of one answer. The first part comes at once."""
+async def _stream(gateway: Gateway, ask: Ask, job: Job, shape: Shape, arrived_s: float) -> AsyncGenerator[bytes, None]:
+    """SSE of one answer. The first part comes at once, and something at least every `keep_alive_s`."""
     async with gateway.dispatcher.running(job) as running:
         yield shape.first() or comment("accepted")
+        said_s = time.monotonic()
         while True:
-            update = await _next_update(running, gateway.config.keep_alive_s)
-            if update is None:
-                yield comment("working")
-            elif isinstance(update, Text):
-                if update.text:
-                    yield shape.text(update.text)
-            elif isinstance(update, Progress):
-                if ask.wants_progress:
-                    yield shape.progress(update.done, update.total, 1e3 * (time.monotonic() - arrived_s))
-            else:
+            update = await _next_update(running, said_s + gateway.config.keep_alive_s - time.monotonic())
+            if isinstance(update, Finish):
                 break
+            if part := _part(ask, shape, update, arrived_s):
+                yield part
+                said_s = time.monotonic()
         if update.error is not None:
             yield sse(error_body(update.error))
             return
@@ -271,10 +278,21 @@ async def _stream(gateway: Gateway, ask: Ask, job: Job, shape: Shape, arrived_s:
         yield shape.last(update.reason or "stop", timings) + usage + DONE
 
 
-async def _next_update(running: Running, keep_alive_s: float) -> Update | None:
-    """The next update, or None when nothing happened for a while."""
+def _part(ask: Ask, shape: Shape, update: Text | Progress | None, arrived_s: float) -> bytes:
+    """What the client hears of an update: nothing of withheld text and of progress that it did not ask for."""
+    match update:
+        case None:
+            return comment("working")
+        case Text(text):
+            return shape.text(text) if text else b""
+        case Progress(done, total):
+            return shape.progress(done, total, 1e3 * (time.monotonic() - arrived_s)) if ask.wants_progress else b""
+
+
+async def _next_update(running: Running, within_s: float) -> Update | None:
+    """The next update, or None when nothing happened in time."""
     try:
-        async with asyncio.timeout(keep_alive_s):
+        async with asyncio.timeout(within_s):
             return await running.updates.get()
     except TimeoutError:
         return None
@@ -372,14 +390,23 @@ def _node_entry(node: Node) -> dict[str, Any]:
 
 
 def _request_id(request: Request) -> str:
+    """The client's, or one of ours; the same whenever it is asked for."""
     given = request.headers.get("x-request-id", "")
-    return given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+    request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+    return str(request.scope.setdefault("edge_llm.request_id", request_id))
+
+
+def _headers(request: Request) -> dict[str, str]:
+    return {"x-request-id": _request_id(request), **_SECURITY}
 
 
 async def _read_body(request: Request, limit: int) -> bytes:
     data = bytearray()
-    async for part in request.stream():
-        data += part
-        if len(data) > limit:
-            raise PayloadTooLarge(f"the body is larger than {limit} bytes")
+    try:
+        async for part in request.stream():
+            data += part
+            if len(data) > limit:
+                raise PayloadTooLarge(f"the body is larger than {limit} bytes")
+    except ClientDisconnect as error:
+        raise InvalidRequest("the client hung up before its request was whole") from error
     return bytes(data)

@@ -1,16 +1,17 @@
 """Requests on their way through the cluster: queue, plan, send, follow, replan.
 
-Owns the one queue, what this gateway has booked on each worker, and one event connection per worker that carries
-everything the worker has to say to this gateway. Refuses to know OpenAI JSON (app.py turns updates into it).
+Owns what this gateway has booked on each worker, and one event connection per worker that carries everything the
+worker has to say to this gateway. Refuses to know OpenAI JSON (app.py turns updates into it) and the queue's order.
 
-A request leaves the queue when `decide` finds a decode worker with a free slot; requests leave in order. A lost worker
-sends its requests to REPLANNING: they queue again at the front with prompt + delivered tokens.
+A request leaves the queue (queue.py) when `decide` finds a decode worker with a free slot. A lost worker sends its
+requests to REPLANNING: they queue again at the front with prompt + delivered tokens.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -19,25 +20,19 @@ from typing import Final
 import structlog
 
 from edge_llm.cluster.probe import Prober
-from edge_llm.cluster.view import ClusterView, Node
-from edge_llm.errors import (
-    ClientError,
-    ContextTooLong,
-    EdgeLLMError,
-    Overloaded,
-    RemoteProtocolError,
-    WorkerError,
-    WorkerUnreachable,
-)
+from edge_llm.cluster.view import ClusterView, Node, Place
+from edge_llm.errors import EdgeLLMError, Overloaded, RemoteProtocolError, UnknownModel, WorkerError, WorkerUnreachable
+from edge_llm.gateway import queue
 from edge_llm.gateway.scheduler import Booked, Mode, Plan, Wish, decide
 from edge_llm.gateway.session import Event, Session, State
 from edge_llm.kv.snapshot import Level, ids_digest
 from edge_llm.request import FinishReason, SamplingParams, TokenEvent
 from edge_llm.worker import messages
-from edge_llm.worker.client import Peer, WorkerClient
+from edge_llm.worker.client import Peer, WorkerClient, error_of
 from edge_llm.worker.messages import (
     CancelRequest,
     DecodeRequest,
+    ErrorReply,
     EventBatch,
     PrefillCandidate,
     PromptReport,
@@ -47,6 +42,8 @@ from edge_llm.worker.messages import (
 
 RECONNECT_S: Final = 0.5
 REFUSED_S: Final = 0.1
+# How long the end of a gateway waits for its last cancellations to arrive; a lease frees what they did not reach.
+CLOSE_S: Final = 1.0
 log = structlog.get_logger()
 
 
@@ -90,13 +87,18 @@ Update = Text | Progress | Finish
 
 @dataclass(slots=True)
 class Running:
-    """One request and its clock readings (monotonic seconds)."""
+    """One request and its clock readings (monotonic seconds).
+
+    `is_as_promised` ends for good when KV of another class came in, or the answer went on where it may come out
+    otherwise.
+    """
 
     job: Job
     session: Session
     arrived_s: float
     updates: asyncio.Queue[Update] = field(default_factory=asyncio.Queue)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+    place: queue.Place | None = None
     plan: Plan | None = None
     sent_s: float = 0.0
     first_token_s: float = 0.0
@@ -104,16 +106,14 @@ class Running:
     prompted_s: float = 0.0
     report: PromptReport | None = None
     notes: list[str] = field(default_factory=list)
-    error: EdgeLLMError | None = None
+    is_as_promised: bool = True
 
     @property
     def level(self) -> Level:
-        """What may be promised: the decode worker's level, unless KV of another class came in or a resume broke it."""
+        """What may be promised of the whole answer."""
         if self.plan is None:
             return "unverified"
-        if self.report is not None and not self.report.is_same_class:
-            return "none"
-        return self.plan.decode.status.level
+        return self.plan.decode.status.level if self.is_as_promised else "none"
 
 
 class Dispatcher:
@@ -129,18 +129,21 @@ class Dispatcher:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._client, self._gateway = client, gateway
-        self._queue_length, self._queue_wait_s, self._replan_limit = queue_length, queue_wait_s, replan_limit
-        self._clock = clock
+        self._replan_limit, self._clock = replan_limit, clock
         self._running: dict[str, Running] = {}
-        self._connections: dict[str, asyncio.Task[None]] = {}
-        self._admission = asyncio.Lock()
-        self._changed = asyncio.Event()
-        self._queued = 0
+        self._connections: dict[Place, asyncio.Task[None]] = {}
+        self._queue = queue.PlanQueue(queue_length, queue_wait_s)
+        self._endings: set[asyncio.Task[None]] = set()
         self.prober: Prober | None = None
 
     @property
     def view(self) -> ClusterView:
         return self.prober.view if self.prober else ClusterView()
+
+    @property
+    def requests(self) -> dict[str, int]:
+        """How many requests are in which state."""
+        return dict(Counter(running.session.state.value for running in self._running.values()))
 
     # -- called by the HTTP side
 
@@ -154,44 +157,50 @@ class Dispatcher:
         for node in sorted(nodes, key=lambda n: (n.status.load.sequences_running, n.worker)):
             try:
                 return node, await self._client.tokenize(_peer(node), request)
-            except WorkerError as error:
+            except (WorkerError, Overloaded, RemoteProtocolError) as error:
                 failure = error
         raise failure
 
     @asynccontextmanager
     async def running(self, job: Job) -> AsyncIterator[Running]:
-        """Run a job; leaving the block early cancels it everywhere."""
-        if self._queued >= self._queue_length:
-            raise Overloaded(f"{self._queued} requests wait already", retry_after_s=5.0)
+        """Run a job; leaving the block early cancels it everywhere. Raises what refuses it at once."""
         running = Running(job, Session(job.request_id), self._clock())
         self._running[job.request_id] = running
-        task = asyncio.create_task(self._run(running), name=f"request {job.request_id}")
         try:
-            yield running
+            place = self._join(running)
+            task = asyncio.create_task(self._run(running, place), name=f"request {job.request_id}")
+            try:
+                yield running
+            finally:
+                self._leave(running, task)
         finally:
-            if not running.session.is_over:
-                running.session.on(Event.CLIENT_GONE)
-                running.ended.set()
-                await self._cancel(running)
-            task.cancel()
-            self._running.pop(job.request_id, None)
-            self._changed.set()
+            del self._running[job.request_id]
+            self._queue.move()
 
     # -- one request
 
-    async def _run(self, running: Running) -> None:
+    async def _run(self, running: Running, place: queue.Place) -> None:
         """Top of a request's task: plan and follow until it is over."""
         try:
+            await self._attempt(running, await self._queue.turn(place))
             while not running.session.is_over:
-                await self._attempt(running)
+                await self._attempt(running, await self._queue.turn(self._join(running)))
         except EdgeLLMError as error:
             self._give_up(running, error)
         except Exception as error:
             log.error("request failed", request_id=running.job.request_id, error=repr(error), exc_info=True)
             self._give_up(running, WorkerError("the gateway failed on this request; see its log"))
 
-    async def _attempt(self, running: Running) -> None:
-        plan = await self._admit(running)
+    def _join(self, running: Running) -> queue.Place:
+        session = running.session
+        lane = (running.job.model, frozenset(session.lost))
+        place = self._queue.join(lambda: self._plan(running), lane, is_returning=session.epoch > 0)
+        running.place = place
+        return place
+
+    async def _attempt(self, running: Running, plan: Plan) -> None:
+        if running.session.is_over:
+            return
         running.ended.clear()
         try:
             await self._client.decode(_peer(plan.decode), self._decode_request(running, plan))
@@ -204,33 +213,18 @@ class Dispatcher:
             running.sent_s = running.sent_s or self._clock()
         await running.ended.wait()
 
-    async def _admit(self, running: Running) -> Plan:
-        """Wait for a plan, in order, bounded. Raises Overloaded when the wait was too long."""
-        self._queued += 1
-        try:
-            async with asyncio.timeout(self._queue_wait_s), self._admission:
-                while True:
-                    self._changed.clear()
-                    try:
-                        return self._plan(running)
-                    except Overloaded as error:
-                        running.notes = [f"waited: {error.message}"]
-                    async with asyncio.timeout(self._queue_wait_s):
-                        await self._changed.wait()
-        except TimeoutError as late:
-            reason = running.notes[-1] if running.notes else "the queue did not move"
-            raise Overloaded(
-                f"no slot became free within {self._queue_wait_s:.0f} s ({reason})", retry_after_s=10.0
-            ) from late
-        finally:
-            self._queued -= 1
-
     def _plan(self, running: Running) -> Plan:
         job = running.job
         avoid = frozenset(running.session.lost)
         tokens = len(job.prompt_ids) + len(running.session.delivered)
         wish = Wish(job.model, tokens, job.max_tokens - len(running.session.delivered), job.mode, avoid)
-        plan = decide(wish, self.view, self._booked())
+        try:
+            plan = decide(wish, self.view, self._booked())
+        except UnknownModel as error:
+            # somebody served it when the request came: workers come back
+            raise Overloaded(f"no worker serves {job.model} any more", retry_after_s=2.0) from error
+        if running.plan is not None and running.session.delivered:
+            running.is_as_promised &= _goes_on_the_same(running.plan.decode, plan.decode)
         running.plan, running.report = plan, None
         running.notes = [plan.note] if plan.note else []
         running.session.on(Event.PLANNED)
@@ -292,16 +286,33 @@ class Dispatcher:
         if running.session.is_over:
             return
         running.session.on(Event.GAVE_UP)
-        running.error = error
         running.updates.put_nowait(Finish(None, error))
         running.ended.set()
+        self._queue.move()
 
-    async def _cancel(self, running: Running) -> None:
-        if running.plan is None:
-            return
+    def _leave(self, running: Running, task: asyncio.Task[None]) -> None:
+        """The client has its answer or is gone. Does not wait for anything: whoever leaves may be cancelled already."""
+        session, plan = running.session, running.plan
+        is_with_worker = session.state in (State.PREFILLING, State.DECODING)
+        is_early = not session.is_over
+        if is_early:
+            session.on(Event.CLIENT_GONE)
+            running.ended.set()
+        if not is_with_worker:
+            task.cancel()
+            if running.place is not None:
+                self._queue.leave(running.place)
+        if is_early and plan is not None:
+            ending = asyncio.create_task(self._cancel(running, plan, task), name=f"cancel {session.request_id}")
+            self._endings.add(ending)
+            ending.add_done_callback(self._endings.discard)
+
+    async def _cancel(self, running: Running, plan: Plan, task: asyncio.Task[None]) -> None:
+        # a cancellation must not overtake the request that it cancels
+        await asyncio.wait({task})
         request = CancelRequest(request_id=running.job.request_id, epoch=running.session.epoch)
         try:
-            await asyncio.shield(self._client.cancel(_peer(running.plan.decode), request))
+            await self._client.cancel(_peer(plan.decode), request)
         except EdgeLLMError as error:
             log.info("cancel not delivered", request_id=running.job.request_id, code=error.code)
 
@@ -309,11 +320,11 @@ class Dispatcher:
 
     def on_view(self, before: ClusterView, after: ClusterView) -> None:
         """Keep one event connection to every node of the view."""
-        self._changed.set()
         for node in after.nodes:
-            task = self._connections.get(node.worker)
+            task = self._connections.get(node.place)
             if node.decodes and (task is None or task.done()):
-                self._connections[node.worker] = asyncio.create_task(self._follow(node), name=f"events {node.worker}")
+                self._connections[node.place] = asyncio.create_task(self._follow(node), name=f"events {node.worker}")
+        self._queue.move()
 
     async def _follow(self, node: Node) -> None:
         """Read a worker's events until it is gone; then its requests are replanned."""
@@ -322,11 +333,12 @@ class Dispatcher:
                 self._on_batch(batch)
         except EdgeLLMError as error:
             log.warning("event connection lost", worker=node.worker, message=error.message)
-            if self.prober is not None:
+            now = self.view.node(node.worker)
+            if self.prober is not None and now is not None and now.place == node.place:
                 self.prober.lost(node.worker)
             lost = WorkerUnreachable(f"decode worker {node.worker} was lost: {error.message}")
             for running in list(self._running.values()):
-                if running.plan is not None and running.plan.decode.worker == node.worker:
+                if running.plan is not None and running.plan.decode.place == node.place:
                     self._lose(running, lost)
             await asyncio.sleep(RECONNECT_S)
 
@@ -350,12 +362,15 @@ class Dispatcher:
         running = self._current(prompted.request_id, prompted.epoch)
         if running is None:
             return
-        running.report, running.prompted_s = prompted.report, self._clock()
+        running.report = prompted.report
+        running.is_as_promised &= prompted.report.is_same_class
+        if not running.first_token_s:
+            running.prompted_s = self._clock()
         if prompted.report.fallback:
             running.notes.append(prompted.report.fallback)
         if running.session.state is State.PREFILLING:
             running.session.on(Event.PROMPTED)
-            self._changed.set()
+            self._queue.move()
 
     def _on_token(self, token: messages.Token) -> None:
         running = self._current(token.request_id, token.epoch)
@@ -374,25 +389,32 @@ class Dispatcher:
         if token.finish_reason is not None:
             running.updates.put_nowait(Finish(token.finish_reason))
             running.ended.set()
-            self._changed.set()
+            self._queue.move()
 
     def _on_failed(self, failed: messages.Failed) -> None:
         running = self._current(failed.request_id, failed.epoch)
         if running is None:
             return
+        worker = running.plan.decode.worker if running.plan else "?"
+        error = error_of(ErrorReply(code=failed.code, message=failed.message), worker)
         if failed.is_retryable:
-            self._lose(running, WorkerError(failed.message))
+            self._lose(running, error)
         else:
-            self._give_up(
-                running, ContextTooLong(failed.message) if failed.status == 400 else ClientError(failed.message)
-            )
+            self._give_up(running, error)
 
     async def close(self) -> None:
-        """End all connections and requests."""
-        tasks = [*self._connections.values()]
+        """Let cancellations arrive, bounded, and end all connections."""
+        if self._endings:
+            await asyncio.wait(self._endings, timeout=CLOSE_S)
+        tasks = [*self._connections.values(), *self._endings]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _goes_on_the_same(before: Node, after: Node) -> bool:
+    """Whether tokens that `after` adds to those of `before` are the ones that `before` would have made."""
+    return before.status.exactness_class == after.status.exactness_class and after.status.level != "same-plan"
 
 
 def _peer(node: Node) -> Peer:
