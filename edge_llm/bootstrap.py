@@ -188,7 +188,7 @@ def first_program(environ: Mapping[str, str], variable: str, names: list[str]) -
 
 
 def free_memory(root: Path) -> int:
-    """Bytes that a compiler may fill: available and swap, or what a control group (v2) leaves beside files it has read."""
+    """Bytes that a compiler may fill: available and swap, or what a control group (v2) leaves (files read are free)."""
     text = (root / "proc/meminfo").read_text()
     lines = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
     free = sum(int(lines.get(key, "0 kB").split()[0]) * 1024 for key in ("MemAvailable", "SwapFree"))
