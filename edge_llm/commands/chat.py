@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import http.client
+import io
 import json
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import click
@@ -43,12 +45,14 @@ def _check_reachable(url: str) -> None:
     try:
         with urllib.request.urlopen(f"{url}/v1/models", timeout=10):
             return
-    except OSError as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise WorkerUnreachable(f"no answer from {url}: {error}; is a cluster running (`edge-llm up`)?") from error
 
 
 def _questions() -> Iterator[str]:
     is_terminal = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a byte that is no text must not end the conversation
     while True:
         if is_terminal:
             click.secho("> ", nl=False, bold=True)
@@ -68,28 +72,53 @@ def _ask(url: str, history: list[dict[str, str]], options: dict[str, Any]) -> tu
     )
     text = ""
     timings: dict[str, Any] = {}
-    try:
-        with urllib.request.urlopen(request, timeout=600) as reply:
+    with _open(url, request) as reply:
+        try:
             for data in _events(reply):
-                if "error" in data:
-                    raise WorkerUnreachable(data["error"]["message"])
                 timings = data.get("timings", timings)
                 for choice in data["choices"]:
-                    piece = choice["delta"].get("content", "")
+                    piece = choice["delta"].get("content") or ""
                     text += piece
                     click.echo(piece, nl=False)
-    except urllib.error.HTTPError as error:
-        raise WorkerUnreachable(json.load(error)["error"]["message"]) from error
-    except OSError as error:
-        raise WorkerUnreachable(f"no answer from {url}: {error}; is a cluster running (`edge-llm up`)?") from error
-    click.echo()
+        except (OSError, http.client.HTTPException) as error:
+            raise WorkerUnreachable(f"the answer broke off: {error}") from error
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise WorkerUnreachable(f"{url} gives no answer of ours; is it the endpoint of `edge-llm up`?") from error
+        finally:
+            click.echo()  # whatever follows begins a line
     return text, timings
 
 
-def _events(lines: Any) -> Iterator[dict[str, Any]]:
+def _open(url: str, request: urllib.request.Request) -> http.client.HTTPResponse:
+    """The reply to a question, nothing of it read. Raises WorkerUnreachable with the words of the other side."""
+    try:
+        reply: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=600)
+    except urllib.error.HTTPError as error:
+        raise WorkerUnreachable(_complaint(error) or f"{url} answered {error.code} {error.reason}") from error
+    except (OSError, http.client.HTTPException) as error:
+        raise WorkerUnreachable(f"no answer from {url}: {error}; is a cluster running (`edge-llm up`)?") from error
+    return reply
+
+
+def _complaint(error: urllib.error.HTTPError) -> str:
+    """What the gateway says is wrong; empty when somebody else answered (a proxy's HTML page)."""
+    try:
+        return str(json.load(error)["error"]["message"])
+    except (OSError, LookupError, TypeError, ValueError, http.client.HTTPException):
+        return ""
+
+
+def _events(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """Until the answer says that it is whole: a connection that ends before that has broken."""
     for line in lines:
-        if line.startswith(b"data: ") and line.strip() != b"data: [DONE]":
-            yield json.loads(line[6:])
+        if line.strip() == b"data: [DONE]":
+            return
+        if line.startswith(b"data: "):
+            data = json.loads(line[6:])
+            if "error" in data:
+                raise WorkerUnreachable(data["error"]["message"])
+            yield data
+    raise ConnectionError("it has no end")
 
 
 def _summary(timings: dict[str, Any]) -> str:
