@@ -13,7 +13,17 @@ import click
 from edge_llm.config import GatewayConfig, WorkerConfig, load_settings
 from edge_llm.machine import huge_page_environment
 
-config_option = click.option("--config", type=click.Path(path_type=Path), help="Configuration file (YAML).")
+
+def _share(_context: click.Context, _option: click.Parameter, file: Path | None) -> Path | None:
+    """One file: the section `catalogue` is read where models are looked up, the others by the processes of `up`."""
+    if file is not None:
+        os.environ["EDGE_LLM_CONFIG"] = str(file.absolute())
+    return file
+
+
+config_option = click.option(
+    "--config", type=click.Path(path_type=Path), callback=_share, help="Configuration file (YAML)."
+)
 
 
 @click.group()

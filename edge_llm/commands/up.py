@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from edge_llm.commands.cluster_state import ClusterState, forget_state, need_state, read_state, state_path, write_state
+from edge_llm.commands.serve import config_option
 from edge_llm.config import UpConfig, load_settings
 from edge_llm.errors import ConfigError
 
@@ -24,7 +25,7 @@ _port = click.option("--port", type=int, default=8080, show_default=True, help="
 
 
 @click.command(context_settings={"ignore_unknown_options": False})
-@click.option("--config", type=click.Path(path_type=Path), help="Configuration file (YAML).")
+@config_option
 @click.option("--prefill", type=int, help="Prefill workers (default 1).")
 @click.option("--decode", type=int, help="Decode workers (default 1).")
 @click.option("--mixed", type=int, help="Workers that do both (default 0).")
