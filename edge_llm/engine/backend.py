@@ -63,8 +63,9 @@ class Backend(Protocol):
         """Whole KV of `slot`, positions [0, n_tokens)."""
         ...
 
-    def serve_open(self) -> None:
-        """Clear the prompt context: the next served prompt starts at cell 0."""
+    def serve_open(self, blob: StateBlob | None = None) -> None:
+        """Clear the prompt context: the next served prompt starts at cell 0, with the positions of `blob` restored.
+        Raises RestoreRefused and leaves the context empty."""
         ...
 
     def serve_prompt(self, ids: Sequence[int], p0: int) -> None:

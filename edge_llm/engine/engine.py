@@ -5,7 +5,8 @@ Owns the seam between the loop (worker/loop.py) and whatever computes tokens. Tw
 
 Life of a sequence: `begin` (slot becomes busy; a snapshot restores part of its KV) -> `step` ... `step`
 (prompt rest, then one token a step) -> the event with `finish_reason`, or `end` -> slot free.
-Life of a served prompt: `serve` -> `step` ... `step` (chunks of KV come out) -> `is_last` chunk, or `end_served`.
+Life of a served prompt: `serve` (a snapshot restores its beginning) -> `step` ... `step` (chunks of KV come out) ->
+`is_last` chunk, or `end_served`.
 
 Invariants: only `interrupt` may be called from another thread. `step` never blocks on anything but compute.
 Rows of one decode call are in ascending slot order; prompt rows and decode rows never share a call.
@@ -30,7 +31,8 @@ class EngineFacts:
 
     n_ctx: cells per sequence. slots: sequences that can decode at once (0: no decode context).
     chunk_tokens: borders of exported KV are absolute multiples of it.
-    layout: how this engine's *decode* context lays out a state (None without decode context).
+    layout: how this engine's *decode* context lays out a state (None without decode context); prompt_layout: the same
+    of its prompt context.
     v_layout: how V lies in payloads this engine exports.
     splits: whether KV can travel; split_reason says why not.
     """
@@ -51,6 +53,7 @@ class EngineFacts:
     split_reason: str
     identity: Identity
     layout: BlobLayout | None
+    prompt_layout: BlobLayout | None
     v_layout: VLayout
     policy: Policy
     is_flash_attention: bool
@@ -81,6 +84,15 @@ class KVChunk:
 
 
 @dataclass(frozen=True, slots=True)
+class KeptKV:
+    """KV of a sequence that ended well: positions [0, len(ids)) of `ids`, prompt and answer."""
+
+    request_id: str
+    ids: tuple[int, ...]
+    state: StateBlob
+
+
+@dataclass(frozen=True, slots=True)
 class PromptProgress:
     """`done` of `total` prompt positions have KV here (total = tokens before the one decode evaluates)."""
 
@@ -105,6 +117,7 @@ class Step:
     chunks: tuple[KVChunk, ...] = ()
     progress: tuple[PromptProgress, ...] = ()
     failures: tuple[Failure, ...] = ()
+    kept: tuple[KeptKV, ...] = ()
     decoded_rows: int = 0
     prompt_tokens: int = 0
     decode_s: float = 0.0
@@ -122,17 +135,22 @@ class Engine(Protocol):
         """Whether `step` would do anything."""
         ...
 
-    def begin(self, slot: int, generation: Generation, snapshot: StateBlob | None = None) -> int:
+    def begin(
+        self, slot: int, generation: Generation, snapshot: StateBlob | None = None, *, keeps_kv: bool = False
+    ) -> int:
         """Start a generation on free slot `slot` (0 <= slot < facts.slots).
 
         With a snapshot, positions [0, snapshot.filled_to) are restored, the rest of `context_ids[:-1]` is
-        prefilled here by later steps. Returns the number of restored positions.
+        prefilled here by later steps. Returns the number of restored positions. `keeps_kv` asks for a KeptKV in the
+        step that ends it.
         Raises RestoreRefused (slot stays free and clean), ContextTooLong, InvalidRequest.
         """
         ...
 
-    def serve(self, prompt: ServedPrompt) -> None:
-        """Start computing a prompt for another worker. One at a time: raises Overloaded when busy."""
+    def serve(self, prompt: ServedPrompt, snapshot: StateBlob | None = None) -> None:
+        """Start computing a prompt for another worker, from the end of a snapshot (of `facts.prompt_layout`) on.
+
+        One at a time: raises Overloaded when busy; RestoreRefused leaves nothing begun."""
         ...
 
     def hold_served(self, is_held: bool) -> None:

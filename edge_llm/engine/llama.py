@@ -48,7 +48,6 @@ class LlamaBackend:
     ) -> None:
         self._model = model
         self._decode_context, self._prompt_context = decode, prompts
-        self._prompt_layout: BlobLayout | None = None
         self._export_buffer = bytearray()
         self._facts = facts
         self._row_cost = RowCost(0.0, 0.0)
@@ -114,16 +113,24 @@ class LlamaBackend:
             raise WorkerError(f"only the last {self._window} positions of a running sequence of this model travel")
         return StateBlob.from_native(self._facts.layout, self._slots.state(slot), n_tokens)
 
-    def serve_open(self) -> None:
-        self._prompts.clear()
+    def serve_open(self, blob: StateBlob | None = None) -> None:
+        context = self._prompts
+        context.clear()
+        if blob is None:
+            return
+        context.set_state(_SERVED, blob.buffer)
+        if context.last_position(_SERVED) != blob.filled_to - 1:
+            context.clear()
+            raise RestoreRefused(f"llama.cpp restored another number of positions than {blob.filled_to}")
 
     def serve_prompt(self, ids: Sequence[int], p0: int) -> None:
         if not self._prompts.prompt(ids, p0, _SERVED):
             raise Interrupted
 
     def serve_export(self, p0: int, p1: int) -> bytes:
-        assert self._prompt_layout is not None
-        context, size = self._prompts, self._prompt_layout.size(p1 - p0)
+        layout = self._facts.prompt_layout
+        assert layout is not None
+        context, size = self._prompts, layout.size(p1 - p0)
         if len(self._export_buffer) < size:
             self._export_buffer = bytearray(size)
         state = memoryview(self._export_buffer)[:size]
@@ -132,7 +139,7 @@ class LlamaBackend:
             context.state_into(_EXPORT, state)
         finally:
             context.remove(_EXPORT)
-        return extract(self._prompt_layout, state, p0, p1)
+        return extract(layout, state, p0, p1)
 
     def interrupt(self) -> None:
         """No-op for recurrent state: llama.cpp cannot take back part of it, so a piece there runs to its end."""
@@ -181,7 +188,9 @@ class LlamaBackend:
             layouts = [self._learn(context, ids) for context in self._contexts]
             self._adopt_layouts(layouts, ids)
         except (UnaccountedState, RestoreRefused, WorkerError) as error:
-            self._facts = replace(self._facts, splits=False, split_reason=error.message, layout=None)
+            self._facts = replace(
+                self._facts, splits=False, split_reason=error.message, layout=None, prompt_layout=None
+            )
         if self._decode_context is not None:
             self._row_cost = self._measure_rows()
 
@@ -195,11 +204,12 @@ class LlamaBackend:
     def _adopt_layouts(self, layouts: list[BlobLayout], ids: Sequence[int]) -> None:
         if len({layout.geometry for layout in layouts}) != 1:
             raise UnaccountedState("prompt and decode context keep different KV")
-        self._prompt_layout = layouts[-1] if self._prompt_context is not None else None
+        prompt_layout = layouts[-1] if self._prompt_context is not None else None
         decode_layout = layouts[0] if self._decode_context is not None else None
-        self._facts = replace(self._facts, layout=decode_layout, v_layout=layouts[-1].v_layout)
-        if self._prompt_layout is not None:
-            self._check_split(ids[:-1], self._prompt_layout)
+        v_layout = layouts[-1].v_layout
+        self._facts = replace(self._facts, layout=decode_layout, prompt_layout=prompt_layout, v_layout=v_layout)
+        if prompt_layout is not None:
+            self._check_split(ids[:-1], prompt_layout)
         if decode_layout is not None:
             self._check_restore(ids, decode_layout)
 

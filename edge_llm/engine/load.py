@@ -231,6 +231,7 @@ def _facts(
         split_reason=reason,
         identity=identity,
         layout=None,
+        prompt_layout=None,
         v_layout="rows",
         policy=settings.policy,
         is_flash_attention=settings.effective_flash_attention != "off",

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from edge_llm.engine.backend import Backend, Interrupted, Logits, Row
 from edge_llm.engine.batch import next_border, piece_end, smoothed, token_budget
-from edge_llm.engine.engine import EngineFacts, Failure, KVChunk, PromptProgress, ServedPrompt, Step, Vocabulary
+from edge_llm.engine.engine import EngineFacts, Failure, KeptKV, KVChunk, PromptProgress, ServedPrompt, Step, Vocabulary
 from edge_llm.engine.sampling import sample
 from edge_llm.engine.text import TextStream
 from edge_llm.errors import ContextTooLong, EdgeLLMError, EngineFailed, InvalidRequest, LocalProtocolError, Overloaded
@@ -34,6 +34,7 @@ class _Sequence:
     ids: list[int]
     kv_tokens: int
     text: TextStream
+    keeps_kv: bool
 
     @property
     def is_decoding(self) -> bool:
@@ -65,6 +66,7 @@ class _Outcome:
     chunks: list[KVChunk] = field(default_factory=list)
     progress: list[PromptProgress] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
+    kept: list[KeptKV] = field(default_factory=list)
     decoded_rows: int = 0
     prompt_tokens: int = 0
     decode_s: float = 0.0
@@ -106,7 +108,9 @@ class Sequencer:
     def _can_serve(self) -> bool:
         return self._served is not None and not self._served.is_held
 
-    def begin(self, slot: int, generation: Generation, snapshot: StateBlob | None = None) -> int:
+    def begin(
+        self, slot: int, generation: Generation, snapshot: StateBlob | None = None, *, keeps_kv: bool = False
+    ) -> int:
         self._check_room(slot, generation)
         ids = list(generation.context_ids)
         restored = 0
@@ -115,7 +119,7 @@ class Sequencer:
                 raise InvalidRequest(f"a snapshot of {snapshot.filled_to} positions for {len(ids)} tokens")
             self._backend.restore(slot, snapshot)
             restored = snapshot.filled_to
-        sequence = _Sequence(slot, generation, ids, restored, TextStream(generation.stop))
+        sequence = _Sequence(slot, generation, ids, restored, TextStream(generation.stop), keeps_kv)
         for token_id in generation.delivered_ids:
             sequence.text.push(self._vocabulary.piece(token_id))
         self._sequences[slot] = sequence
@@ -123,7 +127,7 @@ class Sequencer:
             self._prompts.append(slot)
         return restored
 
-    def serve(self, prompt: ServedPrompt) -> None:
+    def serve(self, prompt: ServedPrompt, snapshot: StateBlob | None = None) -> None:
         if not self.facts.serves_prompts:
             raise EngineFailed("this worker has no prompt context: its role is decode")
         if self._served is not None:
@@ -132,8 +136,11 @@ class Sequencer:
             raise ContextTooLong(
                 f"the prompt has {len(prompt.ids)} tokens, the context {self.facts.n_ctx}", param="prompt"
             )
-        self._backend.serve_open()
-        self._served = _Served(prompt, exported=min(prompt.start, len(prompt.ids) - 1))
+        total, restored = len(prompt.ids) - 1, snapshot.filled_to if snapshot is not None else 0
+        if restored >= max(total, 1):
+            raise InvalidRequest(f"a snapshot of {restored} positions leaves nothing of {total} to compute")
+        self._backend.serve_open(snapshot)
+        self._served = _Served(prompt, kv_tokens=restored, exported=min(prompt.start, total))
 
     def hold_served(self, is_held: bool) -> None:
         """Back-pressure: do not advance the served prompt until released. Idempotent, also without a prompt."""
@@ -150,6 +157,7 @@ class Sequencer:
             tuple(outcome.chunks),
             tuple(outcome.progress),
             tuple(outcome.failures),
+            tuple(outcome.kept),
             outcome.decoded_rows,
             outcome.prompt_tokens,
             outcome.decode_s,
@@ -302,7 +310,19 @@ class Sequencer:
             return
         outcome.events.append(self._accept(sequence, token_id))
         if outcome.events[-1].finish_reason is not None:
+            self._keep(sequence, outcome)
             self.end(sequence.slot)
+
+    def _keep(self, sequence: _Sequence, outcome: _Outcome) -> None:
+        """Read the KV out before the slot is freed. What cannot be read is not kept: the answer is whole anyway."""
+        if not sequence.keeps_kv:
+            return
+        try:
+            state = self._backend.export(sequence.slot, sequence.kv_tokens)
+        except EdgeLLMError:
+            return
+        ids = tuple(sequence.ids[: sequence.kv_tokens])
+        outcome.kept.append(KeptKV(sequence.generation.request_id, ids, state))
 
     def _accept(self, sequence: _Sequence, token_id: int) -> TokenEvent:
         """Append a drawn token and say what it means for the text and the end of the answer."""

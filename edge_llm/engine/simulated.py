@@ -122,18 +122,15 @@ class SimulatedBackend:
     def restore(self, slot: int, blob: StateBlob) -> None:
         if self._slots[slot].rows:
             raise RestoreRefused(f"slot {slot} is not empty")
-        if blob.layout.geometry != _GEOMETRY:
-            raise RestoreRefused("the state has another geometry")
-        payload = blob.payload(0, blob.filled_to)
-        self._slots[slot] = _Memory.from_payload(payload, blob.filled_to)
+        self._slots[slot] = _restored(blob)
 
     def export(self, slot: int, n_tokens: int) -> StateBlob:
         blob = StateBlob(self._layout, n_tokens, 0)
         blob.place(0, n_tokens, self._slots[slot].payload(0, n_tokens), "rows")
         return blob
 
-    def serve_open(self) -> None:
-        self._served = _Memory()
+    def serve_open(self, blob: StateBlob | None = None) -> None:
+        self._served = _restored(blob) if blob is not None else _Memory()
 
     def serve_prompt(self, ids: Sequence[int], p0: int) -> None:
         self._spend_on_prompt(len(ids))
@@ -191,6 +188,12 @@ def create_simulated(settings: SimulatedSettings) -> tuple[Sequencer, SimulatedV
     return Sequencer(SimulatedBackend(settings), vocabulary), vocabulary
 
 
+def _restored(blob: StateBlob) -> _Memory:
+    if blob.layout.geometry != _GEOMETRY:
+        raise RestoreRefused("the state has another geometry")
+    return _Memory.from_payload(blob.payload(0, blob.filled_to), blob.filled_to)
+
+
 def _hash(*parts: bytes, size: int = 32) -> bytes:
     return hashlib.blake2b(b"".join(parts), digest_size=size).digest()
 
@@ -222,6 +225,7 @@ def _facts(settings: SimulatedSettings, layout: BlobLayout) -> EngineFacts:
         split_reason="",
         identity=Identity(Compatibility(sha256, _GEOMETRY, rope="none").digest, exactness.digest),
         layout=layout if settings.slots else None,
+        prompt_layout=layout if settings.serves_prompts else None,
         v_layout="rows",
         policy="exact",
         is_flash_attention=False,

@@ -129,6 +129,56 @@ def test_a_resumed_answer_continues_like_the_undisturbed_one(engine: Engine, del
     assert [event.index for event in resumed] == list(range(delivered, len(whole)))
 
 
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_a_next_turn_on_kept_kv_equals_a_cold_one(engine: Engine, sampling: SamplingParams) -> None:
+    first = ask(prompt(2 * CHUNK + 3), sampling=sampling)
+    engine.begin(0, first, keeps_kv=True)
+    steps = run(engine)
+    (kept,) = (kept for step in steps for kept in step.kept)
+    answer = [event.token_id for event in events(steps)[first.request_id]]
+    assert kept.ids == (*first.prompt_ids, *answer[:-1]), "the last token was drawn, never evaluated"
+    second = ask((*first.prompt_ids, *answer, *prompt(9, seed=4)), sampling=sampling)
+    cold = alone(engine, second)
+    assert engine.begin(1, second, kept.state) == len(kept.ids)
+    assert [event.token_id for event in events(run(engine))[second.request_id]] == cold
+
+
+def test_kv_is_kept_only_when_asked_for_and_only_of_answers_that_end_well(engine: Engine) -> None:
+    engine.begin(0, ask(prompt(10)))
+    assert not [kept for step in run(engine) for kept in step.kept]
+    engine.begin(0, ask(prompt(10)), keeps_kv=True)
+    engine.step()
+    engine.end(0)
+    assert not [kept for step in run(engine) for kept in step.kept]
+
+
+@pytest.mark.parametrize("known", [1, CHUNK, CHUNK + 7, 3 * CHUNK - 2])
+def test_a_served_prompt_that_begins_with_a_snapshot_gives_the_chunks_of_a_cold_one(engine: Engine, known: int) -> None:
+    ids = prompt(3 * CHUNK)
+    cold = serve(engine, ids)
+    layout = engine.facts.prompt_layout
+    assert layout is not None
+    blob = StateBlob(layout, known, 0)
+    for chunk in serve(engine, ids[: known + 1]):
+        blob.place(chunk.p0, chunk.p1, chunk.payload, engine.facts.v_layout)
+    engine.serve(ServedPrompt("served", ids), blob)
+    steps = run(engine)
+    assert [chunk for step in steps for chunk in step.chunks] == cold
+    assert sum(step.prompt_tokens for step in steps) == len(ids) - 1 - known
+
+
+def test_a_served_prompt_that_is_known_whole_is_nothing_to_compute(engine: Engine) -> None:
+    ids = prompt(CHUNK)
+    layout = engine.facts.prompt_layout
+    assert layout is not None
+    blob = StateBlob(layout, len(ids) - 1, 0)
+    for chunk in serve(engine, ids):
+        blob.place(chunk.p0, chunk.p1, chunk.payload, engine.facts.v_layout)
+    with pytest.raises(InvalidRequest):
+        engine.serve(ServedPrompt("served", ids), blob)
+    assert not engine.has_work
+
+
 def test_a_running_sequence_moves_to_another_slot_without_a_trace(engine: Engine) -> None:
     ids = prompt(50)
     whole = alone(engine, ask(ids))

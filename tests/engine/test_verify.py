@@ -67,10 +67,10 @@ class LeavesEarlierPrompt(Faulty):
 
     opened = 0
 
-    def serve_open(self) -> None:
+    def serve_open(self, blob: StateBlob | None = None) -> None:
         self.opened += 1
         if self.opened == 1:
-            super().serve_open()
+            super().serve_open(blob)
 
 
 class LosesABit(Faulty):

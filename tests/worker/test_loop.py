@@ -40,10 +40,12 @@ class ScriptedEngine:
         self.calls.append("step")
         return self.steps.pop(0)()
 
-    def begin(self, slot: int, generation: Generation, snapshot: StateBlob | None = None) -> int:
+    def begin(
+        self, slot: int, generation: Generation, snapshot: StateBlob | None = None, *, keeps_kv: bool = False
+    ) -> int:
         raise NotImplementedError
 
-    def serve(self, prompt: ServedPrompt) -> None:
+    def serve(self, prompt: ServedPrompt, snapshot: StateBlob | None = None) -> None:
         raise Overloaded("busy")
 
     def hold_served(self, is_held: bool) -> None:
