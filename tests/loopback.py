@@ -110,6 +110,12 @@ class LoopbackServer(uvicorn.Server):
         await super().startup(sockets)
         self.answers.set()
 
+    async def main_loop(self) -> None:
+        """uvicorn's own looks ten times a second whether it should end; a few hundred tests wait for that."""
+        await self.on_tick(0)
+        while not self.should_exit:  # noqa: ASYNC110 - a flag, set by whoever wants the end
+            await asyncio.sleep(0.01)
+
     def die(self) -> None:
         """What a killed process looks like from outside: every connection is reset, nobody listens any more."""
         for listener in self.servers:

@@ -95,7 +95,7 @@ class Running:
 
     job: Job
     session: Session
-    arrived_s: float
+    waits_since_s: float
     updates: asyncio.Queue[Update] = field(default_factory=asyncio.Queue)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     place: queue.Place | None = None
@@ -129,7 +129,7 @@ class Dispatcher:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._client, self._gateway = client, gateway
-        self._replan_limit, self._clock = replan_limit, clock
+        self._queue_wait_s, self._replan_limit, self._clock = queue_wait_s, replan_limit, clock
         self._running: dict[str, Running] = {}
         self._connections: dict[Place, asyncio.Task[None]] = {}
         self._queue = queue.PlanQueue(queue_length, queue_wait_s)
@@ -273,13 +273,18 @@ class Dispatcher:
             return
         worker = running.plan.decode.worker if running.plan else "?"
         log.warning("replanning", request_id=session.request_id, worker=worker, code=error.code, epoch=session.epoch)
-        if len(session.lost) >= self._replan_limit:
+        is_full = isinstance(error, Overloaded)
+        if running.plan is not None and not is_full:
+            self._end(running, running.plan)  # it may live, and work on for nobody
+        has_waited_s = self._clock() - running.waits_since_s
+        if has_waited_s > self._queue_wait_s if is_full else len(session.lost) >= self._replan_limit:
             self._give_up(running, error)
             return
         session.on(Event.WORKER_LOST)
         # a full worker is not a broken one: it may be planned with again
-        if not isinstance(error, Overloaded):
+        if not is_full:
             session.lost.append(worker)
+            running.waits_since_s = self._clock()
         running.ended.set()
 
     def _give_up(self, running: Running, error: EdgeLLMError) -> None:
@@ -303,18 +308,23 @@ class Dispatcher:
             if running.place is not None:
                 self._queue.leave(running.place)
         if is_early and plan is not None:
-            ending = asyncio.create_task(self._cancel(running, plan, task), name=f"cancel {session.request_id}")
-            self._endings.add(ending)
-            ending.add_done_callback(self._endings.discard)
+            self._end(running, plan, task)
 
-    async def _cancel(self, running: Running, plan: Plan, task: asyncio.Task[None]) -> None:
-        # a cancellation must not overtake the request that it cancels
-        await asyncio.wait({task})
+    def _end(self, running: Running, plan: Plan, task: asyncio.Task[None] | None = None) -> None:
+        """Cancel at the decode worker, once `task` has ended: a cancellation must not overtake what it cancels."""
         request = CancelRequest(request_id=running.job.request_id, epoch=running.session.epoch)
-        try:
-            await self._client.cancel(_peer(plan.decode), request)
-        except EdgeLLMError as error:
-            log.info("cancel not delivered", request_id=running.job.request_id, code=error.code)
+
+        async def cancel() -> None:
+            if task is not None:
+                await asyncio.wait({task})
+            try:
+                await self._client.cancel(_peer(plan.decode), request)
+            except EdgeLLMError as error:
+                log.info("cancel not delivered", request_id=request.request_id, code=error.code)
+
+        ending = asyncio.create_task(cancel(), name=f"cancel {request.request_id}")
+        self._endings.add(ending)
+        ending.add_done_callback(self._endings.discard)
 
     # -- what workers say
 

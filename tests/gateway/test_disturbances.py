@@ -178,6 +178,7 @@ async def test_a_request_that_waits_for_any_other_worker_holds_up_nobody(service
         await streamed.heard(after(6))
         hang_up_on_everybody(decode)
         await until(lambda: service.requests("replanning") == 1)
+        await until(lambda: decode.slots_free == decode.worker.facts.slots)
         await until(lambda: len(service.gateway.dispatcher.view.nodes) == 1)
         assert (await service.post(COMPLETIONS, asking(PROMPT))).own["decode_node"] == "d1"
         assert service.requests("replanning") == 1, "it had lost d1 and must not go back there"
