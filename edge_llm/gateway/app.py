@@ -33,8 +33,9 @@ from edge_llm.errors import (
     UnknownModel,
     WorkerError,
 )
-from edge_llm.gateway.dispatch import Dispatcher, Finish, Job, Progress, Running, Text, Update
+from edge_llm.gateway.dispatch import Dispatcher
 from edge_llm.gateway.openai import DONE, Ask, Shape, Usage, comment, error_body, error_headers, parse, sse
+from edge_llm.gateway.running import Finish, Job, Progress, Running, Text, Update
 from edge_llm.worker.client import WorkerClient
 from edge_llm.worker.messages import ChatMessage, TokenizeRequest
 from edge_llm.worker.stream import ClosingStream

@@ -1,0 +1,138 @@
+"""What workers say: one event connection per worker carries everything it has to say to this gateway.
+
+Owns those connections and what an event does to its request. A connection that breaks loses the worker's requests.
+Refuses to know planning and sending (dispatch.py) and clients.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Final, Protocol
+
+import structlog
+
+from edge_llm.cluster.view import ClusterView, Node, Place
+from edge_llm.errors import EdgeLLMError, RemoteProtocolError, WorkerUnreachable
+from edge_llm.gateway.running import Finish, Progress, Running, Text
+from edge_llm.gateway.session import Event, State
+from edge_llm.request import TokenEvent
+from edge_llm.worker import messages
+from edge_llm.worker.client import Peer, WorkerClient, error_of
+from edge_llm.worker.messages import ErrorReply, EventBatch
+
+RECONNECT_S: Final = 0.5
+log = structlog.get_logger()
+
+
+class Outcomes(Protocol):
+    """Who acts on what workers say. Implementation: Dispatcher."""
+
+    def lose(self, running: Running, error: EdgeLLMError) -> None:
+        """The worker failed this request."""
+
+    def give_up(self, running: Running, error: EdgeLLMError) -> None:
+        """No worker will do better."""
+
+    def move(self) -> None:
+        """Room may have become free."""
+
+    def gone(self, node: Node) -> None:
+        """The connection to `node` broke."""
+
+
+class Listener:
+    """The event connections, and what comes over them."""
+
+    def __init__(
+        self, client: WorkerClient, running: Mapping[str, Running], outcomes: Outcomes, clock: Callable[[], float]
+    ) -> None:
+        self._client, self._running, self._outcomes, self._clock = client, running, outcomes, clock
+        self._connections: dict[Place, asyncio.Task[None]] = {}
+
+    def on_view(self, before: ClusterView, after: ClusterView) -> None:
+        """Keep one event connection to every node of the view."""
+        for node in after.nodes:
+            task = self._connections.get(node.place)
+            if node.decodes and (task is None or task.done()):
+                self._connections[node.place] = asyncio.create_task(self._follow(node), name=f"events {node.worker}")
+
+    async def _follow(self, node: Node) -> None:
+        """Read a worker's events until it is gone; then its requests are replanned."""
+        try:
+            async for batch in self._client.events(Peer(node.worker, node.place.address)):
+                self._on_batch(batch)
+        except EdgeLLMError as error:
+            log.warning("event connection lost", worker=node.worker, message=error.message)
+            self._outcomes.gone(node)
+            lost = WorkerUnreachable(f"decode worker {node.worker} was lost: {error.message}")
+            for running in list(self._running.values()):
+                if running.plan is not None and running.plan.decode.place == node.place:
+                    self._outcomes.lose(running, lost)
+            await asyncio.sleep(RECONNECT_S)
+
+    def _on_batch(self, batch: EventBatch) -> None:
+        for prompted in batch.prompted:
+            self._on_prompted(prompted)
+        for progress in batch.progress:
+            running = self._current(progress.request_id, progress.epoch)
+            if running is not None and running.session.state is State.PREFILLING:
+                running.updates.put_nowait(Progress(progress.done, progress.total))
+        for token in batch.tokens:
+            self._on_token(token)
+        for failed in batch.failed:
+            self._on_failed(failed)
+
+    def _current(self, request_id: str, epoch: int) -> Running | None:
+        running = self._running.get(request_id)
+        return running if running is not None and running.session.is_current(epoch) else None
+
+    def _on_prompted(self, prompted: messages.Prompted) -> None:
+        running = self._current(prompted.request_id, prompted.epoch)
+        if running is None:
+            return
+        running.report = prompted.report
+        running.is_as_promised &= prompted.report.is_same_class
+        if not running.first_token_s:
+            running.prompted_s = self._clock()
+        if prompted.report.fallback:
+            running.notes.append(prompted.report.fallback)
+        if running.session.state is State.PREFILLING:
+            running.session.on(Event.PROMPTED)
+            self._outcomes.move()
+
+    def _on_token(self, token: messages.Token) -> None:
+        running = self._current(token.request_id, token.epoch)
+        if running is None:
+            return
+        event = TokenEvent(token.request_id, token.epoch, token.index, token.token_id, token.text, token.finish_reason)
+        try:
+            if not running.session.deliver(event):
+                return
+        except RemoteProtocolError as error:
+            self._outcomes.lose(running, error)
+            return
+        now_s = running.last_token_s = self._clock()
+        running.first_token_s = running.first_token_s or now_s
+        running.updates.put_nowait(Text(token.text))
+        if token.finish_reason is not None:
+            running.updates.put_nowait(Finish(token.finish_reason))
+            running.ended.set()
+            self._outcomes.move()
+
+    def _on_failed(self, failed: messages.Failed) -> None:
+        running = self._current(failed.request_id, failed.epoch)
+        if running is None:
+            return
+        worker = running.plan.decode.worker if running.plan else "?"
+        error = error_of(ErrorReply(code=failed.code, message=failed.message), worker)
+        if failed.is_retryable:
+            self._outcomes.lose(running, error)
+        else:
+            self._outcomes.give_up(running, error)
+
+    async def close(self) -> None:
+        """End all connections."""
+        for task in self._connections.values():
+            task.cancel()
+        await asyncio.gather(*self._connections.values(), return_exceptions=True)

@@ -1,0 +1,86 @@
+"""One request while this gateway runs it: what is to be generated, what became of it so far, what its client hears.
+
+Owns the record that dispatch.py, listen.py and the HTTP side share. Refuses to know who decides and who sends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from edge_llm.errors import EdgeLLMError
+from edge_llm.gateway import queue
+from edge_llm.gateway.scheduler import Mode, Plan
+from edge_llm.gateway.session import Session
+from edge_llm.kv.snapshot import Level
+from edge_llm.request import FinishReason, SamplingParams
+from edge_llm.worker.messages import PromptReport
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is to be generated, in token ids."""
+
+    request_id: str
+    model: str
+    prompt_ids: tuple[int, ...]
+    max_tokens: int
+    sampling: SamplingParams
+    stop: tuple[str, ...]
+    stop_ids: tuple[int, ...]
+    mode: Mode
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Text that became certain; may be empty."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The last update of a request."""
+
+    reason: FinishReason | None
+    error: EdgeLLMError | None = None
+
+
+Update = Text | Progress | Finish
+
+
+@dataclass(slots=True)
+class Running:
+    """One request and its clock readings (monotonic seconds).
+
+    `is_as_promised` ends for good when KV of another class came in, or the answer went on where it may come out
+    otherwise.
+    """
+
+    job: Job
+    session: Session
+    waits_since_s: float
+    updates: asyncio.Queue[Update] = field(default_factory=asyncio.Queue)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    place: queue.Place | None = None
+    plan: Plan | None = None
+    sent_s: float = 0.0
+    first_token_s: float = 0.0
+    last_token_s: float = 0.0
+    prompted_s: float = 0.0
+    report: PromptReport | None = None
+    notes: list[str] = field(default_factory=list)
+    is_as_promised: bool = True
+
+    @property
+    def level(self) -> Level:
+        """What may be promised of the whole answer."""
+        if self.plan is None:
+            return "unverified"
+        return self.plan.decode.status.level if self.is_as_promised else "none"
