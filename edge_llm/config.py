@@ -85,8 +85,16 @@ class WorkerConfig(_Settings):
     """Refuse to start above this; 0 = what the board has free."""
     simulate: bool = False
     """A clock instead of a model, for load and fault tests."""
+    simulated_prompt_tokens_per_s: Annotated[float, Field(ge=0, le=1e9)] = 0.0
+    """How fast a simulated prompt is computed; 0 is as fast as it goes."""
+    simulated_step_s: Annotated[float, Field(ge=0, le=60)] = 0.0
+    """What a simulated decode step takes, however many sequences are in it."""
+    simulated_row_s: Annotated[float, Field(ge=0, le=60)] = 0.0
+    """What each sequence adds to a simulated decode step."""
     announce: bool = False
     """Say on stdout when ready, for `edge-llm up`."""
+    prefix_cache_bytes: Annotated[int, Field(ge=0)] = 256 << 20
+    """Host memory for KV of finished prompts and answers: what they begin with is computed once. 0 keeps none."""
     gateway_lease_s: Annotated[float, Field(gt=0, le=600)] = 10.0
     """A sequence whose gateway is gone for so long is freed."""
     drain_s: Annotated[float, Field(ge=0, le=3600)] = 30.0
@@ -142,6 +150,8 @@ class UpConfig(_Settings):
     """Decode workers."""
     mixed: Annotated[int, Field(ge=0, le=64)] = 0
     """Workers that do both."""
+    simulated: Annotated[int, Field(ge=0, le=64)] = 0
+    """So many simulated workers and no model; half of them prefill unless roles are given. 0: real workers."""
     model: str = DEFAULT_MODEL
     """Name in models.yaml or path of a .gguf file."""
     port: Port = 8080
@@ -151,10 +161,28 @@ class UpConfig(_Settings):
     pin: bool = False
     """Give each worker cores of its own."""
 
+    @property
+    def roles(self) -> tuple[Literal["prefill", "decode", "mixed"], ...]:
+        """The role of each worker. Simulated ones that were given no role become what was not given: decode first."""
+        counts = {"prefill": self.prefill, "decode": self.decode, "mixed": self.mixed}
+        given = self.model_fields_set & counts.keys()
+        if self.simulated and not given:
+            half = self.simulated // 2
+            counts = {"prefill": half, "decode": self.simulated - half, "mixed": 0}
+            if not half:
+                counts = {"prefill": 0, "decode": 0, "mixed": 1}
+        elif self.simulated:
+            counts = {role: count if role in given else 0 for role, count in counts.items()}
+            rest = max(0, self.simulated - sum(counts.values()))
+            counts |= dict.fromkeys([role for role in ("decode", "prefill", "mixed") if role not in given][:1], rest)
+        return ("prefill",) * counts["prefill"] + ("decode",) * counts["decode"] + ("mixed",) * counts["mixed"]
+
     @model_validator(mode="after")
     def _somebody_decodes(self) -> Self:
-        if not self.decode and not self.mixed:
+        if not {"decode", "mixed"} & set(self.roles):
             raise ValueError("a cluster needs at least one worker that decodes: --decode 1 or --mixed 1")
+        if self.simulated and len(self.roles) != self.simulated:
+            raise ValueError(f"{len(self.roles)} workers have roles, --simulated says {self.simulated}")
         return self
 
 

@@ -71,12 +71,25 @@ class Overloaded(EdgeLLMError):
         self.retry_after_s = retry_after_s
 
 
+class DeadlinePassed(EdgeLLMError):
+    """The caller's time is over: whatever is left of the work is dropped."""
+
+    status = 504
+    code = "deadline_exceeded"
+
+
 class WorkerError(EdgeLLMError):
     """This worker failed; another may not. Sessions replan."""
 
     status = 503
     code = "worker_failed"
     is_retryable = True
+
+
+class Draining(WorkerError):
+    """This worker is stopping on purpose: it holds the KV of what ran until somebody has fetched it."""
+
+    code = "draining"
 
 
 class WorkerUnreachable(WorkerError):

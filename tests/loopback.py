@@ -208,9 +208,11 @@ class Gateway:
             task.cancel()
         await asyncio.gather(*self._listeners.values(), return_exceptions=True)
 
-    def candidate(self, peer: Peer, request_id: str, ids: Sequence[int]) -> PrefillCandidate:
-        ticket = self.client.prefill_ticket(peer, request_id, ids_digest(ids))
-        return PrefillCandidate(worker=peer.worker, address=peer.address, ticket=ticket)
+    def candidate(
+        self, peer: Peer, request_id: str, ids: Sequence[int], tenant: str = "", only_stored: bool = False
+    ) -> PrefillCandidate:
+        ticket = self.client.prefill_ticket(peer, request_id, ids_digest(ids), tenant)
+        return PrefillCandidate(worker=peer.worker, address=peer.address, ticket=ticket, only_stored=only_stored)
 
     async def ask(
         self,
@@ -223,6 +225,10 @@ class Gateway:
         delivered: Sequence[int] = (),
         request_id: str = "",
         epoch: int = 0,
+        tenant: str = "",
+        cache_prompt: bool = True,
+        only_stored: bool = False,
+        time_left_s: float = 0.0,
     ) -> Answer:
         """POST /decode; `via` are the prefill candidates in order."""
         request_id = request_id or f"r{next(self._numbers)}"
@@ -236,7 +242,10 @@ class Gateway:
             delivered_ids=list(delivered),
             max_tokens=max_tokens,
             sampling=_on_the_wire(sampling),
-            candidates=[self.candidate(prefill, request_id, context) for prefill in via],
+            candidates=[self.candidate(prefill, request_id, context, tenant, only_stored) for prefill in via],
+            tenant=tenant,
+            cache_prompt=cache_prompt,
+            time_left_s=time_left_s,
         )
         await self.client.decode(peer, request)
         return answer
@@ -315,10 +324,11 @@ class Cluster:
         backend: SimulatedBackend | None = None,
         clock: Callable[[], float] = time.monotonic,
         patience: Patience = PATIENCE,
+        prefix_cache_bytes: int = 0,
     ) -> Node:
         settings = settings or settings_of(role)
         engine = Sequencer(backend or SimulatedBackend(settings), SimulatedVocabulary())
-        config = WorkerConfig(name=name, role=role, drain_s=1.0)
+        config = WorkerConfig(name=name, role=role, drain_s=1.0, prefix_cache_bytes=prefix_cache_bytes)
         worker = Worker(config, engine, SimulatedVocabulary(), KEYS, monotonic=clock, patience=patience)
         address, server = await self._stack.enter_async_context(listening(create_app(worker)))
         self._servers.append(server)

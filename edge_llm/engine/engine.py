@@ -85,7 +85,7 @@ class KVChunk:
 
 @dataclass(frozen=True, slots=True)
 class KeptKV:
-    """KV of a sequence that ended well: positions [0, len(ids)) of `ids`, prompt and answer."""
+    """KV of a sequence, positions [0, len(ids)) of `ids`: its prompt and, as far as it is, its answer."""
 
     request_id: str
     ids: tuple[int, ...]
@@ -170,8 +170,8 @@ class Engine(Protocol):
         """Drop the served prompt if it is still the current one. Idempotent."""
         ...
 
-    def export(self, slot: int) -> tuple[StateBlob, int]:
-        """Whole KV of a *running* sequence and its number of positions (drain, checkpoint)."""
+    def export(self, slot: int) -> KeptKV:
+        """Whole KV of a *running* sequence as far as it is (drain, checkpoint); the sequence goes on."""
         ...
 
     def interrupt(self) -> None:

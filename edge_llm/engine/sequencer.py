@@ -173,11 +173,11 @@ class Sequencer:
         if self._served is not None and self._served.prompt.request_id == request_id:
             self._served = None
 
-    def export(self, slot: int) -> tuple[StateBlob, int]:
+    def export(self, slot: int) -> KeptKV:
         sequence = self._sequences.get(slot)
-        if sequence is None:
-            raise LocalProtocolError(f"slot {slot} has no sequence to export")
-        return self._backend.export(slot, sequence.kv_tokens), sequence.kv_tokens
+        if sequence is None or not sequence.kv_tokens:
+            raise LocalProtocolError(f"slot {slot} has no KV to export")
+        return self._export(sequence)
 
     def interrupt(self) -> None:
         self._backend.interrupt()
@@ -318,11 +318,13 @@ class Sequencer:
         if not sequence.keeps_kv:
             return
         try:
-            state = self._backend.export(sequence.slot, sequence.kv_tokens)
+            outcome.kept.append(self._export(sequence))
         except EdgeLLMError:
             return
-        ids = tuple(sequence.ids[: sequence.kv_tokens])
-        outcome.kept.append(KeptKV(sequence.generation.request_id, ids, state))
+
+    def _export(self, sequence: _Sequence) -> KeptKV:
+        state = self._backend.export(sequence.slot, sequence.kv_tokens)
+        return KeptKV(sequence.generation.request_id, tuple(sequence.ids[: sequence.kv_tokens]), state)
 
     def _accept(self, sequence: _Sequence, token_id: int) -> TokenEvent:
         """Append a drawn token and say what it means for the text and the end of the answer."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -109,12 +110,13 @@ class SimulatedBackend:
 
     def decode(self, rows: Sequence[Row]) -> Logits:
         self._check_rows(rows)
-        seconds = self._settings.decode_run_s + len(rows) * self._settings.decode_row_s
-        if seconds:
-            threading.Event().wait(seconds)
+        ends_s = time.monotonic() + self._settings.decode_run_s + len(rows) * self._settings.decode_row_s
         for row in rows:
             self._slots[row.slot].compute([row.token_id], row.position)
-        return np.stack([_logits(self._slots[row.slot].digest) for row in rows])
+        logits = np.stack([_logits(self._slots[row.slot].digest) for row in rows])
+        if (left_s := ends_s - time.monotonic()) > 0:
+            time.sleep(left_s)
+        return logits
 
     def drop(self, slot: int) -> None:
         self._slots[slot] = _Memory()

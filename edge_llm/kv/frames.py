@@ -48,7 +48,8 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What follows: KV of positions [start, n_tokens) of the ids with this digest. Digests are sha256 hex."""
+    """What follows: KV of positions [start, n_tokens) of the ids with this digest. Digests are sha256 hex.
+    `stored` positions of them were kept from earlier prompts and need no computing."""
 
     compatibility: str
     exactness_class: str
@@ -58,7 +59,7 @@ class Header:
     start: int
     ids_sha256: str
     request_id: str
-    tenant: str = ""
+    stored: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,8 +276,8 @@ class FrameDecoder:
         header = Header(**_fields_of(body, kinds))
         if header.v_layout not in get_args(VLayout) or not 0 <= header.start <= header.n_tokens <= self._max_tokens:
             raise RemoteProtocolError("the KV header's positions or V layout are out of bounds")
-        if header.chunk_tokens < 1:
-            raise RemoteProtocolError("the KV header's chunk size is out of bounds")
+        if header.chunk_tokens < 1 or not 0 <= header.stored <= header.n_tokens:
+            raise RemoteProtocolError("the KV header's chunk size or stored positions are out of bounds")
         self._filled_to, self._n_tokens = header.start, header.n_tokens
         return header
 

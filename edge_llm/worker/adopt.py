@@ -18,7 +18,6 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import structlog
 
@@ -27,12 +26,14 @@ from edge_llm.errors import EdgeLLMError
 from edge_llm.kv.codec import StateBlob
 from edge_llm.kv.frames import Chunk, End, Error, Header, Progress
 from edge_llm.kv.snapshot import Identity, VLayout, check_compatible, ids_digest
+from edge_llm.kv.store import Match
 from edge_llm.worker.client import error_of
 from edge_llm.worker.messages import ErrorReply, Mode, PrefillCandidate, PrefillRequest, PromptReport
-from edge_llm.worker.pull import BIG_BYTES, Expected, Puller
+from edge_llm.worker.offload import off_loop
+from edge_llm.worker.prefixes import place, state_of
+from edge_llm.worker.pull import Expected, Puller
 from edge_llm.worker.tickets import KeyRing
 
-Result = TypeVar("Result")
 log = structlog.get_logger()
 
 
@@ -50,12 +51,14 @@ class PromptRecord:
     handoff_bytes: int = 0
     overlapped_bytes: int = 0
     restored_tokens: int = 0
+    cached_tokens: int = 0
+    prefill_cached_tokens: int = 0
     is_same_class: bool = True
     fallback: str | None = None
 
     def refused(self, reason: str) -> None:
         """The engine did not take the snapshot: everything is computed here after all."""
-        self.mode, self.fallback, self.is_same_class = "local", reason, True
+        self.mode, self.fallback, self.is_same_class, self.cached_tokens = "local", reason, True, 0
 
     def on_local_progress(self, done: int, total: int, now_s: float) -> None:
         self.first_frame_s = self.first_frame_s or now_s
@@ -79,18 +82,25 @@ class PromptRecord:
             restored_tokens=self.restored_tokens,
             computed_tokens=total - self.restored_tokens,
             is_same_class=self.is_same_class,
+            cached_tokens=self.cached_tokens,
+            prefill_cached_tokens=self.prefill_cached_tokens if is_split else 0,
             fallback=self.fallback,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A prompt to be fetched: KV of ids[:-1], from one of the candidates. `on_progress(done, total)` hears of it."""
+    """A prompt to be fetched: KV of ids[:-1], the beginning `known` here, the rest from one of the candidates.
+    `on_progress(done, total)` hears of it; `time_left_s` says how long anybody waits for it (0: no deadline)."""
 
     request_id: str
     ids: tuple[int, ...]
     candidates: tuple[PrefillCandidate, ...]
     on_progress: Callable[[int, int], None] = field(repr=False)
+    known: Match = field(default_factory=Match)
+    tenant: str = ""
+    cache_prompt: bool = True
+    time_left_s: Callable[[], float] = field(default=lambda: 0.0, repr=False)
 
     @property
     def total(self) -> int:
@@ -154,15 +164,20 @@ class Adopter:
         self._puller, self._keys, self._facts, self._clock = puller, keys, facts, clock
 
     async def fetch(self, wanted: Wanted, record: PromptRecord) -> StateBlob | None:
-        """The snapshot, cut to what arrived; None when nothing usable did."""
-        if not wanted.candidates or wanted.total < 1:
+        """The snapshot: what is known here and what arrived; None when that is nothing."""
+        if wanted.total < 1:
             return None
         layout = self._facts().layout
         if layout is None:
-            record.fallback = f"computed unsplit: {self._facts().split_reason}"
+            if wanted.candidates:
+                record.fallback = f"computed unsplit: {self._facts().split_reason}"
             return None
+        record.cached_tokens = wanted.known.n_tokens
+        if not wanted.candidates or wanted.known.n_tokens == wanted.total:
+            return await state_of(wanted.known, layout)
         size = layout.size(wanted.total)
-        snapshot = await _off_loop(size, lambda: StateBlob(layout, wanted.total, 0))
+        snapshot = await off_loop(size, lambda: StateBlob(layout, wanted.total, 0))
+        await place(wanted.known, snapshot)
         reasons = await self._ask_in_turn(wanted, record, snapshot)
         if not snapshot.is_complete:
             reasons.append(f"{wanted.total - snapshot.filled_to} tokens were computed here")
@@ -171,14 +186,14 @@ class Adopter:
         if snapshot.is_complete or not snapshot.filled_to:
             return snapshot if snapshot.filled_to else None
         # here, not on the engine thread, where it would make running streams wait
-        return await _off_loop(size, snapshot.truncated)
+        return await off_loop(size, snapshot.truncated)
 
     async def _ask_in_turn(self, wanted: Wanted, record: PromptRecord, snapshot: StateBlob) -> list[str]:
         """Ask candidates until the snapshot is complete or nobody is worth asking; say what went wrong."""
         reasons: list[str] = []
         for candidate in wanted.candidates:
-            if snapshot.filled_to * 2 > wanted.total:
-                break
+            if reasons and snapshot.filled_to * 2 > wanted.total:
+                break  # another one would compute from the start what is mostly here
             try:
                 await self._ask(candidate, wanted, record, snapshot)
                 break
@@ -203,6 +218,10 @@ class Adopter:
             ids=list(wanted.ids),
             start=snapshot.filled_to,
             compatibility=facts.identity.compatibility,
+            tenant=wanted.tenant,
+            cache_prompt=wanted.cache_prompt,
+            only_stored=candidate.only_stored,
+            time_left_s=wanted.time_left_s(),
         )
         expected = Expected(facts.kv_bytes_per_token, wanted.total, request.start, ids_digest(wanted.ids))
         key = self._keys.transfer_key(candidate.ticket)
@@ -213,6 +232,7 @@ class Adopter:
                     case Header():
                         is_same_class = self._check_identity(event)
                         v_layout = event.v_layout
+                        record.prefill_cached_tokens = event.stored
                         record.first_frame_s = record.first_frame_s or self._clock()
                     case Chunk():
                         await self._place(event, v_layout, snapshot)
@@ -230,13 +250,8 @@ class Adopter:
                         return
 
     async def _place(self, chunk: Chunk, v_layout: VLayout, snapshot: StateBlob) -> None:
-        await _off_loop(len(chunk.payload), lambda: snapshot.place(chunk.p0, chunk.p1, chunk.payload, v_layout))
+        await off_loop(len(chunk.payload), lambda: snapshot.place(chunk.p0, chunk.p1, chunk.payload, v_layout))
 
     def _check_identity(self, header: Header) -> bool:
         ours = self._facts().identity
         return check_compatible(ours, Identity(header.compatibility, header.exactness_class))
-
-
-async def _off_loop(size: int, work: Callable[[], Result]) -> Result:
-    """Run `work` on `size` bytes: more than about a millisecond of it in a thread."""
-    return await asyncio.to_thread(work) if size > BIG_BYTES else work()

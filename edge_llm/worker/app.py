@@ -54,6 +54,7 @@ from edge_llm.worker.messages import (
 )
 from edge_llm.worker.outbox import Outboxes
 from edge_llm.worker.prefill import PrefillRole
+from edge_llm.worker.prefixes import Prefixes
 from edge_llm.worker.pull import PATIENCE, Patience, Puller
 from edge_llm.worker.stream import ClosingStream
 from edge_llm.worker.tickets import Claims, KeyRing, Operation, ReplayGuard, body_digest, ticket_of
@@ -88,7 +89,8 @@ class Worker:
         self._replays = ReplayGuard()
         self._tokenizer = ThreadPoolExecutor(1, "tokenize")
         self._tokenizing = 0
-        self.prefill = PrefillRole(lambda: self.facts)
+        self.prefixes = Prefixes(engine.facts, config.prefix_cache_bytes)
+        self.prefill = PrefillRole(lambda: self.facts, self.prefixes, monotonic)
         self.loop = EngineLoop(engine, self.prefill.watch)
         self.outboxes = Outboxes(monotonic, config.gateway_lease_s)
         self.decode: DecodeRole | None = None
@@ -121,6 +123,7 @@ class Worker:
                     puller,
                     self.keys,
                     self.outboxes,
+                    self.prefixes,
                     self.config.allowed_peers,
                     self.config.name,
                     self._monotonic,
@@ -147,17 +150,21 @@ class Worker:
             log.error("the engine is stuck in a call; the process ends without freeing it")
 
     async def drain(self) -> None:
-        """Not ready from now on; wait, bounded, until running sequences are done and their tokens have left."""
+        """Not ready from now on. Running sequences leave: the gateway is told, other workers fetch their KV from here.
+        Waits, bounded, until all that is done and said."""
         self.is_draining = True
         with suppress(TimeoutError):
             async with asyncio.timeout(self.config.drain_s):
+                if self.decode is not None:
+                    await self.decode.hand_over()
                 while self._is_busy:  # noqa: ASYNC110 - once per process: no need for an event in every role
                     await asyncio.sleep(_DRAIN_POLL_S)
         self.outboxes.close()
 
     @property
     def _is_busy(self) -> bool:
-        return bool(self.prefill.admitted or (self.decode is not None and self.decode.sequences_running))
+        is_decoding = self.decode is not None and self.decode.sequences_running
+        return bool(self.prefill.admitted or self.prefill.stored_out or is_decoding)
 
     async def admit(self, request: Request, operation: Operation) -> Admitted:
         """What the caller may do, and the body that says so. Raises Unauthorized, PayloadTooLarge, Overloaded."""
@@ -243,6 +250,10 @@ class Worker:
             prefill_tokens_per_s=1 / token_s if token_s else 0.0,
             widest_decode_rows=decode.widest_rows if decode else 0,
             prompts_met=prefill.prompts_met,
+            prefix_bytes=self.prefixes.used_bytes,
+            prefix_limit_bytes=self.prefixes.limit_bytes,
+            prefix_query_tokens=self.prefixes.query_tokens,
+            prefix_hit_tokens=self.prefixes.hit_tokens,
         )
 
     def _on_step(self, step: Step) -> None:
@@ -362,8 +373,9 @@ def create_app(worker: Worker) -> FastAPI:
     @app.post("/prefill")
     async def prefill(request: Request) -> Response:
         admitted = _admitted(request)
-        _refuse_unless_ready(worker)
         message = decode(PrefillRequest, admitted.body)
+        if not message.only_stored:  # what is kept needs no engine, and a draining worker gives it away
+            _refuse_unless_ready(worker)
         worker.prefill.check(message, admitted.claims)
         key = worker.keys.transfer_key(admitted.ticket)
         return ClosingStream(worker.prefill.stream(message, key, worker.loop), "application/octet-stream")

@@ -98,9 +98,11 @@ class WorkerClient:
         ):
             return decode(WorkerStatus, await _body(peer, reply))
 
-    def prefill_ticket(self, peer: Peer, request_id: str, ids_sha256: str) -> str:
+    def prefill_ticket(self, peer: Peer, request_id: str, ids_sha256: str, tenant: str = "") -> str:
         """The right to have one prompt computed by `peer`; the decode worker carries it there."""
-        claims = Claims(peer.worker, "prefill", request_id, self._clock(), self._nonce(), ids_sha256=ids_sha256)
+        claims = Claims(
+            peer.worker, "prefill", request_id, self._clock(), self._nonce(), ids_sha256=ids_sha256, tenant=tenant
+        )
         return self._keys.sign(claims)
 
     async def events(self, peer: Peer) -> AsyncIterator[EventBatch]:

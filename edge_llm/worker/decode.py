@@ -3,12 +3,14 @@
 Life of a request in this role:
 1. POST /decode with a ticket over the body: the slot and its cells are claimed before anything is fetched (202), or
    the request is refused (no slot: 503, does not fit: 400).
-2. With prefill candidates: bytes for the snapshot are reserved, then it is pulled chunk by chunk into place
-   (worker/adopt.py, with all that can go wrong there).
+2. What is kept here of its beginning is taken (worker/prefixes.py). With prefill candidates: bytes for the snapshot are
+   reserved, then the rest is pulled chunk by chunk into place (worker/adopt.py, with all that can go wrong there).
 3. What did not arrive is computed here. A refused restore: all of it is computed here.
 4. The engine decodes; every step's tokens leave in one line per gateway. `prompted` precedes the first token.
-5. It ends with a finish reason, /cancel, a newer epoch of the same request, an engine error (`failed`), or because
-   its gateway was gone for `gateway_lease_s`.
+5. It ends with a finish reason (its KV is kept for a next turn), /cancel, its deadline, a newer epoch of the same
+   request, an engine error (`failed`), or because its gateway was gone for `gateway_lease_s`.
+6. A draining worker stops it at some token, keeps its KV and says `failed` with code `draining`: the gateway plans it
+   elsewhere, and that worker fetches the KV from here (kv-handoff: moving a running sequence).
 
 Owns slots and sequences. Slots are given lowest first (llama.cpp splits batches with holes). A slot is free as soon as
 its `end` is posted: mail is read in order, so the next `begin` finds it empty.
@@ -25,9 +27,11 @@ from typing import Final
 
 import structlog
 
-from edge_llm.engine.engine import Engine, EngineFacts, Step
+from edge_llm.engine.engine import Engine, EngineFacts, KeptKV, Step
 from edge_llm.errors import (
     ContextTooLong,
+    DeadlinePassed,
+    Draining,
     EdgeLLMError,
     InvalidRequest,
     Overloaded,
@@ -36,11 +40,13 @@ from edge_llm.errors import (
     WorkerError,
 )
 from edge_llm.kv.codec import StateBlob
+from edge_llm.kv.store import Match
 from edge_llm.request import Generation, SamplingParams
 from edge_llm.worker.adopt import Adopter, ByteBudget, PromptRecord, Wanted
 from edge_llm.worker.loop import EngineLoop
 from edge_llm.worker.messages import DecodeRequest
 from edge_llm.worker.outbox import Outboxes
+from edge_llm.worker.prefixes import Prefixes
 from edge_llm.worker.pull import Puller, check_address
 from edge_llm.worker.tickets import Claims, KeyRing
 
@@ -60,6 +66,7 @@ class _Running:
     is_begun: bool = False
     is_prompted: bool = False
     task: asyncio.Task[None] | None = field(default=None, repr=False)
+    alarm: asyncio.TimerHandle | None = field(default=None, repr=False)
 
     @property
     def request_id(self) -> str:
@@ -81,11 +88,12 @@ class DecodeRole:
         puller: Puller,
         keys: KeyRing,
         outboxes: Outboxes,
+        prefixes: Prefixes,
         allowed_peers: tuple[str, ...],
         name: str,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._loop, self._facts, self._outboxes = loop, facts, outboxes
+        self._loop, self._facts, self._outboxes, self._prefixes = loop, facts, outboxes, prefixes
         self._allowed_peers, self._name, self._clock = allowed_peers, name, clock
         self._adopter = Adopter(puller, keys, facts, clock)
         self._free = list(range(facts().slots))
@@ -123,6 +131,8 @@ class DecodeRole:
         running.task = asyncio.create_task(self._run(running), name=f"decode {request.request_id}")
         self._tasks.add(running.task)
         running.task.add_done_callback(self._tasks.discard)
+        if request.time_left_s:
+            running.alarm = asyncio.get_running_loop().call_later(request.time_left_s, self._on_deadline, running)
         log.info(
             "accepted",
             request_id=request.request_id,
@@ -150,6 +160,8 @@ class DecodeRole:
     def on_step(self, step: Step) -> None:
         """Deliver one step: prompts that became whole, tokens, failures."""
         self._measure(step)
+        for kept in step.kept:
+            self._keep(kept)
         for progress in step.progress:
             self._on_progress(progress.request_id, progress.done, progress.total)
         for event in step.events:
@@ -174,6 +186,27 @@ class DecodeRole:
             self._fail(running, error)
         self._outboxes.flush()
 
+    async def hand_over(self) -> None:
+        """Stop all sequences and let the gateway plan them elsewhere, their KV kept here for who goes on with them.
+
+        One after the other: each needs a copy of its KV in host memory.
+        """
+        for running in list(self._running.values()):
+            if self._running.get(running.request_id) is running:
+                await self._move_away(running)
+
+    async def _move_away(self, running: _Running) -> None:
+        if running.is_begun:
+            try:
+                kept = await self._loop.call(lambda engine: _take(engine, running.slot))
+                if running.prompt.is_same_class:
+                    prompt_tokens = len(running.generation.prompt_ids)
+                    await self._prefixes.keep_answer(running.request.tenant, prompt_tokens, kept, is_moving=True)
+            except EdgeLLMError as error:
+                log.warning("KV stays here", request_id=running.request_id, message=error.message)
+        self._fail(running, Draining(f"worker {self._name} is draining"))
+        self._outboxes.flush()
+
     async def close(self) -> None:
         """Drop everything and wait until no task of this role is left."""
         for running in list(self._running.values()):
@@ -186,8 +219,9 @@ class DecodeRole:
     async def _run(self, running: _Running) -> None:
         """Top of a sequence's task: obtain the prompt, hand the sequence to the engine."""
         try:
-            async with self.adopting.reserved(self._snapshot_bytes(running)):
-                snapshot = await self._adopter.fetch(self._wanted(running), running.prompt)
+            known = self._known(running)
+            async with self.adopting.reserved(self._snapshot_bytes(running, known)):
+                snapshot = await self._adopter.fetch(self._wanted(running, known), running.prompt)
                 await self._begin(running, snapshot)
         except EdgeLLMError as error:
             self._fail(running, error)
@@ -196,19 +230,33 @@ class DecodeRole:
             self._fail(running, WorkerError(f"worker {self._name} failed: {error!r}"))
         self._outboxes.flush()
 
-    def _snapshot_bytes(self, running: _Running) -> int:
-        layout = self._facts().layout
-        if layout is None or not running.request.candidates or running.prompt_tokens < 1:
-            return 0
-        return layout.size(running.prompt_tokens)
+    def _known(self, running: _Running) -> Match:
+        if not running.request.cache_prompt:
+            return Match()
+        return self._prefixes.match(running.request.tenant, running.generation.context_ids[:-1])
 
-    def _wanted(self, running: _Running) -> Wanted:
+    def _snapshot_bytes(self, running: _Running, known: Match) -> int:
+        layout = self._facts().layout
+        positions = running.prompt_tokens if running.request.candidates else known.n_tokens
+        return layout.size(positions) if layout is not None and positions else 0
+
+    def _wanted(self, running: _Running, known: Match) -> Wanted:
         def on_progress(done: int, total: int) -> None:
             self._outboxes.add_progress(running.request.gateway, running.generation, done, total)
             self._outboxes.flush()
 
-        generation = running.generation
-        return Wanted(generation.request_id, generation.context_ids, tuple(running.request.candidates), on_progress)
+        generation, request, alarm = running.generation, running.request, running.alarm
+        clock = asyncio.get_running_loop().time
+        return Wanted(
+            generation.request_id,
+            generation.context_ids,
+            tuple(request.candidates),
+            on_progress,
+            known,
+            request.tenant,
+            request.cache_prompt,
+            lambda: max(0.001, alarm.when() - clock()) if alarm is not None else 0.0,
+        )
 
     async def _begin(self, running: _Running, snapshot: StateBlob | None) -> None:
         """Hand over to the engine; a refused restore is computed here instead."""
@@ -225,10 +273,12 @@ class DecodeRole:
         posted_s = self._clock()
         # set before the call: a cancellation that comes while the letter waits must still empty the slot
         running.is_posted = True
+        is_kept = running.request.cache_prompt and running.prompt.is_same_class
+        is_kept = is_kept and self._prefixes.holds_answer(running.generation.cells)
 
         def begin(engine: Engine) -> None:
             # noted here, because the first token may be delivered before the caller's task runs again
-            running.prompt.restored_tokens = engine.begin(running.slot, running.generation, snapshot)
+            running.prompt.restored_tokens = engine.begin(running.slot, running.generation, snapshot, keeps_kv=is_kept)
             running.prompt.adopt_s = self._clock() - posted_s if snapshot is not None else 0.0
             running.is_begun = True
 
@@ -258,6 +308,22 @@ class DecodeRole:
         running.is_prompted = True
         report = running.prompt.report(running.prompt_tokens, self._name, self._clock())
         self._outboxes.add_prompted(running.request.gateway, running.generation, report)
+
+    def _keep(self, kept: KeptKV) -> None:
+        """For a next turn. The copy is made beside the event loop, and tokens do not wait for it."""
+        running = self._running.get(kept.request_id)
+        if running is None:
+            return
+        prompt_tokens = len(running.generation.prompt_ids)
+        task = asyncio.create_task(
+            self._prefixes.keep_answer(running.request.tenant, prompt_tokens, kept), name=f"keep {kept.request_id}"
+        )
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _on_deadline(self, running: _Running) -> None:
+        self._fail(running, DeadlinePassed("the deadline of this request has passed"))
+        self._outboxes.flush()
 
     def _fail(self, running: _Running, error: EdgeLLMError) -> None:
         if self._running.get(running.request_id) is running:
@@ -303,8 +369,18 @@ class DecodeRole:
         self._release(running)
 
     def _release(self, running: _Running) -> None:
+        if running.alarm is not None:
+            running.alarm.cancel()
         del self._running[running.request_id]
         heapq.heappush(self._free, running.slot)
+
+
+def _take(engine: Engine, slot: int) -> KeptKV:
+    """Engine thread: stop a running sequence here; its KV, and the ids that it belongs to."""
+    try:
+        return engine.export(slot)
+    finally:
+        engine.end(slot)
 
 
 def _smoothed(mean: float, sample: float) -> float:

@@ -38,6 +38,7 @@ TokenId = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
 Ids = Annotated[list[TokenId], Meta(max_length=MAX_TOKENS_IN_MESSAGE)]
 Count = Annotated[int, Meta(ge=0, le=1 << 40)]
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
+Tenant = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{0,64}$")]
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -79,15 +80,23 @@ class TokenizeReply(Message, frozen=True, kw_only=True):
 
 
 class PrefillCandidate(Message, frozen=True, kw_only=True):
-    """A worker that may compute the prompt, where it is, and the ticket to hand to it."""
+    """A worker that may give the prompt's KV, where it is, and the ticket to hand to it.
+
+    only_stored: it gives what it holds already (a draining decode worker's running sequence) and computes nothing.
+    """
 
     worker: Id
     address: Address
     ticket: Annotated[str, Meta(max_length=8192)]
+    only_stored: bool = False
 
 
 class DecodeRequest(Message, frozen=True, kw_only=True):
-    """Generate. `candidates` in order of preference; empty means compute the prompt here (mode local)."""
+    """Generate. `candidates` in order of preference; empty means compute the prompt here (mode local).
+
+    tenant: whose kept KV may be used. cache_prompt False: nothing kept is used and nothing is kept (measurements).
+    time_left_s: the work is dropped when it is not done by then; 0 = no deadline.
+    """
 
     protocol: Literal[1] = 1
     request_id: Id
@@ -100,6 +109,9 @@ class DecodeRequest(Message, frozen=True, kw_only=True):
     stop: list[str] = []
     stop_ids: Ids = []
     candidates: list[PrefillCandidate] = []
+    tenant: Tenant = ""
+    cache_prompt: bool = True
+    time_left_s: Seconds = 0.0
 
 
 class DecodeReply(Message, frozen=True, kw_only=True):
@@ -119,13 +131,18 @@ class CancelReply(Message, frozen=True, kw_only=True):
 
 
 class PrefillRequest(Message, frozen=True, kw_only=True):
-    """From a decode worker: compute ids[:-1], ship KV from position `start` on, in frames."""
+    """From a decode worker: compute ids[:-1], ship KV from position `start` on, in frames. The other fields are those
+    of DecodeRequest and PrefillCandidate."""
 
     protocol: Literal[1] = 1
     request_id: Id
     ids: Annotated[list[TokenId], Meta(min_length=2, max_length=MAX_TOKENS_IN_MESSAGE)]
     start: Count = 0
     compatibility: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+    tenant: Tenant = ""
+    cache_prompt: bool = True
+    only_stored: bool = False
+    time_left_s: Seconds = 0.0
 
 
 class PromptReport(Message, frozen=True, kw_only=True):
@@ -134,7 +151,8 @@ class PromptReport(Message, frozen=True, kw_only=True):
     wait_ms: from acceptance to the first frame (split) or until the prompt's turn came (local). prefill_ms: from
     then until P said that its last call ended, or the local prompt was done. handoff_ms: what the split adds after
     that: the last chunk in flight, then adopt_ms. handoff_bytes arrived in all, overlapped_bytes of them before P's
-    last call ended. restored_tokens came from P, computed_tokens were computed here. fallback: why the plan changed.
+    last call ended. restored_tokens were not computed here: cached_tokens of them were kept here from earlier requests,
+    the others came from P, which itself had prefill_cached_tokens kept. fallback: why the plan changed.
     """
 
     mode: Mode
@@ -148,6 +166,8 @@ class PromptReport(Message, frozen=True, kw_only=True):
     restored_tokens: int
     computed_tokens: int
     is_same_class: bool
+    cached_tokens: int = 0
+    prefill_cached_tokens: int = 0
     fallback: str | None = None
 
 
@@ -201,7 +221,7 @@ class EventBatch(Message, frozen=True, kw_only=True):
 
 class Load(Message, frozen=True, kw_only=True):
     """What changes while a worker runs. Since start: widest_decode_rows shared one decode call; prompts_met found
-    another prompt being computed when they came."""
+    another prompt being computed when they came; of prefix_query_tokens looked up, prefix_hit_tokens were kept here."""
 
     slots_free: int
     sequences_running: int
@@ -212,6 +232,10 @@ class Load(Message, frozen=True, kw_only=True):
     prefill_tokens_per_s: float
     widest_decode_rows: int = 0
     prompts_met: int = 0
+    prefix_bytes: int = 0
+    prefix_limit_bytes: int = 0
+    prefix_query_tokens: int = 0
+    prefix_hit_tokens: int = 0
 
 
 class WorkerStatus(Message, frozen=True, kw_only=True):

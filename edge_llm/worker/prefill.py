@@ -2,14 +2,16 @@
 
 Life of a request in this role:
 1. POST /prefill with a ticket whose digest binds the token ids; ids, compatibility and length are checked.
-2. One prompt is computed at a time; one more may wait here (frames keep it alive), a third is refused (503), so that
-   the decode worker tries its next candidate.
-3. Header at once; after each chunk Progress, then Chunk; Progress reaches its total before the last Chunk leaves, so
-   the receiver knows when computing ended. Every HEARTBEAT_S something is sent. End closes the stream.
+2. Header at once, then what is kept here of its beginning (worker/prefixes.py). A prompt that is kept whole ends here,
+   and so does one that asked for nothing else (`only_stored`: with an Error when something is missing).
+3. The rest is computed, one prompt at a time; one more may wait here (frames keep it alive), a third is refused (503),
+   so that the decode worker tries its next candidate. After each chunk Progress, then Chunk; Progress reaches its total
+   before the last Chunk leaves, so the receiver knows when computing ended. Every HEARTBEAT_S something is sent. End
+   closes the stream, and the prompt's pieces are kept.
 4. A receiver that is slow fills the outbox: with MAX_CHUNKS_OUT chunks not yet sent the engine thread holds the
    prompt before its next step; running streams are not held.
 5. It dies by: the receiver hanging up (aborted within one micro-batch), the receiver reading nothing for long
-   (worker/stream.py), an engine error (Error frame), shutdown.
+   (worker/stream.py), its deadline or an engine error (Error frame), shutdown.
 
 Owns the outbox and the turn-taking. Memory of one transfer is O(chunk). What runs on the engine thread says so.
 """
@@ -17,7 +19,9 @@ Owns the outbox and the turn-taking. Memory of one transfer is O(chunk). What ru
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, Callable, Iterable
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Final
@@ -27,23 +31,29 @@ import structlog
 from edge_llm.engine.engine import Engine, EngineFacts, KVChunk, PromptProgress, ServedPrompt, Step
 from edge_llm.errors import (
     ContextTooLong,
+    DeadlinePassed,
     EdgeLLMError,
     IncompatibleKV,
     InvalidRequest,
     Overloaded,
+    PrefillFailed,
+    RestoreRefused,
     Unauthorized,
     WorkerError,
 )
+from edge_llm.kv.codec import StateBlob
 from edge_llm.kv.frames import Buffer, Chunk, Error, FrameEncoder, Header, Progress
 from edge_llm.kv.snapshot import ids_digest
+from edge_llm.kv.store import Match, Piece
 from edge_llm.worker.loop import EngineLoop
 from edge_llm.worker.messages import HEARTBEAT_S, PrefillRequest
+from edge_llm.worker.offload import off_loop
+from edge_llm.worker.prefixes import Prefixes, state_of
 from edge_llm.worker.tickets import Claims
 
 MAX_CHUNKS_OUT: Final = 2
 MAX_ADMITTED: Final = 2  # one computes, one waits
-# A MAC over this many bytes takes about a millisecond: longer ones leave the event loop.
-_BIG_PAYLOAD: Final = 1 << 20
+MAX_STORED: Final = 16  # transfers at once of what is kept: they hold references, no engine
 _SMOOTHING: Final = 0.1
 
 log = structlog.get_logger()
@@ -57,26 +67,41 @@ class _Transfer:
 
     request: PrefillRequest
     served_id: str
+    known: Match
+    deadline_s: float
     outbox: asyncio.Queue[_Item] = field(default_factory=asyncio.Queue)
+    computed: list[Piece] = field(default_factory=list)
     chunks_out: int = 0
     done: int = 0
+    sent: int = 0
+    chunks_sent: int = 0
     has_turn: bool = False
 
     @property
     def total(self) -> int:
         return len(self.request.ids) - 1
 
+    @property
+    def missing(self) -> int:
+        """Positions to compute."""
+        return self.total - self.known.n_tokens
+
+    @property
+    def is_known_whole(self) -> bool:
+        return self.known.n_tokens == self.total
+
 
 class PrefillRole:
     """All prompts served by this worker. `on_step` must be called with every step of the engine, `watch` as well."""
 
-    def __init__(self, facts: Callable[[], EngineFacts]) -> None:
-        self._facts_of = facts
+    def __init__(self, facts: Callable[[], EngineFacts], prefixes: Prefixes, clock: Callable[[], float]) -> None:
+        self._facts_of, self._prefixes, self._clock = facts, prefixes, clock
         self._turn = asyncio.Lock()
         self._numbers = count()
         self._current: _Transfer | None = None
         self._serving: _Transfer | None = None  # the engine thread's view of it
         self.admitted = 0
+        self.stored_out = 0
         self.prompts_met = 0
         self.pending_tokens = 0
         self.prompt_token_s = 0.0
@@ -91,9 +116,10 @@ class PrefillRole:
         facts = self._facts_of()
         if len(request.ids) - 1 > facts.n_ctx:
             raise ContextTooLong(f"the prompt has {len(request.ids)} tokens, this worker's context {facts.n_ctx}")
-        if claims.ids_sha256 != ids_digest(request.ids) or claims.request_id != request.request_id:
+        bound = (claims.ids_sha256, claims.request_id, claims.tenant)
+        if bound != (ids_digest(request.ids), request.request_id, request.tenant):
             raise Unauthorized("the ticket is for another prompt")
-        if not facts.splits or not facts.serves_prompts:
+        if not facts.splits or not (facts.serves_prompts or request.only_stored):
             raise WorkerError(f"this worker ships no KV: {facts.split_reason or 'its role is decode'}")
         if request.compatibility != facts.identity.compatibility:
             raise IncompatibleKV("this worker runs another model, cache type or geometry")
@@ -101,35 +127,23 @@ class PrefillRole:
             raise InvalidRequest(f"start {request.start} is behind the prompt of {len(request.ids)} tokens")
         if max(request.ids) >= facts.vocab_size:
             raise InvalidRequest(f"token id {max(request.ids)} is outside the vocabulary of {facts.vocab_size}")
-        self._check_room()
+        self._check_room(request)
 
     async def stream(
         self, request: PrefillRequest, key: bytes, loop: EngineLoop
     ) -> AsyncGenerator[bytes | memoryview, None]:
         """The response body. Call `check` first; what fails from here on travels as an Error frame."""
-        encoder = FrameEncoder(key)
-        transfer = _Transfer(request, f"{request.request_id}#{next(self._numbers)}")
-        is_admitted = False
+        encoder, transfer = FrameEncoder(key), self._transfer(request)
         try:
-            # again, because several may have passed `check` before the first of them got here
-            self._check_room()
-            is_admitted = True
-            self._admit(transfer)
-            for part in _wire(encoder.send(self._header(request))):
+            for part in _wire(encoder.send(self._header(transfer))):
                 yield part
-            while not await self._take_turn(transfer):
-                for part in _wire(encoder.send(Progress(0, transfer.total))):
+            async with aclosing(self._parts(transfer, encoder, loop)) as parts:
+                async for part in parts:
                     yield part
-            async for part in self._serve(transfer, encoder, loop):
-                yield part
         except EdgeLLMError as error:
             log.warning("prefill failed", request_id=request.request_id, code=error.code, message=error.message)
             for part in _wire(encoder.send(Error(error.code, error.message, error.is_retryable))):
                 yield part
-        finally:
-            # also reached when the receiver hung up: then the engine is in the middle of the prompt
-            if is_admitted:
-                self._leave(transfer, loop)
 
     def on_step(self, step: Step) -> None:
         """Put what a step made for the current prompt into its outbox."""
@@ -163,18 +177,71 @@ class PrefillRole:
 
     # -- coming and going
 
-    def _check_room(self) -> None:
-        if self.admitted >= MAX_ADMITTED:
+    def _transfer(self, request: PrefillRequest) -> _Transfer:
+        known = Match()
+        if request.cache_prompt or request.only_stored:
+            known = self._prefixes.match(request.tenant, request.ids[:-1], is_moving=request.only_stored)
+        deadline_s = self._clock() + request.time_left_s if request.time_left_s else math.inf
+        return _Transfer(request, f"{request.request_id}#{next(self._numbers)}", known, deadline_s, sent=request.start)
+
+    def _check_room(self, request: PrefillRequest) -> None:
+        if request.only_stored:
+            if self.stored_out >= MAX_STORED:
+                raise Overloaded(f"{MAX_STORED} stored prompts are on their way already", retry_after_s=1.0)
+        elif self.admitted >= MAX_ADMITTED:
             raise Overloaded("one prompt is being computed here and another waits", retry_after_s=1.0)
+
+    async def _parts(
+        self, transfer: _Transfer, encoder: FrameEncoder, loop: EngineLoop
+    ) -> AsyncGenerator[bytes | memoryview, None]:
+        """What is kept, then what must be computed."""
+        if transfer.is_known_whole or transfer.request.only_stored:
+            async for part in self._send_stored(transfer, encoder):
+                yield part
+            return
+        is_admitted = False
+        try:
+            # again, because several may have passed `check` before the first of them got here
+            self._check_room(transfer.request)
+            is_admitted = True
+            self._admit(transfer)
+            while not await self._take_turn(transfer):
+                for part in _wire(encoder.send(Progress(0, transfer.total))):
+                    yield part
+            async for part in self._serve(transfer, encoder, loop):
+                yield part
+        finally:
+            # also reached when the receiver hung up: then the engine is in the middle of the prompt
+            if is_admitted:
+                self._leave(transfer, loop)
+
+    async def _send_stored(
+        self, transfer: _Transfer, encoder: FrameEncoder
+    ) -> AsyncGenerator[bytes | memoryview, None]:
+        """Nothing is computed: all there is, and an Error when that is not all."""
+        self.stored_out += 1
+        try:
+            transfer.done = transfer.known.n_tokens
+            for part in _wire(encoder.send(Progress(transfer.done, transfer.total))):
+                yield part
+            for piece in transfer.known.pieces:
+                for part in await self._send_piece(transfer, encoder, piece):
+                    yield part
+            if not transfer.is_known_whole:
+                raise PrefillFailed(f"{transfer.done} of {transfer.total} positions are kept here, the rest is gone")
+            for part in _wire(encoder.end(transfer.total)):
+                yield part
+        finally:
+            self.stored_out -= 1
 
     def _admit(self, transfer: _Transfer) -> None:
         self.prompts_met += self.admitted > 0
         self.admitted += 1
-        self.pending_tokens += transfer.total
+        self.pending_tokens += transfer.missing
 
     def _leave(self, transfer: _Transfer, loop: EngineLoop) -> None:
         self.admitted -= 1
-        self.pending_tokens -= transfer.total
+        self.pending_tokens -= transfer.missing
         if not transfer.has_turn:
             return
         self._current = None
@@ -190,6 +257,7 @@ class PrefillRole:
         )
 
     async def _take_turn(self, transfer: _Transfer) -> bool:
+        self._check_deadline(transfer)
         try:
             async with asyncio.timeout(HEARTBEAT_S):
                 await self._turn.acquire()
@@ -199,8 +267,12 @@ class PrefillRole:
         self._current = transfer
         return True
 
-    def _header(self, request: PrefillRequest) -> Header:
-        facts = self._facts_of()
+    def _check_deadline(self, transfer: _Transfer) -> None:
+        if self._clock() > transfer.deadline_s:
+            raise DeadlinePassed("nobody waits for this prompt any more: its deadline has passed")
+
+    def _header(self, transfer: _Transfer) -> Header:
+        facts, request = self._facts_of(), transfer.request
         return Header(
             compatibility=facts.identity.compatibility,
             exactness_class=facts.identity.exactness_class,
@@ -210,6 +282,7 @@ class PrefillRole:
             start=request.start,
             ids_sha256=ids_digest(request.ids),
             request_id=request.request_id,
+            stored=transfer.known.n_tokens,
         )
 
     # -- one prompt
@@ -217,26 +290,40 @@ class PrefillRole:
     async def _serve(
         self, transfer: _Transfer, encoder: FrameEncoder, loop: EngineLoop
     ) -> AsyncGenerator[bytes | memoryview, None]:
-        await loop.call(lambda engine: self._start(engine, transfer))
-        index, shipped = 0, transfer.request.start
-        while shipped < transfer.total or transfer.done < transfer.total:
+        await self._start(transfer, loop)
+        for piece in transfer.known.pieces:
+            for part in await self._send_piece(transfer, encoder, piece):
+                yield part
+        while transfer.sent < transfer.total or transfer.done < transfer.total:
+            self._check_deadline(transfer)
             item = await self._next(transfer)
             if isinstance(item, EdgeLLMError):
                 raise item
             if isinstance(item, PromptProgress):
                 transfer.done = item.done
-                parts = encoder.send(Progress(item.done, transfer.total))
-            else:
-                chunk = Chunk(index, item.p0, item.p1, item.payload)
-                is_big = len(item.payload) > _BIG_PAYLOAD
-                parts = await asyncio.to_thread(encoder.send, chunk) if is_big else encoder.send(chunk)
-                index, shipped = index + 1, item.p1
-            for part in _wire(parts):
+                for part in _wire(encoder.send(Progress(item.done, transfer.total))):
+                    yield part
+                continue
+            piece = Piece(item.p0, item.p1, item.payload)
+            transfer.computed.append(piece)
+            for part in await self._send_piece(transfer, encoder, piece):
                 yield part
-            if isinstance(item, KVChunk):
-                loop.post(lambda engine: self._chunk_left(engine, transfer))
+            loop.post(lambda engine: self._chunk_left(engine, transfer))
         for part in _wire(encoder.end(transfer.total)):
             yield part
+        request, pieces = transfer.request, [*transfer.known.pieces, *transfer.computed]
+        if request.cache_prompt:
+            self._prefixes.keep_prompt(request.tenant, request.ids[:-1], pieces)
+
+    async def _send_piece(self, transfer: _Transfer, encoder: FrameEncoder, piece: Piece) -> list[bytes | memoryview]:
+        """The frame of a piece, or of the part of it that the receiver does not have."""
+        p0 = max(piece.p0, transfer.sent)
+        if p0 >= piece.p1:
+            return []
+        payload = piece.payload if p0 == piece.p0 else self._prefixes.tail_of(piece, p0)
+        chunk = Chunk(transfer.chunks_sent, p0, piece.p1, payload)
+        transfer.chunks_sent, transfer.sent = transfer.chunks_sent + 1, piece.p1
+        return _wire(await off_loop(len(payload), lambda: encoder.send(chunk)))
 
     async def _next(self, transfer: _Transfer) -> _Item:
         """The next item, or a repeated progress when nothing happened for a while."""
@@ -246,10 +333,21 @@ class PrefillRole:
         except TimeoutError:
             return PromptProgress(transfer.served_id, transfer.done, transfer.total)
 
-    def _start(self, engine: Engine, transfer: _Transfer) -> None:
-        """Engine thread."""
-        request = transfer.request
-        engine.serve(ServedPrompt(transfer.served_id, tuple(request.ids), request.start))
+    async def _start(self, transfer: _Transfer, loop: EngineLoop) -> None:
+        """Hand the prompt to the engine, behind what is kept of it; all of it when the engine does not take that."""
+        layout = self._facts_of().prompt_layout
+        state = await state_of(transfer.known, layout) if layout is not None else None
+        try:
+            await loop.call(lambda engine: self._serve_on(engine, transfer, state))
+        except RestoreRefused as error:
+            log.warning("restore refused", request_id=transfer.request.request_id, message=error.message)
+            transfer.known = Match()
+            await loop.call(lambda engine: self._serve_on(engine, transfer, None))
+
+    def _serve_on(self, engine: Engine, transfer: _Transfer, state: StateBlob | None) -> None:
+        """Engine thread. Everything that is computed comes out, also what the receiver has: it is kept here."""
+        prompt = ServedPrompt(transfer.served_id, tuple(transfer.request.ids), transfer.known.n_tokens)
+        engine.serve(prompt, state)
         self._serving = transfer
 
     def _chunk_left(self, engine: Engine, transfer: _Transfer) -> None:

@@ -25,12 +25,11 @@ from edge_llm.errors import RemoteProtocolError, Unauthorized, WorkerUnreachable
 from edge_llm.kv.frames import NEED_DATA, Chunk, Event, FrameDecoder, Header, Progress
 from edge_llm.worker.client import CONNECT_S, error_of
 from edge_llm.worker.messages import ErrorReply, PrefillCandidate, PrefillRequest, decode, encode
+from edge_llm.worker.offload import off_loop
 from edge_llm.worker.tickets import authorization
 
 MAX_ERROR_BYTES: Final = 64 << 10
 _READ_BYTES: Final = 1 << 20
-# Checking a MAC over this many bytes takes about a millisecond: more is done off the event loop.
-BIG_BYTES: Final = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +150,7 @@ async def _events(
             return
         decoder.feed(data)
         while True:
-            is_big = decoder.ready_bytes > BIG_BYTES
-            event = await asyncio.to_thread(decoder.next_event) if is_big else decoder.next_event()
+            event = await off_loop(decoder.ready_bytes, decoder.next_event)
             if event is NEED_DATA:
                 break
             yield event

@@ -57,12 +57,17 @@ def _loaded(config: WorkerConfig) -> tuple[Engine, Vocabulary]:
 
 
 def _simulated(config: WorkerConfig) -> tuple[Engine, Vocabulary]:
-    from edge_llm.engine.simulated import SimulatedSettings, create_simulated
+    from edge_llm.engine.simulated import MODEL, SimulatedSettings, create_simulated
 
+    rate = config.simulated_prompt_tokens_per_s
     settings = SimulatedSettings(
         n_ctx=config.n_ctx,
         slots=0 if config.role == "prefill" else config.slots,
         serves_prompts=config.role != "decode",
         chunk_tokens=config.chunk_tokens,
+        model_name=config.model if "model" in config.model_fields_set else MODEL,
+        prompt_token_s=1 / rate if rate else 0.0,
+        decode_run_s=config.simulated_step_s,
+        decode_row_s=config.simulated_row_s,
     )
     return create_simulated(settings)

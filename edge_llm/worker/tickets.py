@@ -35,7 +35,8 @@ Operation = Literal["tokenize", "decode", "cancel", "events", "prefill", "status
 
 class Claims(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a ticket allows. `body_sha256` binds the body of a call from the gateway, `ids_sha256` the token ids of a
-    prefill (whose bearer is the decode worker); the one that is not used is empty. `peers`: worker -> address."""
+    prefill (whose bearer is the decode worker, `tenant` whose kept KV it may get); what is not used is empty.
+    `peers`: worker -> address."""
 
     audience: str
     operation: Operation
@@ -45,6 +46,7 @@ class Claims(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     body_sha256: str = ""
     ids_sha256: str = ""
     peers: dict[str, str] = {}
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from edge_llm.kv.snapshot import VLayout
 
 KEY, OTHER_KEY = b"k" * 32, b"o" * 32
 BYTES_PER_TOKEN = 6
-HEADER = Header("c" * 64, "e" * 64, "columns", 4, 10, 0, "a" * 64, "request-1", "tenant")
+HEADER = Header("c" * 64, "e" * 64, "columns", 4, 10, 0, "a" * 64, "request-1", 3)
 
 
 def payload(p0: int, p1: int) -> bytes:

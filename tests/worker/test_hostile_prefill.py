@@ -76,7 +76,7 @@ class Writer:
             "start": self.request.start,
             "ids_sha256": ids_digest(self.request.ids),
             "request_id": self.request.request_id,
-            "tenant": "",
+            "stored": 0,
         }
         return self.frame(HEADER, json.dumps(fields | changes).encode())
 

@@ -8,7 +8,7 @@ from operator import methodcaller
 
 import pytest
 
-from edge_llm.engine.engine import Engine, EngineFacts, ServedPrompt, Step
+from edge_llm.engine.engine import Engine, EngineFacts, KeptKV, ServedPrompt, Step
 from edge_llm.errors import EngineFailed, Overloaded
 from edge_llm.kv.codec import StateBlob
 from edge_llm.request import Generation
@@ -57,7 +57,7 @@ class ScriptedEngine:
     def end_served(self, request_id: str) -> None:
         raise NotImplementedError
 
-    def export(self, slot: int) -> tuple[StateBlob, int]:
+    def export(self, slot: int) -> KeptKV:
         raise NotImplementedError
 
     def interrupt(self) -> None:

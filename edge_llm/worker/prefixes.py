@@ -1,0 +1,104 @@
+"""KV this worker has kept, and what of it a request may use.
+
+Owns the store, the rule of each exactness level, and the way from kept pieces to a state that an engine takes. Refuses
+to know HTTP, slots and turns. Everything here runs on the event loop, large copies in a thread (worker/offload.py).
+
+Rules (blueprint section 4). Level exact: any common beginning, computed or generated, has the same bits however it came
+to be. Otherwise only whole chunks of prompts: the same text, computed in the same pieces. A sequence that moves to
+another worker is no reuse but the same run going on: all of it travels, at every level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from edge_llm.engine.engine import EngineFacts, KeptKV
+from edge_llm.kv.codec import BlobLayout, StateBlob
+from edge_llm.kv.payload import slice_payload
+from edge_llm.kv.store import Match, Piece, PrefixStore
+from edge_llm.worker.offload import off_loop
+
+
+class Prefixes:
+    """Kept KV of one worker, for all its roles. `limit_bytes` 0 keeps nothing."""
+
+    def __init__(self, facts: EngineFacts, limit_bytes: int) -> None:
+        self._facts = facts
+        layout = facts.prompt_layout or facts.layout
+        self._store = (
+            PrefixStore(layout.geometry, facts.v_layout, facts.chunk_tokens, limit_bytes)
+            if layout is not None
+            else None
+        )
+        self.query_tokens = self.hit_tokens = 0
+
+    @property
+    def used_bytes(self) -> int:
+        return self._store.used_bytes if self._store else 0
+
+    @property
+    def limit_bytes(self) -> int:
+        return self._store.limit_bytes if self._store else 0
+
+    @property
+    def _is_exact(self) -> bool:
+        return self._facts.level == "exact"
+
+    def match(self, tenant: str, ids: Sequence[int], *, is_moving: bool = False) -> Match:
+        """What is kept of the beginning of `ids`, all of which need KV. `is_moving`: a running sequence goes on."""
+        if self._store is None:
+            return Match()
+        found = self._store.match(tenant, ids, only_chunks=not (self._is_exact or is_moving))
+        self.query_tokens += len(ids)
+        self.hit_tokens += found.n_tokens
+        return found
+
+    def holds_answer(self, cells: int) -> bool:
+        """Whether KV of so many positions could be kept: no engine is asked to read out what cannot."""
+        return self._store is not None and 0 < cells * self._facts.kv_bytes_per_token <= self._store.limit_bytes
+
+    def tail_of(self, piece: Piece, p0: int) -> bytes:
+        """Payload of [p0, piece.p1): what a receiver that has the beginning of a piece still needs."""
+        layout = self._facts.prompt_layout or self._facts.layout
+        assert layout is not None
+        count = piece.p1 - piece.p0
+        return slice_payload(layout.geometry, self._facts.v_layout, piece.payload, count, p0 - piece.p0, count)
+
+    def keep_prompt(self, tenant: str, ids: Sequence[int], pieces: Sequence[Piece]) -> None:
+        """Pieces of a prompt that was computed here, from position 0 on."""
+        if self._store is not None:
+            self._store.keep(tenant, ids, pieces)
+
+    async def keep_answer(self, tenant: str, prompt_tokens: int, kept: KeptKV, *, is_moving: bool = False) -> None:
+        """A sequence that ended, or leaves in the middle: prompt and answer, as far as the level allows."""
+        if self._store is None:
+            return
+        total = len(kept.ids)
+        if not (self._is_exact or is_moving):
+            total = min(total, prompt_tokens) // self._facts.chunk_tokens * self._facts.chunk_tokens
+        pieces = await off_loop(kept.state.nbytes, lambda: _cut(kept.state, total, self._facts.chunk_tokens))
+        self._store.keep(tenant, kept.ids, pieces)
+
+
+async def state_of(match: Match, layout: BlobLayout) -> StateBlob | None:
+    """The pieces found as a native state; None when there are none."""
+    if not match.n_tokens:
+        return None
+    state = await off_loop(layout.size(match.n_tokens), lambda: StateBlob(layout, match.n_tokens, 0))
+    await place(match, state)
+    return state
+
+
+async def place(match: Match, state: StateBlob) -> None:
+    """Put the pieces found at the beginning of an empty state; their V lies as all states of this worker have it."""
+    await off_loop(state.nbytes, lambda: _place(match, state))
+
+
+def _place(match: Match, state: StateBlob) -> None:
+    for piece in match.pieces:
+        state.place(piece.p0, piece.p1, piece.payload, state.layout.v_layout)
+
+
+def _cut(state: StateBlob, total: int, chunk_tokens: int) -> list[Piece]:
+    return [Piece(p0, p1, state.payload(p0, p1)) for p0, p1 in pairwise([*range(0, total, chunk_tokens), total])]
