@@ -53,6 +53,9 @@ def serve() -> None:
 @click.option("--allowed-peers", multiple=True, help="Networks prefill workers may be in (CIDR).")
 @click.option("--memory-limit-bytes", type=int, help="Refuse to start above this; 0 = what the board has free.")
 @click.option("--simulate", is_flag=True, default=None, help="A clock instead of a model (load and fault tests).")
+@click.option("--simulated-prompt-tokens-per-s", type=float, help="Speed of a simulated prompt; 0 = no wait.")
+@click.option("--simulated-step-s", type=float, help="What a simulated decode step takes.")
+@click.option("--simulated-row-s", type=float, help="What each sequence adds to a simulated decode step.")
 @click.option("--announce", is_flag=True, default=None, hidden=True)
 def worker(config: Path | None, allowed_peers: tuple[str, ...], **flags: Any) -> None:
     """A worker: one model, one engine thread, role prefill, decode or mixed."""

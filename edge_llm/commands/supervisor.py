@@ -33,12 +33,17 @@ READY_S: Final = 300.0
 STOP_S: Final = 15.0
 MAX_BACKOFF_S: Final = 10.0
 LOOPBACK: Final = "127.0.0.1"
+# A child that lived so long was well: its next death is not the latest of a series.
+WELL_S: Final = 10.0
+# About a small model on one core of a small board; options after `--` change it.
+SIMULATED_SPEED: Final = ("--simulate", "--simulated-prompt-tokens-per-s", "400", "--simulated-step-s", "0.02")
 Say = Callable[[str], None]
 
 
 @dataclass(slots=True)
 class Child:
-    """One supervised process. `cores` empty = not pinned."""
+    """One supervised process. `cores` empty = not pinned. `restarts` counts a series of deaths one soon after another;
+    `ready_s` is on the event loop's clock."""
 
     name: str
     arguments: list[str]
@@ -47,6 +52,7 @@ class Child:
     process: asyncio.subprocess.Process | None = None
     ready: dict[str, Any] | None = None
     restarts: int = 0
+    ready_s: float = 0.0
     tail: list[str] = field(default_factory=list)
 
 
@@ -85,7 +91,7 @@ class Supervisor:
     # -- plan
 
     def _plan_workers(self, config: UpConfig, model: str, extra: Sequence[str]) -> list[Child]:
-        roles = ["prefill"] * config.prefill + ["decode"] * config.decode + ["mixed"] * config.mixed
+        roles = config.roles
         cores = sorted(os.sched_getaffinity(0))
         threads = config.threads or max(1, usable_cores() // len(roles))
         workers = []
@@ -94,6 +100,7 @@ class Supervisor:
             port = free_port()
             arguments = ["serve", "worker", "--role", role, "--name", name, "--port", str(port)]
             arguments += ["--model", model, "--threads", str(threads), "--threads-batch", str(threads)]
+            arguments += SIMULATED_SPEED if config.simulated else ()
             mine = tuple(cores[(number * threads + i) % len(cores)] for i in range(threads)) if config.pin else ()
             workers.append(Child(name, [*arguments, *extra], port, mine))
         return workers
@@ -141,7 +148,7 @@ class Supervisor:
             await stderr
             why = "\n".join(child.tail[-8:]) or f"exit code {child.process.returncode}"
             raise WorkerError(f"{child.name} could not start:\n{why}")
-        child.ready = json.loads(line)
+        child.ready, child.ready_s = json.loads(line), asyncio.get_running_loop().time()
         self._say(f"{child.name} ready on {child.ready['address']} (pid {child.process.pid})")
 
     async def _read_stderr(self, child: Child) -> None:
@@ -160,6 +167,8 @@ class Supervisor:
         while True:
             assert child.process is not None
             code = await child.process.wait()
+            if asyncio.get_running_loop().time() - child.ready_s > WELL_S:
+                child.restarts = 0
             child.restarts += 1
             pause_s = min(MAX_BACKOFF_S, 0.25 * 2 ** min(child.restarts, 8))
             self._say(f"{child.name} died (exit code {code}), starting it again in {pause_s:.1f} s")

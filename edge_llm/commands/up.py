@@ -12,7 +12,7 @@ import time
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 
@@ -21,6 +21,7 @@ from edge_llm.commands.serve import config_option
 from edge_llm.config import UpConfig, load_settings
 from edge_llm.errors import ConfigError
 
+SIMULATED_MODEL: Final = "simulated"
 _port = click.option("--port", type=int, default=8080, show_default=True, help="Port of the endpoint.")
 
 
@@ -29,6 +30,7 @@ _port = click.option("--port", type=int, default=8080, show_default=True, help="
 @click.option("--prefill", type=int, help="Prefill workers (default 1).")
 @click.option("--decode", type=int, help="Decode workers (default 1).")
 @click.option("--mixed", type=int, help="Workers that do both (default 0).")
+@click.option("--simulated", type=int, help="So many simulated workers, no model: for load and fault tests.")
 @click.option("--model", help="Name in models.yaml or path of a .gguf file.")
 @click.option("--port", type=int, help="Port of the endpoint (default 8080).")
 @click.option("--threads", type=int, help="Threads per worker; 0 shares the cores out.")
@@ -38,7 +40,8 @@ _port = click.option("--port", type=int, default=8080, show_default=True, help="
 def up(config: Path | None, detach: bool, worker_options: tuple[str, ...], **flags: Any) -> None:
     """Start a local cluster: gateway, prefill and decode workers, default model.
 
-    Options after `--` go to every worker, e.g. `edge-llm up -- --policy fast --slots 4`.
+    Options after `--` go to every worker, e.g. `edge-llm up -- --policy fast --slots 4`, or
+    `edge-llm up --simulated 8 -- --simulated-prompt-tokens-per-s 1000 --simulated-step-s 0.01 --simulated-row-s 0.001`.
     """
     settings = load_settings(UpConfig, flags, config)
     running = read_state(settings.port)
@@ -85,23 +88,17 @@ def status(port: int, as_json: bool) -> None:
 
 
 def _run(settings: UpConfig, worker_options: Sequence[str]) -> None:
-    from edge_llm.catalogue.resolve import find, is_path, resolve
-    from edge_llm.commands.progress import progress
     from edge_llm.commands.supervisor import Supervisor, check_port_free
 
     check_port_free(settings.port)
-    is_file = is_path(settings.model)
-    with progress(f"model {settings.model if is_file else find(settings.model).file}", is_bytes=True) as report:
-        model = resolve(settings.model, report)
-    # workers get the name, not the path: it stays the model's name in the API, and they find the same verified file
-    wanted = str(model.path) if is_file else settings.model
+    name, wanted = (SIMULATED_MODEL, SIMULATED_MODEL) if settings.simulated else _fetched(settings.model)
     supervisor = Supervisor(settings, wanted, worker_options, lambda line: click.echo(line, err=True))
     url = f"http://127.0.0.1:{settings.port}"
     workers = {child.name: f"127.0.0.1:{child.port}" for child in supervisor.workers}
 
     def on_ready() -> None:
-        write_state(settings.port, ClusterState(os.getpid(), url, model.name, workers))
-        click.echo(_greeting(url, model.name, _levels(supervisor)))
+        write_state(settings.port, ClusterState(os.getpid(), url, name, workers))
+        click.echo(_greeting(url, name, _levels(supervisor)))
 
     try:
         asyncio.run(_until_signal(supervisor, on_ready))
@@ -109,6 +106,18 @@ def _run(settings: UpConfig, worker_options: Sequence[str]) -> None:
         raise _root_of(group) from None
     finally:
         forget_state(settings.port)
+
+
+def _fetched(wanted: str) -> tuple[str, str]:
+    """The model's name in the API, and what workers are told. They get the name, not the path, of a known model: it
+    stays its name, and they find the same verified file."""
+    from edge_llm.catalogue.resolve import find, is_path, resolve
+    from edge_llm.commands.progress import progress
+
+    is_file = is_path(wanted)
+    with progress(f"model {wanted if is_file else find(wanted).file}", is_bytes=True) as report:
+        model = resolve(wanted, report)
+    return model.name, str(model.path) if is_file else wanted
 
 
 async def _until_signal(supervisor: Any, on_ready: Any) -> None:
