@@ -19,6 +19,8 @@ import psutil
 _UNLIMITED = 1 << 60
 _TUNABLES = "GLIBC_TUNABLES"
 _HUGE_PAGES = "glibc.malloc.hugetlb"
+# Bits of the Raspberry Pi firmware's get_throttled that say what happens now; from bit 16 on: what happened since boot.
+_THROTTLE_BITS = {"under_voltage": 0, "frequency_capped": 1, "throttled": 2, "soft_temperature_limit": 3}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,16 @@ class NodeFacts:
     temperature_c: float | None
     page_bytes: int
     load_1m: float
+
+
+@dataclass(frozen=True, slots=True)
+class BoardState:
+    """What changes on a board while it works: degrees Celsius, Hz, and what holds it back now, by kind."""
+
+    temperature_c: float | None
+    frequency_hz: float | None
+    throttled: Mapping[str, bool]
+    memory_available_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +78,34 @@ def node_facts(root: Path = Path("/")) -> NodeFacts:
         page_bytes=os.sysconf("SC_PAGE_SIZE"),
         load_1m=os.getloadavg()[0],
     )
+
+
+def board_state(root: Path = Path("/")) -> BoardState:
+    """Read this board now; a few small files, cheap enough for every scrape."""
+    frequency_khz = _number(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq")
+    temperature = _number(root / "sys/class/thermal/thermal_zone0/temp")
+    return BoardState(
+        temperature_c=None if temperature is None else temperature / 1000,
+        frequency_hz=None if frequency_khz is None else frequency_khz * 1000,
+        throttled=_throttled(root),
+        memory_available_bytes=available_memory_bytes(root),
+    )
+
+
+def _throttled(root: Path) -> dict[str, bool]:
+    """By the firmware's bits where the kernel shows them, else the under-voltage alarm alone; empty: not known."""
+    text = _text(root / "sys/devices/platform/soc/soc:firmware/get_throttled")
+    try:
+        if text is not None:
+            bits = int(text, 16)
+            return {kind: bool(bits >> bit & 1) for kind, bit in _THROTTLE_BITS.items()}
+    except ValueError:
+        pass
+    for monitor in sorted((root / "sys/class/hwmon").glob("hwmon*")):
+        alarm = _number(monitor / "in0_lcrit_alarm")
+        if _text(monitor / "name") == "rpi_volt" and alarm is not None:
+            return {"under_voltage": bool(alarm)}
+    return {}
 
 
 def available_memory_bytes(root: Path = Path("/")) -> int:

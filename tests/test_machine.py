@@ -13,6 +13,7 @@ import pytest
 
 from edge_llm.machine import (
     available_memory_bytes,
+    board_state,
     cpu_kind,
     node_facts,
     peak_memory_bytes,
@@ -80,6 +81,36 @@ def test_a_sensor_that_speaks_nonsense_is_none(pi: Path) -> None:
     facts = node_facts(pi)
     assert facts.temperature_c is None
     assert facts.board == "\xff"
+
+
+FIRMWARE = "sys/devices/platform/soc/soc:firmware/get_throttled"
+
+
+def test_a_pi_says_what_holds_it_back_now_not_what_did_since_boot(pi: Path) -> None:
+    write(pi, {FIRMWARE: "d0006\n"})
+    state = board_state(pi)
+    assert (state.temperature_c, state.frequency_hz) == (61.45, 2.4e9)
+    assert state.throttled == {
+        "under_voltage": False,
+        "frequency_capped": True,
+        "throttled": True,
+        "soft_temperature_limit": False,
+    }
+
+
+def test_without_the_firmware_file_the_voltage_alarm_is_what_is_known(pi: Path) -> None:
+    write(pi, {"sys/class/hwmon/hwmon0/name": "nvme\n", "sys/class/hwmon/hwmon0/in0_lcrit_alarm": "0\n"})
+    assert board_state(pi).throttled == {}
+    write(pi, {"sys/class/hwmon/hwmon2/name": "rpi_volt\n", "sys/class/hwmon/hwmon2/in0_lcrit_alarm": "1\n"})
+    assert board_state(pi).throttled == {"under_voltage": True}
+    write(pi, {FIRMWARE: "none\n"})
+    assert board_state(pi).throttled == {"under_voltage": True}
+
+
+def test_a_board_without_sensors_has_memory_and_nothing_invented(tmp_path: Path) -> None:
+    state = board_state(tmp_path)
+    assert (state.temperature_c, state.frequency_hz, state.throttled) == (None, None, {})
+    assert state.memory_available_bytes > 0
 
 
 def test_an_x86_cpu_is_named_by_its_model_name_not_its_number(tmp_path: Path) -> None:
