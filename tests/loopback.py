@@ -229,8 +229,9 @@ class Gateway:
         cache_prompt: bool = True,
         only_stored: bool = False,
         time_left_s: float = 0.0,
+        candidates: Sequence[PrefillCandidate] = (),
     ) -> Answer:
-        """POST /decode; `via` are the prefill candidates in order."""
+        """POST /decode; `via` are the prefill candidates in order, or `candidates` with tickets of the test's own."""
         request_id = request_id or f"r{next(self._numbers)}"
         context = [*prompt_ids, *delivered]
         answer = self._answers[request_id, epoch] = Answer(request_id)
@@ -242,7 +243,8 @@ class Gateway:
             delivered_ids=list(delivered),
             max_tokens=max_tokens,
             sampling=_on_the_wire(sampling),
-            candidates=[self.candidate(prefill, request_id, context, tenant, only_stored) for prefill in via],
+            candidates=list(candidates)
+            or [self.candidate(prefill, request_id, context, tenant, only_stored) for prefill in via],
             tenant=tenant,
             cache_prompt=cache_prompt,
             time_left_s=time_left_s,

@@ -25,7 +25,16 @@ from edge_llm.engine.engine import EngineFacts
 from edge_llm.engine.sequencer import Sequencer
 from edge_llm.errors import InvalidRequest, LocalProtocolError, RestoreRefused
 from edge_llm.kv.codec import BlobLayout, StateBlob
-from edge_llm.kv.snapshot import CacheShape, Compatibility, ExactnessClass, Geometry, Identity, LayerShape, digest_of
+from edge_llm.kv.snapshot import (
+    CacheShape,
+    Compatibility,
+    ExactnessClass,
+    Geometry,
+    Identity,
+    LayerShape,
+    Level,
+    digest_of,
+)
 
 MODEL: Final = "simulated"
 _F16: Final = 1
@@ -52,6 +61,7 @@ class SimulatedSettings:
     prompt_token_s: float = 0.0
     decode_run_s: float = 0.0
     decode_row_s: float = 0.0
+    level: Level = "exact"
 
 
 @dataclass(slots=True)
@@ -231,6 +241,6 @@ def _facts(settings: SimulatedSettings, layout: BlobLayout) -> EngineFacts:
         v_layout="rows",
         policy="exact",
         is_flash_attention=False,
-        level="exact",
+        level=settings.level,
         level_reason="hashes are the same everywhere",
     )

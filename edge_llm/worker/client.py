@@ -16,11 +16,14 @@ import aiohttp
 
 from edge_llm.errors import (
     ContextTooLong,
+    DeadlinePassed,
+    Draining,
     EdgeLLMError,
     EngineFailed,
     InvalidRequest,
     Overloaded,
     PayloadTooLarge,
+    PrefillFailed,
     RemoteProtocolError,
     WorkerError,
     WorkerUnreachable,
@@ -49,7 +52,18 @@ STATUS_S: Final = 3.0
 SILENCE_S: Final = 3 * HEARTBEAT_S
 MAX_REPLY_BYTES: Final = 64 << 20
 _ERRORS: Final[Mapping[str, type[EdgeLLMError]]] = {
-    kind.code: kind for kind in (InvalidRequest, ContextTooLong, PayloadTooLarge, Overloaded, EngineFailed, WorkerError)
+    kind.code: kind
+    for kind in (
+        InvalidRequest,
+        ContextTooLong,
+        PayloadTooLarge,
+        Overloaded,
+        DeadlinePassed,
+        Draining,
+        EngineFailed,
+        PrefillFailed,
+        WorkerError,
+    )
 }
 
 
