@@ -59,6 +59,45 @@ class Unauthorized(ClientError):
     code = "unauthorized"
 
 
+class InvalidApiKey(Unauthorized):
+    """No API key, or one that is not in the keys file."""
+
+    code = "invalid_api_key"
+
+
+class ExpiredApiKey(Unauthorized):
+    """An API key whose time is over."""
+
+    code = "expired_api_key"
+
+
+class Forbidden(ClientError):
+    """The API key, or where the request came from, does not allow this."""
+
+    status = 403
+    code = "forbidden"
+
+
+class ModelNotAllowed(Forbidden):
+    """The API key may not use this model."""
+
+    code = "model_not_allowed"
+
+
+class NotJSON(ClientError):
+    """A body of another kind than this edge reads."""
+
+    status = 415
+    code = "unsupported_media_type"
+
+
+class BodyTooSlow(ClientError):
+    """The client did not send its request in time."""
+
+    status = 408
+    code = "request_timeout"
+
+
 class Overloaded(EdgeLLMError):
     """No room now; `retry_after_s` says when to come back."""
 
@@ -69,6 +108,30 @@ class Overloaded(EdgeLLMError):
     def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class ShuttingDown(Overloaded):
+    """This gateway is stopping on purpose: another one, or this one in a while, takes new requests."""
+
+    code = "draining"
+
+
+class LimitReached(Overloaded):
+    """The caller reached a limit of its own, however idle the cluster is; `code` says which."""
+
+    status = 429
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0, code: str = code) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.code = code
+
+
+class ReaderTooSlow(EdgeLLMError):
+    """The client takes its answer more slowly than this edge can keep it."""
+
+    status = 408
+    code = "reader_too_slow"
 
 
 class DeadlinePassed(EdgeLLMError):

@@ -1,0 +1,89 @@
+"""How fast this cluster serves, learnt from the requests it has served; and what that means for who comes now.
+
+Pure: time is an argument. Owns one estimate per model and the arithmetic of predicted waiting. Refuses to know nodes:
+what a request took (prompt, hand-off, decode, somebody else's prompt in between) is in its duration.
+
+A request's size is its tokens: prompt + max_tokens, the same measure as in fairness.py. Requests that end give tokens
+per second of one that runs; as many run at once, as many times that is the speed at which a full cluster takes new work
+from the queue (Little's law). Both sums forget: the last few dozen requests count.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+# Weight of the past when a request ends: 1/32 is forgotten, so about the last 32 requests make the estimate.
+_KEEP: Final = 31 / 32
+# Below this many requests an estimate would be that of one unusual request.
+_ENOUGH: Final = 4
+# A client is never told to stay away for longer: estimates of a fuller past grow old.
+MAX_RETRY_S: Final = 120.0
+UNKNOWN_RETRY_S: Final = 5.0
+
+
+@dataclass(slots=True)
+class _Pace:
+    """Decayed sums over requests that ended, and those that run: request -> (tokens, since)."""
+
+    tokens: float = 0.0
+    seconds: float = 0.0
+    ended: int = 0
+    running: dict[str, tuple[int, float]] = field(default_factory=dict)
+
+
+class Service:
+    """What each model's workers were measured to do."""
+
+    def __init__(self) -> None:
+        self._paces: dict[str, _Pace] = {}
+
+    def began(self, model: str, request_id: str, tokens: int, now_s: float) -> None:
+        """A request was given to a worker. A request that was taken from a lost worker keeps its beginning."""
+        self._paces.setdefault(model, _Pace()).running.setdefault(request_id, (tokens, now_s))
+
+    def ended(self, model: str, request_id: str, now_s: float, *, is_measure: bool = True) -> None:
+        """It needs no worker any more. Of a failure nothing is learnt: it may be over at once."""
+        pace = self._paces.get(model)
+        begun = pace.running.pop(request_id, None) if pace else None
+        if pace is None or begun is None or not is_measure:
+            return
+        tokens, since_s = begun
+        pace.tokens = _KEEP * pace.tokens + tokens
+        pace.seconds = _KEEP * pace.seconds + max(0.0, now_s - since_s)
+        pace.ended += 1
+
+    def running(self, model: str) -> int:
+        pace = self._paces.get(model)
+        return len(pace.running) if pace else 0
+
+    def tokens_per_s(self, model: str) -> float | None:
+        """Tokens a second that leave the queue while it is not empty; None before enough was measured."""
+        pace = self._paces.get(model)
+        if pace is None or pace.ended < _ENOUGH or not pace.running or pace.seconds <= 0:
+            return None
+        return len(pace.running) * pace.tokens / pace.seconds
+
+    def wait_s(self, model: str, tokens_ahead: int) -> float | None:
+        """Predicted time until `tokens_ahead` have left the queue; None when nothing is known yet."""
+        rate = self.tokens_per_s(model)
+        return None if rate is None else tokens_ahead / rate
+
+    def retry_after_s(self, model: str, wait_s: float | None, bound_s: float) -> float:
+        """When to come back: once as much has drained as is too much now, at least until the next request ends."""
+        pace, rate = self._paces.get(model), self.tokens_per_s(model)
+        if pace is None or rate is None:
+            return UNKNOWN_RETRY_S
+        # both sums are decayed alike: their mean request is that of as many as the weights add up to
+        requests = (1 - _KEEP**pace.ended) / (1 - _KEEP)
+        next_end_s = pace.tokens / requests / rate
+        return min(MAX_RETRY_S, max(1.0, math.ceil(max((wait_s or 0.0) - bound_s, next_end_s))))
+
+
+def tokens_ahead(backlog: Mapping[str, int], key: str, tokens: int) -> int:
+    """What goes before a new request of `key` in a deficit round robin: its key's own backlog, and of every other key
+    no more than that with the request itself."""
+    own = backlog.get(key, 0)
+    return own + sum(min(other, own + tokens) for name, other in backlog.items() if name != key)
