@@ -102,6 +102,7 @@ class Gateway:
             stop=ask.stop,
             stop_ids=() if ask.ignores_stop_ids else tuple(reply.stop_ids),
             mode=ask.mode,
+            cache_prompt=ask.cache_prompt,
         )
         return job, node
 
@@ -300,7 +301,14 @@ async def _next_update(running: Running, within_s: float) -> Update | None:
 
 
 def _usage(running: Running) -> Usage:
-    return Usage(len(running.job.prompt_ids), len(running.session.delivered))
+    return Usage(len(running.job.prompt_ids), len(running.session.delivered), _cached_tokens(running))
+
+
+def _cached_tokens(running: Running) -> int:
+    """Prompt tokens that nobody computed for this request: kept by the decode worker or by its prefill worker."""
+    report = running.report
+    kept = max(report.cached_tokens, report.prefill_cached_tokens) if report else 0
+    return min(kept, len(running.job.prompt_ids))
 
 
 def _timings(running: Running, ask: Ask, arrived_s: float) -> dict[str, Any]:
@@ -310,7 +318,7 @@ def _timings(running: Running, ask: Ask, arrived_s: float) -> dict[str, Any]:
     prompt_ms = 1e3 * max(0.0, (running.prompted_s or running.first_token_s) - running.sent_s)
     predicted_ms = 1e3 * max(0.0, running.last_token_s - (running.prompted_s or running.first_token_s))
     return {
-        "cache_n": 0,
+        "cache_n": _cached_tokens(running),
         "prompt_n": prompt_n,
         "prompt_ms": round(prompt_ms, 3),
         "prompt_per_second": _rate(prompt_n, prompt_ms),
@@ -333,6 +341,8 @@ def _own_timings(running: Running, ask: Ask, arrived_s: float) -> dict[str, Any]
         "prefill_ms": _rounded(report.prefill_ms if report else None),
         "handoff_ms": _rounded(report.handoff_ms if report else None),
         "adopt_ms": _rounded(report.adopt_ms if report else None),
+        "cached_tokens": report.cached_tokens if report else 0,
+        "prefill_cached_tokens": report.prefill_cached_tokens if report else 0,
         "handoff_bytes": report.handoff_bytes if report else 0,
         "overlapped_bytes": report.overlapped_bytes if report else 0,
         "first_decode_ms": _rounded(1e3 * (running.first_token_s - running.prompted_s)),

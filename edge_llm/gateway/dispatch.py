@@ -20,7 +20,7 @@ import structlog
 
 from edge_llm.cluster.probe import Prober
 from edge_llm.cluster.view import ClusterView, Node
-from edge_llm.errors import EdgeLLMError, Overloaded, RemoteProtocolError, UnknownModel, WorkerError
+from edge_llm.errors import Draining, EdgeLLMError, Overloaded, RemoteProtocolError, UnknownModel, WorkerError
 from edge_llm.gateway import queue
 from edge_llm.gateway.listen import Listener
 from edge_llm.gateway.running import Finish, Job, Running
@@ -184,14 +184,16 @@ class Dispatcher:
             sampling=_sampling(job.sampling),
             stop=list(job.stop),
             stop_ids=list(job.stop_ids),
-            candidates=[
-                PrefillCandidate(
-                    worker=node.worker,
-                    address=node.place.address,
-                    ticket=self._client.prefill_ticket(_peer(node), job.request_id, digest),
-                )
-                for node in plan.candidates
-            ],
+            candidates=[self._candidate(running, node, digest) for node in _sources(running, plan)],
+            cache_prompt=job.cache_prompt,
+        )
+
+    def _candidate(self, running: Running, node: Node, digest: str) -> PrefillCandidate:
+        return PrefillCandidate(
+            worker=node.worker,
+            address=node.place.address,
+            ticket=self._client.prefill_ticket(_peer(node), running.job.request_id, digest),
+            only_stored=node is running.holder,
         )
 
     def lose(self, running: Running, error: EdgeLLMError) -> None:
@@ -202,10 +204,13 @@ class Dispatcher:
         worker = running.plan.decode.worker if running.plan else "?"
         log.warning("replanning", request_id=session.request_id, worker=worker, code=error.code, epoch=session.epoch)
         is_full = isinstance(error, Overloaded)
-        if running.plan is not None and not is_full:
+        is_draining = isinstance(error, Draining)
+        running.holder = running.plan.decode if running.plan is not None and is_draining else None
+        running.failures += not (is_full or is_draining)
+        if running.plan is not None and not (is_full or is_draining):
             self._end(running, running.plan)  # it may live, and work on for nobody
         has_waited_s = self._clock() - running.waits_since_s
-        if has_waited_s > self._queue_wait_s if is_full else len(session.lost) >= self._replan_limit:
+        if has_waited_s > self._queue_wait_s if is_full else running.failures > self._replan_limit:
             self.give_up(running, error)
             return
         session.on(Event.WORKER_LOST)
@@ -281,6 +286,11 @@ class Dispatcher:
 def _goes_on_the_same(before: Node, after: Node) -> bool:
     """Whether tokens that `after` adds to those of `before` are the ones that `before` would have made."""
     return before.status.exactness_class == after.status.exactness_class and after.status.level != "same-plan"
+
+
+def _sources(running: Running, plan: Plan) -> tuple[Node, ...]:
+    """Where the decode worker may get KV: first from a draining worker that holds all of it."""
+    return (running.holder, *plan.candidates) if running.holder is not None else plan.candidates
 
 
 def _peer(node: Node) -> Peer:

@@ -87,6 +87,7 @@ class _Common(_Body):
     logit_bias: dict[TokenKey, Bias] | None = None
     return_progress: StrictBool = False
     ignore_eos: StrictBool = False
+    cache_prompt: StrictBool = True
     edge_llm: _Vendor = _Vendor()
 
 
@@ -117,6 +118,7 @@ class Ask:
     wants_progress: bool
     wants_token_ids: bool
     ignores_stop_ids: bool
+    cache_prompt: bool
     mode: Literal["auto", "split", "local"]
 
 
@@ -172,6 +174,7 @@ def _ask(body: _Chat | _Completion, random_seed: Callable[[], int], mode_header:
         wants_progress=body.return_progress,
         wants_token_ids=body.edge_llm.return_token_ids,
         ignores_stop_ids=body.ignore_eos,
+        cache_prompt=body.cache_prompt,
         mode=mode,
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
+from edge_llm.cluster.view import Node
 from edge_llm.errors import EdgeLLMError
 from edge_llm.gateway import queue
 from edge_llm.gateway.scheduler import Mode, Plan
@@ -29,6 +30,7 @@ class Job:
     stop: tuple[str, ...]
     stop_ids: tuple[int, ...]
     mode: Mode
+    cache_prompt: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,7 @@ class Running:
     """One request and its clock readings (monotonic seconds).
 
     `is_as_promised` ends for good when KV of another class came in, or the answer went on where it may come out
-    otherwise.
+    otherwise. `holder` is a draining worker that holds the KV of all tokens so far for whoever goes on with them.
     """
 
     job: Job
@@ -70,6 +72,8 @@ class Running:
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     place: queue.Place | None = None
     plan: Plan | None = None
+    holder: Node | None = None
+    failures: int = 0
     sent_s: float = 0.0
     first_token_s: float = 0.0
     last_token_s: float = 0.0
