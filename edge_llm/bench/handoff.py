@@ -115,7 +115,9 @@ async def _arrivals(
     plan: Plan, layout: Layout, launch: Launch, streams: Sequence[int], run: Run, progress: Progress
 ) -> None:
     """Long prompts arrive while 0, 1, 4, ... streams run."""
-    extra: dict[str, Any] = {"cache_prompt": False} if layout.name == SERVER else {"edge_llm": {"mode": _mode(layout)}}
+    extra: dict[str, Any] = {"cache_prompt": False}
+    if layout.name != SERVER:
+        extra["edge_llm"] = {"mode": _mode(layout)}
     started_s = time.monotonic()
     async with launch(layout) as cluster, client_of(cluster.url, extra) as client:
         before = {process.pid: _rss(process.pid) for process in cluster.processes}

@@ -180,7 +180,9 @@ async def _ask_together(
 
 async def _ask(session: aiohttp.ClientSession, model: str, case: Case, mode: str) -> Answer:
     path = "/v1/chat/completions" if case.is_chat else "/v1/completions"
-    body = case.body | {"model": model, "stream": False, "edge_llm": {"mode": mode, "return_token_ids": True}}
+    own = {"mode": mode, "return_token_ids": True}
+    # each run computes its prompt anew: what is kept of an earlier one would hide what is compared
+    body = case.body | {"model": model, "stream": False, "cache_prompt": False, "edge_llm": own}
     async with session.post(path, json=body) as reply:
         data = await reply.json()
         if reply.status != 200:

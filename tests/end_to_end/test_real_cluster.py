@@ -38,7 +38,16 @@ async def cluster(**workers: int) -> AsyncIterator[tuple[Started, aiohttp.Client
 async def ask(session: aiohttp.ClientSession, ids: list[int], mode: str, **more: Any) -> dict[str, Any]:
     """A whole answer; the `edge_llm` part of its timings."""
     vendor = {"mode": mode, "return_token_ids": True}
-    body = {"prompt": ids, "max_tokens": 24, "temperature": 0.8, "top_p": 0.9, "seed": 5, "edge_llm": vendor, **more}
+    body = {
+        "prompt": ids,
+        "max_tokens": 24,
+        "temperature": 0.8,
+        "top_p": 0.9,
+        "seed": 5,
+        "cache_prompt": False,
+        "edge_llm": vendor,
+        **more,
+    }
     async with session.post("/v1/completions", json=body) as reply:
         data = await reply.json()
         assert reply.status == 200, data
@@ -58,7 +67,15 @@ async def kill_prefill_midway(started: Started, session: aiohttp.ClientSession, 
     """Stream a split answer; SIGKILL its prefill worker once some of the prompt, but not all of it, is computed."""
     pids = {process.name: process.pid for process in started.processes}
     vendor = {"mode": "split", "return_token_ids": True}
-    body = {"prompt": ids, "max_tokens": 24, "temperature": 0.8, "top_p": 0.9, "seed": 5, "edge_llm": vendor}
+    body = {
+        "prompt": ids,
+        "max_tokens": 24,
+        "temperature": 0.8,
+        "top_p": 0.9,
+        "seed": 5,
+        "cache_prompt": False,
+        "edge_llm": vendor,
+    }
     is_killed = False
     last: dict[str, Any] = {}
     async with session.post("/v1/completions", json=body | {"stream": True, "return_progress": True}) as reply:
@@ -97,7 +114,15 @@ async def test_a_decode_worker_killed_while_it_streams_changes_no_token() -> Non
         pids = {process.name: process.pid for process in started.processes}
         undisturbed = await ask(session, ids, "split", max_tokens=80)
         vendor = {"mode": "split", "return_token_ids": True}
-        body = {"prompt": ids, "max_tokens": 80, "temperature": 0.8, "top_p": 0.9, "seed": 5, "edge_llm": vendor}
+        body = {
+            "prompt": ids,
+            "max_tokens": 80,
+            "temperature": 0.8,
+            "top_p": 0.9,
+            "seed": 5,
+            "cache_prompt": False,
+            "edge_llm": vendor,
+        }
         texts, is_killed = 0, False
         last: dict[str, Any] = {}
         async with session.post("/v1/completions", json=body | {"stream": True}) as reply:
