@@ -26,6 +26,8 @@ _ENV: Final = "EDGE_LLM"
 
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
 Port = Annotated[int, Field(ge=0, le=65535)]
+LogLevel = Literal["debug", "info", "warning", "error"]
+MetricsAlias = Literal["none", "vllm"]
 
 
 class ClosedLoader(yaml.SafeLoader):
@@ -95,6 +97,10 @@ class WorkerConfig(_Settings):
     """Say on stdout when ready, for `edge-llm up`."""
     prefix_cache_bytes: Annotated[int, Field(ge=0)] = 256 << 20
     """Host memory for KV of finished prompts and answers: what they begin with is computed once. 0 keeps none."""
+    log_level: LogLevel = "info"
+    """What is less than this is not written to the log."""
+    metrics_alias: MetricsAlias = "none"
+    """Show the figures of /metrics under another server's names, too."""
     gateway_lease_s: Annotated[float, Field(gt=0, le=600)] = 10.0
     """A sequence whose gateway is gone for so long is freed."""
     drain_s: Annotated[float, Field(ge=0, le=3600)] = 30.0
@@ -137,6 +143,10 @@ class GatewayConfig(_Settings):
     """A larger request is refused with status 413."""
     default_max_tokens: Annotated[int, Field(ge=1)] = 512
     """Length of an answer when the request does not say one."""
+    log_level: LogLevel = "info"
+    """What is less than this is not written to the log."""
+    metrics_alias: MetricsAlias = "none"
+    """Show the figures of /metrics under another server's names, too."""
     replan_limit: Annotated[int, Field(ge=0, le=16)] = 3
     """Workers that one answer may lose before it fails."""
 

@@ -22,6 +22,7 @@ import structlog
 import uvicorn
 from fastapi import FastAPI
 
+from edge_llm.config import LogLevel
 from edge_llm.errors import ConfigError
 from edge_llm.worker.tickets import KeyRing
 
@@ -63,10 +64,12 @@ def bind(host: str, port: int) -> socket:
 class Server:
     """uvicorn around one app and one bound socket."""
 
-    def __init__(self, app: FastAPI, bound: socket, drain: Callable[[], Awaitable[None]]) -> None:
+    def __init__(
+        self, app: FastAPI, bound: socket, drain: Callable[[], Awaitable[None]], log_level: LogLevel = "info"
+    ) -> None:
         config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5, ws="none")
         self._server = _Uvicorn(config)
-        self._socket, self._drain = bound, drain
+        self._socket, self._drain, self._log_level = bound, drain, log_level
         self._has_failed = False
 
     def fail(self) -> None:
@@ -76,7 +79,7 @@ class Server:
 
     def run(self, announce: bool, facts: dict[str, Any]) -> None:
         """Serve until told to stop. Exits the process with 1 after `fail`."""
-        configure_logging()
+        configure_logging(self._log_level)
         asyncio.run(self._serve(announce, facts))
         if self._has_failed:
             sys.exit(1)
@@ -149,18 +152,22 @@ def _is_pipe(descriptor: int) -> bool:
     return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
 
 
-def configure_logging() -> None:
-    """Lines on stderr: readable on a terminal, JSON elsewhere. Never prompt text."""
+def configure_logging(level: LogLevel = "info") -> None:
+    """Lines on stderr: readable on a terminal, JSON elsewhere. Never prompt text.
+
+    What is bound to the context (the request's id) is on every line that is written in it.
+    """
     is_terminal = sys.stderr.isatty()
     renderer = structlog.dev.ConsoleRenderer() if is_terminal else structlog.processors.JSONRenderer()
     structlog.configure(
         processors=[
+            structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso"),
             structlog.processors.format_exc_info,
             renderer,
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)

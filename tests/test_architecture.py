@@ -25,6 +25,7 @@ DOORS = {
     "aiohttp": r"(worker|cluster|bench|gateway|commands)/\w+\.py",
     "click": r"(cli\.py|commands/.*)",
     "rich": r"commands/.*",
+    "prometheus_client": r"(exposition|(gateway|worker)/metrics)\.py",
     "gguf": r"(catalogue/gguf|engine/(quantize|random_model))\.py",  # reads, requantizes, writes
     "huggingface_hub": r"catalogue/fetch\.py",
     "yaml": r"(config|catalogue/manifest|cluster/static|commands/supervisor)\.py",

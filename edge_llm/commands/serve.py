@@ -56,6 +56,8 @@ def serve() -> None:
 @click.option("--simulated-prompt-tokens-per-s", type=float, help="Speed of a simulated prompt; 0 = no wait.")
 @click.option("--simulated-step-s", type=float, help="What a simulated decode step takes.")
 @click.option("--simulated-row-s", type=float, help="What each sequence adds to a simulated decode step.")
+@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]))
+@click.option("--metrics-alias", type=click.Choice(["none", "vllm"]), help="Show /metrics under these names, too.")
 @click.option("--announce", is_flag=True, default=None, hidden=True)
 def worker(config: Path | None, allowed_peers: tuple[str, ...], **flags: Any) -> None:
     """A worker: one model, one engine thread, role prefill, decode or mixed."""
@@ -73,6 +75,8 @@ def worker(config: Path | None, allowed_peers: tuple[str, ...], **flags: Any) ->
 @click.option("--workers-file", type=click.Path(path_type=Path), help="Who the workers are (YAML, see README).")
 @click.option("--key-file", type=click.Path(path_type=Path), help="Cluster key (`edge-llm serve key`).")
 @click.option("--key-fd", type=int, hidden=True)
+@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]))
+@click.option("--metrics-alias", type=click.Choice(["none", "vllm"]), help="Show /metrics under these names, too.")
 @click.option("--announce", is_flag=True, default=None, hidden=True)
 def gateway(config: Path | None, **flags: Any) -> None:
     """The gateway: one OpenAI-style endpoint in front of all workers."""

@@ -18,7 +18,8 @@ def run_gateway(config: GatewayConfig) -> None:
     discovery = StaticFile(config.workers_file)
     discovery.places()
     gateway = Gateway(config, read_keys(config.key_file, config.key_fd), discovery)
-    server = Server(create_app(gateway), bind(config.host, config.port), drain=_nothing)
+    bound = bind(config.host, config.port)
+    server = Server(create_app(gateway), bound, drain=_nothing, log_level=config.log_level)
     server.run(config.announce, {"gateway": gateway.name})
 
 

@@ -24,7 +24,7 @@ def run_worker(config: WorkerConfig) -> None:
     if config.role == "prefill" and not engine.facts.serves_prompts:
         raise ConfigError(f"{engine.facts.model_name} cannot serve role prefill: {engine.facts.split_reason}")
     worker = Worker(config, engine, vocabulary, keys)
-    server = Server(create_app(worker), socket, drain=worker.drain)
+    server = Server(create_app(worker), socket, drain=worker.drain, log_level=config.log_level)
     worker.on_death = server.fail
     server.run(config.announce, {"worker": config.name, "role": worker.role, "level": engine.facts.level})
 
@@ -49,6 +49,7 @@ def _loaded(config: WorkerConfig) -> tuple[Engine, Vocabulary]:
             flash_attention=config.flash_attention,
             threads=config.threads or usable_cores(),
             threads_batch=config.threads_batch or usable_cores(),
+            prefix_cache_bytes=config.prefix_cache_bytes,
             level_cap=config.level_cap,
             levels_dir=levels_dir(),
             available_bytes=config.memory_limit_bytes or available_memory_bytes(),
