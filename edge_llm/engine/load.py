@@ -50,7 +50,8 @@ _PROBE_TOKENS: Final = 33
 
 @dataclass(frozen=True, slots=True)
 class LlamaSettings:
-    """How to load. `n_ctx` cells per sequence, `slots` 0 for a prefill worker; threads per phase."""
+    """How to load. `n_ctx` cells per sequence, `slots` 0 for a prefill worker; threads per phase. `prefix_cache_bytes`
+    is what the worker keeps beside the engine: it counts in the memory sum only."""
 
     model_path: Path
     model_name: str
@@ -65,6 +66,7 @@ class LlamaSettings:
     flash_attention: FlashAttention = "auto"
     threads: int = 1
     threads_batch: int = 1
+    prefix_cache_bytes: int = 0
     level_cap: Level = "exact"
     levels_dir: Path | None = None
     available_bytes: int | None = None
@@ -123,7 +125,12 @@ def model_memory(card: ModelCard, settings: LlamaSettings, repacked: Sequence[st
         n_ff=card.n_ff,
     )
     return plan_memory(
-        sizes, n_ctx=settings.n_ctx, slots=settings.slots, serves_prompts=settings.serves_prompts, rows=settings.rows
+        sizes,
+        n_ctx=settings.n_ctx,
+        slots=settings.slots,
+        serves_prompts=settings.serves_prompts,
+        rows=settings.rows,
+        prefix_cache_bytes=settings.prefix_cache_bytes,
     )
 
 

@@ -44,7 +44,9 @@ class MemoryPlan:
         return "\n".join(f"  {name:<28} {size / (1 << 20):>10,.0f} MiB" for name, size in rows)
 
 
-def plan_memory(sizes: ModelSizes, *, n_ctx: int, slots: int, serves_prompts: bool, rows: int) -> MemoryPlan:
+def plan_memory(
+    sizes: ModelSizes, *, n_ctx: int, slots: int, serves_prompts: bool, rows: int, prefix_cache_bytes: int = 0
+) -> MemoryPlan:
     """The sum for one worker. `rows` is the largest micro-batch; repacked weights are a private second copy."""
     contexts = (1 if slots else 0) + (1 if serves_prompts else 0)
     scores = 2 * rows * sizes.n_head * n_ctx * 4
@@ -59,6 +61,7 @@ def plan_memory(sizes: ModelSizes, *, n_ctx: int, slots: int, serves_prompts: bo
             "KV of the prompt context": n_ctx * kv if serves_prompts else 0,
             "compute and logits buffers": contexts * (scores + activations + logits),
             "one snapshot in adoption": n_ctx * kv if slots else 0,
+            "kept prefixes": prefix_cache_bytes,
             "Python": PYTHON_BYTES,
         }
     )
@@ -70,5 +73,6 @@ def check_fits(plan: MemoryPlan, available_bytes: int, what: str) -> None:
         raise ConfigError(
             f"{what} does not fit: it needs {plan.total_bytes >> 20:,} MiB, this board has "
             f"{available_bytes >> 20:,} MiB free for it.\n{plan.table()}\n"
-            "Lower --n-ctx or --slots, use a smaller quantization, or run role prefill and decode on different boards."
+            "Lower --n-ctx, --slots or prefix_cache_bytes, use a smaller quantization, or run role prefill and decode "
+            "on different boards."
         )

@@ -23,6 +23,11 @@ def test_kv_of_all_slots_is_counted_up_front_and_once_more_for_an_adoption() -> 
     assert plan.parts["KV of the prompt context"] == 0
 
 
+def test_what_may_be_kept_of_finished_prompts_is_counted() -> None:
+    plan = plan_memory(SMALL, n_ctx=4096, slots=8, serves_prompts=True, rows=128, prefix_cache_bytes=256 << 20)
+    assert plan.parts["kept prefixes"] == 256 << 20
+
+
 def test_a_prefill_worker_needs_no_slots_and_no_snapshot() -> None:
     plan = plan_memory(SMALL, n_ctx=4096, slots=0, serves_prompts=True, rows=128)
     assert plan.parts["one snapshot in adoption"] == 0
