@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from edge_llm.engine.rates import Rates
 from edge_llm.errors import EdgeLLMError
 from edge_llm.kv.codec import BlobLayout, StateBlob
 from edge_llm.kv.snapshot import Identity, Level, MemoryKind, Policy, VLayout
@@ -129,6 +130,11 @@ class Engine(Protocol):
 
     @property
     def facts(self) -> EngineFacts: ...
+
+    @property
+    def rates(self) -> Rates:
+        """How long work takes here, as measured so far. Any thread."""
+        ...
 
     @property
     def has_work(self) -> bool:

@@ -3,8 +3,8 @@
 Owns the calls on both contexts, the start-up self-test, and the moves between native state bytes and `StateBlob`.
 Refuses to know how a model is chosen, measured and loaded (engine/load.py), requests, sampling, text and networks.
 
-Life of a start: state layout learned from a real blob -> split and rejoined once -> restored once -> a row timed. What
-fails the self-test is served unsplit, with the reason in `facts.split_reason`.
+Life of a start: state layout learned from a real blob -> split and rejoined once -> restored once -> a row and a short
+prompt timed. What fails the self-test is served unsplit, with the reason in `facts.split_reason`.
 
 Invariants: the prompt context is unified, holds one prompt, from cell 0; the decode context has one stream per
 slot. Local prompts are computed in their slot's own stream (blueprint section 4 has them computed in the prompt
@@ -22,11 +22,13 @@ from edge_llm.engine.backend import Interrupted, Logits, Row
 from edge_llm.engine.batch import RowCost, fillers
 from edge_llm.engine.engine import EngineFacts
 from edge_llm.engine.native import NativeContext, NativeModel
+from edge_llm.engine.rates import Rates
 from edge_llm.engine.vocabulary import LlamaVocabulary
 from edge_llm.errors import LocalProtocolError, RestoreRefused, WorkerError
 from edge_llm.kv.codec import BlobLayout, StateBlob, UnaccountedState, cut, extract, learn
 
 _SELF_TEST_TOKENS: Final = 24
+_TIMED_TOKENS: Final = 64  # enough rows for the kernels of prompts, under 2 s at 40 tokens/s
 _SERVED, _EXPORT = 0, 1  # sequence ids of the prompt context
 
 
@@ -51,6 +53,7 @@ class LlamaBackend:
         self._export_buffer = bytearray()
         self._facts = facts
         self._row_cost = RowCost(0.0, 0.0)
+        self._prompt_token_s = 0.0
         self._window = window
         self._filled: set[int] = set()  # slots with KV: a hole there is no place for a throw-away row
         self._can_abort = facts.memory in ("full", "sliding-window")
@@ -62,6 +65,11 @@ class LlamaBackend:
     @property
     def row_cost(self) -> RowCost:
         return self._row_cost
+
+    @property
+    def first_rates(self) -> Rates:
+        """What `start` measured, before any work."""
+        return Rates(self._row_cost.run_s, self._row_cost.row_s, token_s=self._prompt_token_s)
 
     @property
     def pieces(self) -> LlamaVocabulary:
@@ -193,6 +201,7 @@ class LlamaBackend:
             )
         if self._decode_context is not None:
             self._row_cost = self._measure_rows()
+        self._prompt_token_s = self._time_prompt(self._contexts[-1])
 
     def _learn(self, context: NativeContext, ids: Sequence[int]) -> BlobLayout:
         context.prompt(ids[:-1], 0, 0)
@@ -246,6 +255,15 @@ class LlamaBackend:
         rows = min(self._facts.slots, 4)
         one_row_s, many_rows_s = self._time_rows(1), self._time_rows(rows)
         return RowCost.fit(one_row_s, many_rows_s, rows)
+
+    def _time_prompt(self, context: NativeContext) -> float:
+        """Seconds per token of a piece of a prompt at its beginning."""
+        ids = known_ids(self._model.n_vocab, min(_TIMED_TOKENS, self._facts.chunk_tokens, self._facts.n_ctx - 1))
+        started_s = time.perf_counter()
+        context.prompt(ids, 0, 0)
+        seconds = time.perf_counter() - started_s
+        context.remove(0)
+        return seconds / len(ids)
 
     def _time_rows(self, rows: int) -> float:
         best_s = float("inf")

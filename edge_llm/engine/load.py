@@ -141,8 +141,7 @@ def load(settings: LlamaSettings) -> tuple[Sequencer, LlamaVocabulary]:
     """
     backend = load_backend(settings)
     vocabulary = LlamaVocabulary(NativeModel(settings.model_path, vocab_only=True))
-    cost = backend.row_cost
-    return Sequencer(backend, backend.pieces, decode_step_s=cost.run_s + cost.row_s), vocabulary
+    return Sequencer(backend, backend.pieces, first=backend.first_rates), vocabulary
 
 
 def load_backend(settings: LlamaSettings) -> LlamaBackend:

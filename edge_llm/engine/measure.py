@@ -49,8 +49,7 @@ class Bench:
 
     def __init__(self, backend: LlamaBackend) -> None:
         self._backend = backend
-        cost = backend.row_cost
-        self._sequencer = Sequencer(backend, backend.pieces, decode_step_s=cost.run_s + cost.row_s)
+        self._sequencer = Sequencer(backend, backend.pieces, first=backend.first_rates)
         self._vocab_size = backend.facts.vocab_size
 
     def ready(self) -> Result:

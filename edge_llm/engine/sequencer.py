@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from edge_llm.engine.backend import Backend, Interrupted, Logits, Row
 from edge_llm.engine.batch import next_border, piece_end, smoothed, token_budget
 from edge_llm.engine.engine import EngineFacts, Failure, KeptKV, KVChunk, PromptProgress, ServedPrompt, Step, Vocabulary
+from edge_llm.engine.rates import NOTHING_KNOWN, RateBook, Rates
 from edge_llm.engine.sampling import sample
 from edge_llm.engine.text import TextStream
 from edge_llm.errors import ContextTooLong, EdgeLLMError, EngineFailed, InvalidRequest, LocalProtocolError, Overloaded
@@ -81,9 +82,9 @@ class Sequencer:
         backend: Backend,
         vocabulary: Vocabulary,
         clock: Callable[[], float] = time.perf_counter,
-        prompt_token_s: float = 0.0,
-        decode_step_s: float = 0.0,
+        first: Rates = NOTHING_KNOWN,
     ) -> None:
+        """`first`: what is known of durations before any work."""
         self._backend = backend
         self._vocabulary = vocabulary
         self._clock = clock
@@ -91,14 +92,19 @@ class Sequencer:
         self._prompts: list[int] = []  # slots with prompt work, oldest first
         self._served: _Served | None = None
         self._is_served_turn = True
-        self._prompt_token_s = prompt_token_s
-        self._decode_step_s = decode_step_s
+        self._prompt_token_s = first.token_s
+        self._decode_step_s = first.run_s + first.row_s
+        self._book = RateBook(first)
         # Level same-plan promises equal text only for equal pieces (blueprint section 4).
         self._has_fixed_pieces = backend.facts.level == "same-plan"
 
     @property
     def facts(self) -> EngineFacts:
         return self._backend.facts
+
+    @property
+    def rates(self) -> Rates:
+        return self._book.rates
 
     @property
     def has_work(self) -> bool:
@@ -230,7 +236,7 @@ class Sequencer:
             self._backend.prompt(sequence.slot, sequence.ids[p0:p1], p0)
 
         try:
-            if not self._timed_prompt(compute, p1 - p0, outcome):
+            if not self._timed_prompt(compute, p0, p1, outcome):
                 return
         except EngineFailed as error:
             self._fail(sequence, error, outcome)
@@ -246,7 +252,7 @@ class Sequencer:
         p1 = self._piece_end(p0, served.total)
         prompt = served.prompt
         try:
-            if not self._timed_prompt(lambda: self._backend.serve_prompt(prompt.ids[p0:p1], p0), p1 - p0, outcome):
+            if not self._timed_prompt(lambda: self._backend.serve_prompt(prompt.ids[p0:p1], p0), p0, p1, outcome):
                 return
             served.kv_tokens = p1
             self._export_served(served, outcome)
@@ -269,7 +275,7 @@ class Sequencer:
             outcome.chunks.append(KVChunk(served.prompt.request_id, p0, p1, payload, p1 == total))
             served.exported = p1
 
-    def _timed_prompt(self, compute: Callable[[], None], tokens: int, outcome: _Outcome) -> bool:
+    def _timed_prompt(self, compute: Callable[[], None], p0: int, p1: int, outcome: _Outcome) -> bool:
         """Run a prompt call; False when it was interrupted (its piece stays to be done)."""
         started_s = self._clock()
         try:
@@ -277,8 +283,9 @@ class Sequencer:
         except Interrupted:
             return False
         outcome.prompt_s += self._clock() - started_s
-        outcome.prompt_tokens += tokens
-        self._prompt_token_s = smoothed(self._prompt_token_s, outcome.prompt_s / tokens)
+        outcome.prompt_tokens += p1 - p0
+        self._prompt_token_s = smoothed(self._prompt_token_s, outcome.prompt_s / (p1 - p0))
+        self._book.on_prompt(p0, p1, outcome.prompt_s)
         return True
 
     # -- decode work
@@ -300,6 +307,7 @@ class Sequencer:
         outcome.decode_s = self._clock() - started_s
         outcome.decoded_rows = len(rows)
         self._decode_step_s = smoothed(self._decode_step_s, outcome.decode_s)
+        self._book.on_decode(len(rows), sum(row.position + 1 for row in rows), outcome.decode_s)
 
     def _draw(self, sequence: _Sequence, logits: Logits, outcome: _Outcome) -> None:
         sequence.kv_tokens += 1

@@ -22,6 +22,7 @@ import numpy as np
 
 from edge_llm.engine.backend import Interrupted, Logits, Row
 from edge_llm.engine.engine import EngineFacts
+from edge_llm.engine.rates import Rates
 from edge_llm.engine.sequencer import Sequencer
 from edge_llm.errors import InvalidRequest, LocalProtocolError, RestoreRefused
 from edge_llm.kv.codec import BlobLayout, StateBlob
@@ -197,7 +198,8 @@ class SimulatedVocabulary:
 def create_simulated(settings: SimulatedSettings) -> tuple[Sequencer, SimulatedVocabulary]:
     """A ready engine and its vocabulary."""
     vocabulary = SimulatedVocabulary()
-    return Sequencer(SimulatedBackend(settings), vocabulary), vocabulary
+    first = Rates(settings.decode_run_s, settings.decode_row_s, token_s=settings.prompt_token_s)
+    return Sequencer(SimulatedBackend(settings), vocabulary, first=first), vocabulary
 
 
 def _restored(blob: StateBlob) -> _Memory:
