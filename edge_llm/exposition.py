@@ -1,7 +1,7 @@
 """Metrics as Prometheus reads them: how a registry becomes the text of a scrape, buckets, and vLLM's names for ours.
 
 Owns what the metrics of gateways (gateway/metrics.py) and workers (worker/metrics.py) have in common. Refuses to know
-what is counted. There is no global registry: whoever serves a scrape made its own.
+what is counted. There is no global registry: each gateway and worker has its own.
 
 Names: ours begin with `edge_llm_`, because `:` is for recording rules; under vLLM's names the same figures serve vLLM's
 dashboards and the default mapping of the Gateway API inference extension. No series is labelled with a request: their
@@ -58,14 +58,14 @@ VLLM_NAMES: Final = {
 
 
 class Exposition(Collector):
-    """A registry as it is shown: without the library's `_created` series, and under other names as well when asked."""
+    """A registry and how it is shown: without the library's `_created` series, and under other names when asked."""
 
-    def __init__(self, registry: CollectorRegistry, alias: MetricsAlias = "none") -> None:
-        self._registry = registry
+    def __init__(self, alias: MetricsAlias = "none") -> None:
+        self.registry = CollectorRegistry()
         self._names = VLLM_NAMES if alias == "vllm" else {}
 
     def collect(self) -> Iterator[Metric]:
-        for family in self._registry.collect():
+        for family in self.registry.collect():
             yield _named(family, family.name)
             if family.name in self._names:
                 yield _named(family, self._names[family.name])

@@ -33,6 +33,8 @@ from edge_llm.errors import (
     Unauthorized,
     WorkerError,
 )
+from edge_llm.exposition import CONTENT_TYPE, Exposition
+from edge_llm.machine import board_state
 from edge_llm.worker.decode import DecodeRole
 from edge_llm.worker.loop import EngineLoop
 from edge_llm.worker.messages import (
@@ -52,6 +54,7 @@ from edge_llm.worker.messages import (
     decode,
     encode,
 )
+from edge_llm.worker.metrics import Readings, WorkerMetrics
 from edge_llm.worker.outbox import Outboxes
 from edge_llm.worker.prefill import PrefillRole
 from edge_llm.worker.prefixes import Prefixes
@@ -59,7 +62,7 @@ from edge_llm.worker.pull import PATIENCE, Patience, Puller
 from edge_llm.worker.stream import ClosingStream
 from edge_llm.worker.tickets import Claims, KeyRing, Operation, ReplayGuard, body_digest, ticket_of
 
-PUBLIC: Final = frozenset({"/healthz", "/readyz"})
+PUBLIC: Final = frozenset({"/healthz", "/readyz", "/metrics"})
 _OPERATIONS: Final[Mapping[str, Operation]] = {f"/{operation}": operation for operation in get_args(Operation)}
 MAX_BODY_BYTES: Final = 16 << 20
 BODY_S: Final = 30.0
@@ -92,7 +95,10 @@ class Worker:
         self.prefixes = Prefixes(engine.facts, config.prefix_cache_bytes)
         self.prefill = PrefillRole(lambda: self.facts, self.prefixes, monotonic)
         self.loop = EngineLoop(engine, self.prefill.watch)
-        self.outboxes = Outboxes(monotonic, config.gateway_lease_s)
+        self.exposition = Exposition(config.metrics_alias)
+        readings = Readings(self._labels, self.status, self._computing, board_state)
+        self.metrics = WorkerMetrics(self.exposition.registry, readings)
+        self.outboxes = Outboxes(monotonic, config.gateway_lease_s, self.metrics.prompted)
         self.decode: DecodeRole | None = None
         self.is_draining = False
         self.on_death: Callable[[], None] = lambda: None
@@ -256,7 +262,15 @@ class Worker:
             prefix_hit_tokens=self.prefixes.hit_tokens,
         )
 
+    def _labels(self) -> tuple[str, str, str]:
+        return self.facts.model_name, self.role, self.config.name
+
+    def _computing(self) -> int:
+        """Sequences here, and the prompt that is computed for another worker."""
+        return (self.decode.sequences_running if self.decode else 0) + self.prefill.admitted - self.prefill.waiting
+
     def _on_step(self, step: Step) -> None:
+        self.metrics.step(step)
         self.prefill.on_step(step)
         if self.decode is not None:
             self.decode.on_step(step)
@@ -293,7 +307,9 @@ async def gate(request: Request) -> None:
     operation = _OPERATIONS.get(request.url.path)
     if operation is None:
         raise Unauthorized(NO_ROUTE)
-    request.state.admitted = await worker.admit(request, operation)
+    admitted = request.state.admitted = await worker.admit(request, operation)
+    if admitted.claims.request_id:
+        structlog.contextvars.bind_contextvars(request_id=admitted.claims.request_id)
 
 
 def _admitted(request: Request) -> Admitted:
@@ -340,6 +356,10 @@ def create_app(worker: Worker) -> FastAPI:
     async def readyz() -> Response:
         return Response("ready" if worker.is_ready else "not ready", 200 if worker.is_ready else 503)
 
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(worker.exposition.text(), media_type=CONTENT_TYPE)
+
     @app.get("/status")
     async def status() -> Response:
         return _reply(worker.status())
@@ -378,7 +398,8 @@ def create_app(worker: Worker) -> FastAPI:
             _refuse_unless_ready(worker)
         worker.prefill.check(message, admitted.claims)
         key = worker.keys.transfer_key(admitted.ticket)
-        return ClosingStream(worker.prefill.stream(message, key, worker.loop), "application/octet-stream")
+        parts = worker.metrics.sent(worker.prefill.stream(message, key, worker.loop))
+        return ClosingStream(parts, "application/octet-stream")
 
     return app
 

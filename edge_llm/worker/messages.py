@@ -4,7 +4,8 @@ Every JSON body between our own processes is one of these. Unknown fields, wrong
 bounds are refused (`decode` raises RemoteProtocolError). No pickle, no class lookup by name.
 Pure: knows neither sockets nor engines. Bytes of KV are kv/frames.py's business.
 
-Routes of a worker (every one but /healthz and /readyz needs a ticket, worker/tickets.py):
+Routes of a worker (every one but /healthz, /readyz and /metrics needs a ticket, worker/tickets.py; those three answer
+with a word or with numbers about the worker as a whole):
   POST /tokenize  TokenizeRequest -> TokenizeReply           op "tokenize"
   POST /decode    DecodeRequest   -> DecodeReply (202)       op "decode"
   POST /cancel    CancelRequest   -> CancelReply             op "cancel"

@@ -68,10 +68,12 @@ class _Outbox:
 
 
 class Outboxes:
-    """One outbox per gateway that this worker has met."""
+    """One outbox per gateway that this worker has met. `on_prompted` hears of every prompt that became whole."""
 
-    def __init__(self, clock: Callable[[], float], lease_s: float) -> None:
-        self._clock, self._lease_s = clock, lease_s
+    def __init__(
+        self, clock: Callable[[], float], lease_s: float, on_prompted: Callable[[PromptReport], None] = lambda _: None
+    ) -> None:
+        self._clock, self._lease_s, self._on_prompted = clock, lease_s, on_prompted
         self._boxes: dict[str, _Outbox] = {}
         self._is_closed = False
 
@@ -100,6 +102,7 @@ class Outboxes:
     def add_prompted(self, gateway: str, generation: Generation, report: PromptReport) -> None:
         message = Prompted(request_id=generation.request_id, epoch=generation.epoch, report=report)
         self._box(gateway).prompted.append(message)
+        self._on_prompted(report)
 
     def add_failed(self, gateway: str, generation: Generation, error: EdgeLLMError) -> None:
         self._box(gateway).failed.append(

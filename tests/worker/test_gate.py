@@ -1,4 +1,4 @@
-"""Who may call what on a worker: every route but the two probes is closed to everything but the one right ticket."""
+"""Who may call what on a worker: all routes but probes and metrics are closed to all but the one right ticket."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from typing import Final
 
 import msgspec
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
+import edge_llm
 from edge_llm.kv.snapshot import ids_digest
 from edge_llm.worker.app import MAX_BODY_BYTES, PUBLIC
 from edge_llm.worker.messages import (
@@ -227,11 +229,41 @@ async def test_a_prefill_ticket_serves_one_request_and_one_prompt(door: Door) ->
     refusal(*await door.knock(replace(call, body=body), _signed(call)))
 
 
-@pytest.mark.parametrize("path", sorted(PUBLIC))
+@pytest.mark.parametrize("path", ["/healthz", "/readyz"])
 async def test_the_probes_need_no_ticket_and_say_nothing_else(door: Door, path: str) -> None:
     status, body = await door.knock(Call("status", "GET", path, b""), {})
     assert status == 200
     assert len(body) < 32
+
+
+async def test_the_metrics_need_no_ticket_and_name_the_worker_but_no_request(door: Door) -> None:
+    call = _decode(door.node)
+    assert (await door.send(call))[0] == 202
+    status, body = await door.knock(Call("status", "GET", "/metrics", b""), {})
+    assert status == 200
+    labels = {
+        (name, value)
+        for family in text_string_to_metric_families(body.decode())
+        for sample in family.samples
+        for name, value in sample.labels.items()
+        if name != "le"
+    }
+    facts = door.node.worker.facts
+    numbers = {"direction", "outcome", "kind"}
+    texts = {(name, value) for name, value in labels if name not in numbers}
+    assert texts == {
+        ("model_name", facts.model_name),
+        ("role", "mixed"),
+        ("node", NAME),
+        ("version", edge_llm.__version__),
+        ("level", facts.level),
+        ("quantization", facts.quantization),
+    }
+    assert call.request_id not in body.decode()
+
+
+def test_what_is_open_is_named_here() -> None:
+    assert PUBLIC == {"/healthz", "/readyz", "/metrics"}
 
 
 @pytest.mark.parametrize(
@@ -240,7 +272,8 @@ async def test_the_probes_need_no_ticket_and_say_nothing_else(door: Door, path: 
         ("GET", "/"),
         ("GET", "/docs"),
         ("GET", "/openapi.json"),
-        ("GET", "/metrics"),
+        ("GET", "/metrics/"),
+        ("POST", "/metrics"),
         ("GET", "/status/"),
         ("GET", "//status"),
         ("GET", "/Status"),

@@ -1,0 +1,173 @@
+"""What a worker counts about itself, for /metrics.
+
+Owns names, types and labels. Every figure is a number about this worker as a whole: no text, no request, no tenant, so
+that the route can be open to whoever may reach the port. Refuses to know HTTP and how the figures come to be.
+
+Counters grow where things happen, a few per engine step; what a worker reports anyway (its status, its board) is read
+when somebody scrapes. Durations are differences of this process's own monotonic clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from edge_llm.engine.engine import Step
+from edge_llm.exposition import LABELS, SECONDS
+from edge_llm.machine import BoardState
+from edge_llm.worker.messages import PromptReport, WorkerStatus
+
+_BOARD_LABELS: Final = ("node",)
+
+
+@dataclass(frozen=True, slots=True)
+class Readings:
+    """What is asked when something is counted (values for `LABELS`; a role may change while a worker runs), and at a
+    scrape: the status, requests that compute here (sequences, and a prompt for others), the board."""
+
+    labels: Callable[[], tuple[str, str, str]]
+    status: Callable[[], WorkerStatus]
+    requests_running: Callable[[], int]
+    board: Callable[[], BoardState]
+
+
+class WorkerMetrics:
+    """Counters of one worker in `registry`, and what of its state is read at a scrape."""
+
+    def __init__(self, registry: CollectorRegistry, readings: Readings) -> None:
+        self._readings = readings
+
+        def counter(name: str, what: str, *labels: str) -> Counter:
+            return Counter(f"edge_llm_{name}", what, (*LABELS, *labels), registry=registry)
+
+        self._prompt_tokens = counter(
+            "prompt_tokens", "Prompt tokens computed here, for own and for others' sequences."
+        )
+        self._prompt_seconds = counter("prompt_seconds", "Seconds the engine spent on prompts.")
+        self._generation_tokens = counter("generation_tokens", "Tokens generated here.")
+        self._decode_seconds = counter("decode_seconds", "Seconds the engine spent on decode steps.")
+        self._decode_steps = counter("decode_steps", "Decode steps: calls that all running sequences share.")
+        self._decode_rows = counter("decode_rows", "Sequences in all decode steps: over steps, the batch's mean width.")
+        self._handoff_bytes = counter(
+            "handoff_bytes", "KV that went to other workers (out, frames included) or came from them (in).", "direction"
+        )
+        self._handoffs = counter(
+            "handoffs",
+            "Prompts that were to come from a prefill worker: ok, partial (rest computed here), fallback (all of it).",
+            "outcome",
+        )
+        self._handoff_seconds = Histogram(
+            "edge_llm_handoff_seconds",
+            "What a hand-off added after the prompt was computed: the last chunk on its way, and taking the KV over.",
+            LABELS,
+            registry=registry,
+            buckets=SECONDS,
+        )
+        registry.register(_State(readings))
+        ProcessCollector(registry=registry)
+
+    def step(self, step: Step) -> None:
+        """One engine step. Prefill and decode are never added up: one of them may fall while the other holds."""
+        labels = self._readings.labels()
+        if step.prompt_tokens:
+            self._prompt_tokens.labels(*labels).inc(step.prompt_tokens)
+            self._prompt_seconds.labels(*labels).inc(step.prompt_s)
+        if step.decoded_rows:
+            self._generation_tokens.labels(*labels).inc(len(step.events))
+            self._decode_seconds.labels(*labels).inc(step.decode_s)
+            self._decode_steps.labels(*labels).inc()
+            self._decode_rows.labels(*labels).inc(step.decoded_rows)
+
+    def prompted(self, report: PromptReport) -> None:
+        """A prompt of this worker is whole; the report says how."""
+        labels = self._readings.labels()
+        if report.handoff_bytes:
+            self._handoff_bytes.labels(*labels, "in").inc(report.handoff_bytes)
+        if report.mode == "split":
+            self._handoffs.labels(*labels, "partial" if report.fallback else "ok").inc()
+            self._handoff_seconds.labels(*labels).observe(report.handoff_ms / 1e3)
+        elif report.fallback:
+            self._handoffs.labels(*labels, "fallback").inc()
+
+    async def sent(self, parts: AsyncGenerator[bytes | memoryview, None]) -> AsyncGenerator[bytes | memoryview, None]:
+        """The same parts of a hand-off, counted as they leave."""
+        leaving = self._handoff_bytes.labels(*self._readings.labels(), "out")
+        async with aclosing(parts):
+            async for part in parts:
+                leaving.inc(len(part))
+                yield part
+
+
+class _State(Collector):
+    """What is read at a scrape."""
+
+    def __init__(self, readings: Readings) -> None:
+        self._readings = readings
+
+    def collect(self) -> Iterator[Metric]:
+        labels, status, board = self._readings.labels(), self._readings.status(), self._readings.board()
+        yield from _load_of(labels, status, self._readings.requests_running())
+        yield from _board_of(status.worker, board)
+        info = InfoMetricFamily("edge_llm_worker", "What this worker is and promises.", labels=LABELS)
+        info.add_metric(labels, {"version": status.version, "level": status.level, "quantization": status.quantization})
+        yield info
+
+
+def _load_of(labels: tuple[str, str, str], status: WorkerStatus, requests_running: int) -> Iterator[Metric]:
+    load = status.load
+
+    def gauge(name: str, what: str, value: float) -> Metric:
+        family = GaugeMetricFamily(f"edge_llm_{name}", what, labels=LABELS)
+        family.add_metric(labels, value)
+        return family
+
+    def counter(name: str, what: str, value: float) -> Metric:
+        family = CounterMetricFamily(f"edge_llm_{name}", what, labels=LABELS)
+        family.add_metric(labels, value)
+        return family
+
+    cells = status.slots * status.n_ctx
+    yield gauge("ready", "Whether this worker takes requests.", status.is_ready)
+    yield gauge("draining", "Whether this worker gives its sequences away and ends.", status.is_draining)
+    yield gauge("num_requests_running", "Sequences here, and a prompt computed for others.", requests_running)
+    yield gauge("num_requests_waiting", "Prompts for others that wait for their turn.", load.sequences_waiting)
+    yield gauge("pending_prompt_tokens", "Prompt tokens to be computed here.", load.pending_prompt_tokens)
+    yield gauge("slots", "Sequences that can decode at once.", status.slots)
+    yield gauge("slots_used", "Slots that are claimed.", status.slots - load.slots_free)
+    if cells:
+        used = "Share of KV cells that are claimed for prompts and answers to come, 0 to 1."
+        yield gauge("kv_cache_usage_ratio", used, 1 - load.kv_cells_free / cells)
+    yield gauge("decode_step_seconds", "Mean duration of the latest decode steps; 0: none yet.", load.decode_step_s)
+    rate = "Rate of the latest prompts; 0: none yet."
+    yield gauge("prefill_tokens_per_second", rate, load.prefill_tokens_per_s)
+    yield gauge("prefix_cache_bytes", "KV of finished prompts and answers kept in host memory.", load.prefix_bytes)
+    yield gauge("prefix_cache_limit_bytes", "As much of it as may be kept.", load.prefix_limit_bytes)
+    yield counter("prefix_cache_queries", "Tokens looked up among what is kept here.", load.prefix_query_tokens)
+    yield counter("prefix_cache_hits", "Tokens that were kept here.", load.prefix_hit_tokens)
+
+
+def _board_of(node: str, board: BoardState) -> Iterator[Metric]:
+    """A board without a sensor has no series: a 0 would be a temperature."""
+
+    def gauge(name: str, what: str, value: float | None) -> Iterator[Metric]:
+        if value is not None:
+            family = GaugeMetricFamily(f"edge_llm_node_{name}", what, labels=_BOARD_LABELS)
+            family.add_metric((node,), value)
+            yield family
+
+    yield from gauge("temperature_celsius", "Of the processor.", board.temperature_c)
+    yield from gauge("cpu_frequency_hertz", "Clock of the first core now.", board.frequency_hz)
+    yield from gauge("memory_available_bytes", "What a new process could fill.", board.memory_available_bytes)
+    if board.throttled:
+        family = GaugeMetricFamily(
+            "edge_llm_node_throttled", "What holds the board back now.", labels=(*_BOARD_LABELS, "kind")
+        )
+        for kind, is_held_back in board.throttled.items():
+            family.add_metric((node, kind), is_held_back)
+        yield family

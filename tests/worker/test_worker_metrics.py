@@ -1,0 +1,179 @@
+"""What a worker counts is what happened there: over real sockets, read as Prometheus reads it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+import pytest
+from prometheus_client import CollectorRegistry
+from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+from edge_llm.exposition import VLLM_NAMES, Exposition
+from edge_llm.machine import BoardState
+from edge_llm.worker.messages import CancelRequest
+from edge_llm.worker.metrics import Readings, WorkerMetrics
+from tests.loopback import CHUNK, Cluster, Node, prompt_of, running_cluster, settings_of, until
+
+pytestmark = pytest.mark.anyio
+PROMPT = prompt_of(3 * CHUNK + 5)
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+async def cluster() -> AsyncIterator[Cluster]:
+    async with running_cluster() as made:
+        yield made
+
+
+async def scrape(cluster: Cluster, node: Node) -> dict[str, Metric]:
+    async with cluster.session.get(f"http://{node.peer.address}/metrics") as reply:
+        assert reply.status == 200
+        assert reply.headers["content-type"].startswith("text/plain; version=0.0.4")
+        return families_of(await reply.text())
+
+
+def families_of(text: str) -> dict[str, Metric]:
+    return {family.name: family for family in text_string_to_metric_families(text)}
+
+
+def value(families: dict[str, Metric], sample: str, **labels: str) -> float:
+    """The one sample of that name with these labels among its own; 0 when nothing was counted."""
+    found = [
+        s.value
+        for family in families.values()
+        for s in family.samples
+        if s.name == f"edge_llm_{sample}" and labels.items() <= s.labels.items()
+    ]
+    assert len(found) <= 1, found
+    return found[0] if found else 0.0
+
+
+async def test_a_hand_off_is_counted_where_it_leaves_and_where_it_arrives(cluster: Cluster) -> None:
+    prefill, decode = await cluster.start("prefill", "p1"), await cluster.start("decode", "d1")
+    answer = await (await cluster.gateway.ask(decode.peer, PROMPT, [prefill.peer], max_tokens=6)).over()
+    at_p, at_d = await scrape(cluster, prefill), await scrape(cluster, decode)
+    computed = len(PROMPT) - 1
+    assert value(at_p, "prompt_tokens_total", role="prefill", node="p1", model_name="simulated") == computed
+    assert value(at_d, "prompt_tokens_total") == 0
+    assert value(at_p, "generation_tokens_total") == 0
+    assert value(at_d, "generation_tokens_total", role="decode", node="d1") == len(answer.ids) == 6
+    assert value(at_d, "decode_rows_total") == value(at_d, "decode_steps_total") == 6
+    arrived = value(at_d, "handoff_bytes_total", direction="in")
+    assert arrived == answer.report.handoff_bytes > 0
+    assert value(at_p, "handoff_bytes_total", direction="out") > arrived, "frames carry more than KV"
+    assert value(at_d, "handoffs_total", outcome="ok") == value(at_d, "handoff_seconds_count") == 1
+    assert value(at_d, "handoff_seconds_sum") == pytest.approx(answer.report.handoff_ms / 1e3)
+
+
+async def test_a_prompt_that_nobody_could_give_counts_as_a_fallback(cluster: Cluster) -> None:
+    prefill, decode = await cluster.start("prefill", "p1"), await cluster.start("decode", "d1")
+    prefill.server.die()
+    await (await cluster.gateway.ask(decode.peer, PROMPT, [prefill.peer])).over()
+    at_d = await scrape(cluster, decode)
+    assert value(at_d, "handoffs_total", outcome="fallback") == 1
+    assert value(at_d, "handoffs_total", outcome="ok") == value(at_d, "handoff_bytes_total") == 0
+    assert value(at_d, "prompt_tokens_total") == len(PROMPT) - 1
+
+
+async def test_a_prompt_of_its_own_is_no_hand_off(cluster: Cluster) -> None:
+    node = await cluster.start("mixed", "m1")
+    await (await cluster.gateway.ask(node.peer, PROMPT)).over()
+    families = await scrape(cluster, node)
+    assert "edge_llm_handoffs" not in families or not families["edge_llm_handoffs"].samples
+    assert value(families, "prompt_tokens_total", role="mixed") == len(PROMPT) - 1
+
+
+async def test_gauges_say_what_runs_now(cluster: Cluster) -> None:
+    node = await cluster.start("decode", "d1", replace(settings_of("decode"), decode_run_s=0.005))
+    answer = await cluster.gateway.ask(node.peer, PROMPT, max_tokens=400)
+    await answer.first_token()
+    busy = await scrape(cluster, node)
+    slots = node.worker.facts.slots
+    assert (value(busy, "num_requests_running"), value(busy, "slots_used"), value(busy, "slots")) == (1, 1, slots)
+    assert value(busy, "kv_cache_usage_ratio") == pytest.approx(1 / slots)
+    assert value(busy, "decode_step_seconds") > 0
+    assert (value(busy, "ready"), value(busy, "draining")) == (1, 0)
+    await cluster.gateway.client.cancel(node.peer, CancelRequest(request_id=answer.request_id, epoch=0))
+    await until(lambda: node.slots_free == slots)
+    idle = await scrape(cluster, node)
+    assert (value(idle, "num_requests_running"), value(idle, "kv_cache_usage_ratio")) == (0, 0)
+
+
+async def test_a_prefix_met_again_is_a_hit(cluster: Cluster) -> None:
+    node = await cluster.start("mixed", "m1", prefix_cache_bytes=1 << 20)
+    await (await cluster.gateway.ask(node.peer, PROMPT)).over()
+    assert value(await scrape(cluster, node), "prefix_cache_hits_total") == 0
+    await until(lambda: node.worker.prefixes.used_bytes > 0)
+    again = await (await cluster.gateway.ask(node.peer, PROMPT)).over()
+    families = await scrape(cluster, node)
+    assert value(families, "prefix_cache_hits_total") == again.report.cached_tokens > 0
+    assert value(families, "prefix_cache_queries_total") == 2 * (len(PROMPT) - 1)
+    assert value(families, "prefix_cache_bytes") == node.worker.prefixes.used_bytes
+
+
+async def test_every_family_has_the_type_that_its_meaning_needs(cluster: Cluster) -> None:
+    node = await cluster.start("mixed", "m1")
+    await (await cluster.gateway.ask(node.peer, PROMPT)).over()
+    families = {name: family for name, family in (await scrape(cluster, node)).items() if name.startswith("edge_llm_")}
+    for name, family in families.items():
+        assert family.documentation, name
+        # the text format has no type for counters without `_total`, and none for infos
+        kinds = {sample.name.removeprefix(name) for sample in family.samples}
+        expected = {"counter": {"_total"}, "gauge": {""}, "histogram": {"_bucket", "_count", "_sum"}}[family.type]
+        assert kinds <= expected, name
+    types = {name.removeprefix("edge_llm_"): family.type for name, family in families.items()}
+    assert types["num_requests_running"] == types["kv_cache_usage_ratio"] == "gauge"
+    assert types["generation_tokens"] == types["prefix_cache_hits"] == "counter"
+    assert types["handoff_seconds"] == "histogram"
+    assert not [name for name in families if name.endswith("_created")]
+
+
+def readings_of(node: Node, board: BoardState) -> Readings:
+    return Readings(lambda: ("simulated", "mixed", "m1"), node.worker.status, lambda: 0, lambda: board)
+
+
+async def test_a_board_shows_its_sensors_and_invents_none(cluster: Cluster) -> None:
+    node = await cluster.start("mixed", "m1")
+    hot = BoardState(81.5, 1.5e9, {"throttled": True, "under_voltage": False}, 1 << 30)
+    bare = BoardState(None, None, {}, 1 << 30)
+    for board, sensors in ((hot, 4), (bare, 0)):
+        exposition = Exposition()
+        WorkerMetrics(exposition.registry, readings_of(node, board))
+        families = families_of(exposition.text().decode())
+        found = [s for family in families.values() for s in family.samples if s.name.startswith("edge_llm_node_")]
+        assert len(found) == sensors + 1
+        assert value(families, "node_memory_available_bytes", node="m1") == 1 << 30
+        if board is hot:
+            assert value(families, "node_temperature_celsius", node="m1") == 81.5
+            assert value(families, "node_throttled", kind="throttled") == 1
+            assert value(families, "node_throttled", kind="under_voltage") == 0
+            assert value(families, "node_cpu_frequency_hertz") == 1.5e9
+
+
+async def test_the_same_figures_come_under_other_names_only_when_asked(cluster: Cluster) -> None:
+    node = await cluster.start("mixed", "m1")
+    board = BoardState(None, None, {}, 1 << 30)
+    plain, alias = Exposition(), Exposition("vllm")
+    for exposition in (plain, alias):
+        WorkerMetrics(exposition.registry, readings_of(node, board))
+    assert "vllm:" not in plain.text().decode()
+    families = families_of(alias.text().decode())
+    theirs = {name for name in families if name.startswith("vllm:")}
+    assert theirs == {VLLM_NAMES[name] for name in families.keys() & VLLM_NAMES.keys()}
+    assert {"vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"} <= theirs
+    ours = families["edge_llm_kv_cache_usage_ratio"].samples
+    assert [(s.labels, s.value) for s in families["vllm:kv_cache_usage_perc"].samples] == [
+        (s.labels, s.value) for s in ours
+    ]
+
+
+def test_two_workers_in_one_process_do_not_share_a_registry() -> None:
+    first, second = Exposition(), Exposition()
+    assert isinstance(first.registry, CollectorRegistry)
+    assert first.registry is not second.registry
