@@ -133,9 +133,10 @@ class Service:
         settings: SimulatedSettings | None = None,
         *,
         backend: SimulatedBackend | None = None,
+        prefix_cache_bytes: int = 0,
     ) -> Node:
         """Start a worker, write it down and wait until the gateway sees it."""
-        node = await self.cluster.start(role, name, settings, backend=backend)
+        node = await self.cluster.start(role, name, settings, backend=backend, prefix_cache_bytes=prefix_cache_bytes)
         await self.add(node.peer)
         return node
 
