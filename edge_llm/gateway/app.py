@@ -10,8 +10,8 @@ import asyncio
 import re
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Final
 
 import aiohttp
@@ -31,11 +31,11 @@ from edge_llm.errors import (
     Overloaded,
     PayloadTooLarge,
     UnknownModel,
-    WorkerError,
 )
+from edge_llm.gateway import answer
 from edge_llm.gateway.dispatch import Dispatcher
-from edge_llm.gateway.openai import DONE, Ask, Shape, Usage, comment, error_body, error_headers, parse, sse
-from edge_llm.gateway.running import Finish, Job, Progress, Running, Text, Update
+from edge_llm.gateway.openai import Ask, Shape, error_body, error_headers, parse
+from edge_llm.gateway.running import Job
 from edge_llm.worker.client import WorkerClient
 from edge_llm.worker.messages import ChatMessage, TokenizeRequest
 from edge_llm.worker.stream import ClosingStream
@@ -209,158 +209,14 @@ async def _answer(gateway: Gateway, request: Request, *, is_chat: bool) -> Respo
     job, node = await gateway.job(ask, f"{request_id}.{secrets.token_hex(4)}")
     shape = Shape(request_id, int(time.time()), node.status.model, is_chat)
     if ask.is_stream:
-        parts = _stream(gateway, ask, job, shape, arrived_s)
+        parts = answer.stream(gateway.dispatcher, ask, job, shape, arrived_s, gateway.config.keep_alive_s)
         first = await anext(parts)  # what is refused at once is an HTTP error, not an error in a stream
-        stream = ClosingStream(_after(first, parts), "text/event-stream")
+        stream = ClosingStream(answer.after(first, parts), "text/event-stream")
         stream.headers.update(_headers(request))
         return stream
-    return JSONResponse(await _whole(gateway, request, ask, job, shape, arrived_s), headers=_headers(request))
-
-
-async def _after(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-    async with aclosing(rest):
-        yield first
-        async for part in rest:
-            yield part
-
-
-async def _whole(
-    gateway: Gateway, request: Request, ask: Ask, job: Job, shape: Shape, arrived_s: float
-) -> dict[str, Any]:
-    """Collect an answer. A client that hangs up cancels it."""
-    async with gateway.dispatcher.running(job) as running:
-        gone = asyncio.create_task(_disconnected(request), name="disconnect")
-        try:
-            text, finish = await _collect(running, gone)
-        finally:
-            gone.cancel()
-    if finish.error is not None:
-        raise finish.error
-    timings = _timings(running, ask, arrived_s)
-    return shape.whole(text, finish.reason or "stop", _usage(running), timings)
-
-
-async def _collect(running: Running, gone: asyncio.Task[None]) -> tuple[str, Finish]:
-    parts: list[str] = []
-    while True:
-        getting = asyncio.create_task(running.updates.get())
-        await asyncio.wait({getting, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not getting.done():
-            getting.cancel()
-            return "", Finish(None, WorkerError("the client hung up"))
-        update = getting.result()
-        if isinstance(update, Finish):
-            return "".join(parts), update
-        if isinstance(update, Text):
-            parts.append(update.text)
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _stream(gateway: Gateway, ask: Ask, job: Job, shape: Shape, arrived_s: float) -> AsyncGenerator[bytes, None]:
-    """SSE of one answer. The first part comes at once, and something at least every `keep_alive_s`."""
-    async with gateway.dispatcher.running(job) as running:
-        yield shape.first() or comment("accepted")
-        said_s = time.monotonic()
-        while True:
-            update = await _next_update(running, said_s + gateway.config.keep_alive_s - time.monotonic())
-            if isinstance(update, Finish):
-                break
-            if part := _part(ask, shape, update, arrived_s):
-                yield part
-                said_s = time.monotonic()
-        if update.error is not None:
-            yield sse(error_body(update.error))
-            return
-        timings = _timings(running, ask, arrived_s)
-        usage = shape.usage(_usage(running), timings) if ask.wants_usage else b""
-        yield shape.last(update.reason or "stop", timings) + usage + DONE
-
-
-def _part(ask: Ask, shape: Shape, update: Text | Progress | None, arrived_s: float) -> bytes:
-    """What the client hears of an update: nothing of withheld text and of progress that it did not ask for."""
-    match update:
-        case None:
-            return comment("working")
-        case Text(text):
-            return shape.text(text) if text else b""
-        case Progress(done, total):
-            return shape.progress(done, total, 1e3 * (time.monotonic() - arrived_s)) if ask.wants_progress else b""
-
-
-async def _next_update(running: Running, within_s: float) -> Update | None:
-    """The next update, or None when nothing happened in time."""
-    try:
-        async with asyncio.timeout(within_s):
-            return await running.updates.get()
-    except TimeoutError:
-        return None
-
-
-def _usage(running: Running) -> Usage:
-    return Usage(len(running.job.prompt_ids), len(running.session.delivered), _cached_tokens(running))
-
-
-def _cached_tokens(running: Running) -> int:
-    """Prompt tokens that nobody computed for this request: kept by the decode worker or by its prefill worker."""
-    report = running.report
-    kept = max(report.cached_tokens, report.prefill_cached_tokens) if report else 0
-    return min(kept, len(running.job.prompt_ids))
-
-
-def _timings(running: Running, ask: Ask, arrived_s: float) -> dict[str, Any]:
-    """llama.cpp's `timings` object with ours inside. Milliseconds on the gateway's monotonic clock, except what the
-    decode worker reports about the prompt."""
-    prompt_n, predicted_n = len(running.job.prompt_ids), len(running.session.delivered)
-    prompt_ms = 1e3 * max(0.0, (running.prompted_s or running.first_token_s) - running.sent_s)
-    predicted_ms = 1e3 * max(0.0, running.last_token_s - (running.prompted_s or running.first_token_s))
-    return {
-        "cache_n": _cached_tokens(running),
-        "prompt_n": prompt_n,
-        "prompt_ms": round(prompt_ms, 3),
-        "prompt_per_second": _rate(prompt_n, prompt_ms),
-        "predicted_n": predicted_n,
-        "predicted_ms": round(predicted_ms, 3),
-        "predicted_per_second": _rate(predicted_n, predicted_ms),
-        "edge_llm": _own_timings(running, ask, arrived_s),
-    }
-
-
-def _own_timings(running: Running, ask: Ask, arrived_s: float) -> dict[str, Any]:
-    report, plan = running.report, running.plan
-    own: dict[str, Any] = {
-        "mode": report.mode if report else None,
-        "prefill_node": report.prefill_worker if report else None,
-        "decode_node": plan.decode.worker if plan else None,
-        "level": running.level,
-        "queue_ms": round(1e3 * (running.sent_s - arrived_s), 3),
-        "wait_ms": _rounded(report.wait_ms if report else None),
-        "prefill_ms": _rounded(report.prefill_ms if report else None),
-        "handoff_ms": _rounded(report.handoff_ms if report else None),
-        "adopt_ms": _rounded(report.adopt_ms if report else None),
-        "cached_tokens": report.cached_tokens if report else 0,
-        "prefill_cached_tokens": report.prefill_cached_tokens if report else 0,
-        "handoff_bytes": report.handoff_bytes if report else 0,
-        "overlapped_bytes": report.overlapped_bytes if report else 0,
-        "first_decode_ms": _rounded(1e3 * (running.first_token_s - running.prompted_s)),
-        "ttft_ms": _rounded(1e3 * (running.first_token_s - arrived_s)),
-        "fallback": "; ".join(running.notes) or None,
-        "replanned": len(running.session.lost),
-    }
-    if ask.wants_token_ids:
-        own["token_ids"] = list(running.session.delivered)
-    return own
-
-
-def _rounded(value_ms: float | None) -> float | None:
-    return None if value_ms is None else round(value_ms, 3)
-
-
-def _rate(count: int, ms: float) -> float | None:
-    return round(1e3 * count / ms, 3) if ms > 0 else None
+    return JSONResponse(
+        await answer.whole(gateway.dispatcher, request, ask, job, shape, arrived_s), headers=_headers(request)
+    )
 
 
 def _model_entry(gateway: Gateway, model: str) -> dict[str, Any]:
