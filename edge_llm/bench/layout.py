@@ -26,6 +26,7 @@ class LocalProcess:
     name: str
     pid: int
     cores: tuple[int, ...]
+    port: int = 0
 
 
 @dataclass(frozen=True, slots=True)

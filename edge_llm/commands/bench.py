@@ -5,31 +5,25 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import click
 
+from edge_llm.commands.faults import faults
+from edge_llm.commands.measuring import (
+    Report,
+    check_option,
+    command_line,
+    finish,
+    json_option,
+    output_option,
+    quick_option,
+    steps,
+    until_interrupted,
+)
 from edge_llm.commands.theorem import theorem
 from edge_llm.config import DEFAULT_MODEL
-
-THRESHOLD_FAILED: Final = 3
-INTERRUPTED: Final = 130
-Report = Callable[[str, int, int], None]
-
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-quick_option = click.option("--quick", is_flag=True, help="Fewer repetitions: a look, not a measurement.")
-check_option = click.option("--check", is_flag=True, help="Exit with 3 when a figure misses its bar.")
-output_option = click.option(
-    "--output",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=Path("bench_results"),
-    show_default=True,
-    help="Folder of the record.",
-)
 
 
 @click.group()
@@ -42,7 +36,7 @@ def reference_tools() -> None:
     """Build llama.cpp's own tools from the source that llama-cpp-python ships, into the cache."""
     from edge_llm.bench.reference_tools import build
 
-    with _steps() as report:
+    with steps() as report:
         trees = build(report)
     for tree in trees:
         click.echo(tree.folder)
@@ -72,14 +66,14 @@ def engine(
 
     trees = {tree: require(tree) for tree in TREES}
     plan = Plan(core=_last_core() if core is None else core, repetitions=repetitions or (2 if quick else 5))
-    run = Run("engine", _command(), {"core": plan.core, "repetitions": plan.repetitions, "models": list(models)})
-    with _steps() as report:
+    run = Run("engine", command_line(), {"core": plan.core, "repetitions": plan.repetitions, "models": list(models)})
+    with steps() as report:
         chosen = _engine_models(models, report)
-        found, is_complete = _until_interrupted(
+        found, is_complete = until_interrupted(
             lambda: measure_models(plan, chosen, trees, run, report),
             lambda: figures(run, [model.facts.name for model in chosen]),
         )
-    _finish(run, found, is_complete, output, as_json, missed(found) if check else [])
+    finish(run, found, is_complete, output, as_json, missed(found) if check else [])
 
 
 @bench.command()
@@ -114,9 +108,9 @@ def handoff(
 
     core, tools = _last_core(), require("ours") if with_server else None
     run = Run(
-        "handoff", _command(), {"repetitions": repetitions or (1 if quick else 5), "prompt_tokens": prompt_tokens}
+        "handoff", command_line(), {"repetitions": repetitions or (1 if quick else 5), "prompt_tokens": prompt_tokens}
     )
-    with _steps() as report:
+    with steps() as report:
         chosen = local_model(model, report)
         plan = Plan(
             core=core,
@@ -131,13 +125,13 @@ def handoff(
         server = (
             (lambda _layout: llama_server(tools.tool("llama-server"), chosen.path, core, 9, n_ctx)) if tools else None
         )
-        found, is_complete = _until_interrupted(
+        found, is_complete = until_interrupted(
             lambda: asyncio.run(
                 measure(plan, chosen, lambda layout: local_cluster(layout, wanted), server, run, report)
             ),
             lambda: figures(run, plan),
         )
-    _finish(run, found, is_complete, output, as_json, missed(found) if check else [])
+    finish(run, found, is_complete, output, as_json, missed(found) if check else [])
 
 
 @bench.command()
@@ -162,80 +156,5 @@ def _last_core() -> int:
     return max(os.sched_getaffinity(0))
 
 
-def _command() -> list[str]:
-    return ["edge-llm", *sys.argv[1:]]
-
-
-@contextmanager
-def _steps() -> Iterator[Report]:
-    """Progress of several things after another: a line on a terminal, sparse lines elsewhere."""
-    if not sys.stderr.isatty():
-        yield _Sparse()
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("starting", total=None)
-        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total or None)
-
-
-class _Sparse:
-    """A line whenever the work changes its name, or a fifth of it is done."""
-
-    def __init__(self) -> None:
-        self._last: tuple[str, int] = ("", -1)
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        now = (what, 5 * done // total if total else 0)
-        if now != self._last:
-            self._last = now
-            click.echo(f"{what}: {done} of {total}" if total else what, err=True)
-
-
-def _until_interrupted(work: Callable[[], dict[str, Any]], partial: Callable[[], dict[str, Any]]) -> tuple[Any, bool]:
-    """Figures, and whether all of them were measured; Ctrl-C gives those of what is there."""
-    try:
-        return work(), True
-    except KeyboardInterrupt:
-        click.echo("interrupted: keeping what was measured", err=True)
-        return partial(), False
-
-
-def _finish(
-    run: Any, figures: dict[str, Any], is_complete: bool, output: Path, as_json: bool, misses: list[str]
-) -> None:
-    """Record, print, and the exit code."""
-    from edge_llm.bench.record import write
-
-    path = write(run.record(figures, is_complete), output)
-    if as_json:
-        click.echo(json.dumps({**figures, "record": str(path)}))
-    else:
-        _print(figures)
-        click.echo(f"record: {path}")
-    for failure in run.failures:
-        click.echo(f"not measured: {failure.what}: {failure.why}", err=True)
-    for line in misses:
-        click.echo(f"bar missed: {line}", err=True)
-    if not is_complete:
-        sys.exit(INTERRUPTED)
-    if run.failures:
-        sys.exit(1)
-    if misses:
-        sys.exit(THRESHOLD_FAILED)
-
-
-bench.add_command(theorem)
-
-
-def _print(figures: dict[str, Any], indent: str = "") -> None:
-    """A tree of numbers as aligned lines."""
-    for name, value in figures.items():
-        if isinstance(value, dict):
-            click.echo(f"{indent}{name}")
-            _print(value, indent + "  ")
-        else:
-            text = f"{value:.4g}" if isinstance(value, float) else str(value)
-            click.echo(f"{indent}{name:<{44 - len(indent)}} {text}")
+for command in (theorem, faults):
+    bench.add_command(command)

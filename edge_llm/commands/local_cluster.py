@@ -10,7 +10,7 @@ import os
 import subprocess
 import tempfile
 from asyncio.subprocess import Process
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
@@ -20,7 +20,7 @@ import click
 
 from edge_llm.bench.layout import Layout, LocalProcess, Started
 from edge_llm.bench.processes import MeasureFailed, pinned
-from edge_llm.commands.supervisor import LOOPBACK, Supervisor, free_port
+from edge_llm.commands.supervisor import LOOPBACK, SIMULATED_MODEL, Supervisor, free_port
 from edge_llm.config import UpConfig
 
 _READY_S: Final = 300.0
@@ -29,18 +29,25 @@ _END_S: Final = 10.0
 
 
 @asynccontextmanager
-async def local_cluster(layout: Layout, model: str) -> AsyncIterator[Started]:
-    """Workers with one thread each, pinned to cores of their own. Raises WorkerError when one cannot start."""
+async def local_cluster(
+    layout: Layout, model: str, place: Callable[[str, int], str] | None = None, key: bytes | None = None
+) -> AsyncIterator[Started]:
+    """Workers with one thread each, pinned to cores of their own; simulated ones for the model `simulated`.
+
+    `place`: where the gateway finds a worker, given its name and port. `key`: of clusters that trust each other. Raises
+    WorkerError when one cannot start.
+    """
     settings = UpConfig(
         prefill=layout.prefill,
         decode=layout.decode,
         mixed=layout.mixed,
+        simulated=layout.prefill + layout.decode + layout.mixed if model == SIMULATED_MODEL else 0,
         model=model,
         port=free_port(),
         threads=1,
         pin=True,
     )
-    supervisor = Supervisor(settings, model, layout.options, lambda line: click.echo(line, err=True))
+    supervisor = Supervisor(settings, model, layout.options, _say, place, key)
     ready, stop = asyncio.Event(), asyncio.Event()
     running = asyncio.create_task(supervisor.run(stop, ready.set), name="cluster")
     waiting = asyncio.create_task(ready.wait())
@@ -49,7 +56,7 @@ async def local_cluster(layout: Layout, model: str) -> AsyncIterator[Started]:
         if running.done():
             await running
         processes = tuple(
-            LocalProcess(child.name, child.process.pid, child.cores)
+            LocalProcess(child.name, child.process.pid, child.cores, child.port)
             for child in supervisor.children
             if child.process is not None
         )
@@ -77,6 +84,10 @@ async def llama_server(tool: Path, model: Path, core: int, slots: int, n_ctx: in
             yield Started(url, (LocalProcess("llama-server", child.pid, (core,)),))
         finally:
             await _end(child)
+
+
+def _say(line: str) -> None:
+    click.echo(line, err=True)
 
 
 async def _until_healthy(url: str, child: Process, command: Sequence[str]) -> None:

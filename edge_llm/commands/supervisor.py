@@ -35,6 +35,7 @@ MAX_BACKOFF_S: Final = 10.0
 LOOPBACK: Final = "127.0.0.1"
 # A child that lived so long was well: its next death is not the latest of a series.
 WELL_S: Final = 10.0
+SIMULATED_MODEL: Final = "simulated"
 # About a small model on one core of a small board; options after `--` change it.
 SIMULATED_SPEED: Final = ("--simulate", "--simulated-prompt-tokens-per-s", "400", "--simulated-step-s", "0.02")
 Say = Callable[[str], None]
@@ -59,9 +60,19 @@ class Child:
 class Supervisor:
     """Children of one cluster, from start to stop."""
 
-    def __init__(self, config: UpConfig, model: str, worker_arguments: Sequence[str], say: Say) -> None:
-        self._say = say
-        self._key = f"up:{secrets.token_hex(32)}\n".encode()
+    def __init__(
+        self,
+        config: UpConfig,
+        model: str,
+        worker_arguments: Sequence[str],
+        say: Say,
+        place: Callable[[str, int], str] | None = None,
+        key: bytes | None = None,
+    ) -> None:
+        """`place` says at which address the gateway shall find a worker, given its name and port; `key` is that of
+        another cluster that this one shall trust."""
+        self._say, self._place = say, place or (lambda _name, port: f"{LOOPBACK}:{port}")
+        self._key = key or new_key()
         self._folder = tempfile.TemporaryDirectory(prefix="edge-llm-up-")
         self._is_stopping = False
         self.workers = self._plan_workers(config, model, worker_arguments)
@@ -107,7 +118,7 @@ class Supervisor:
 
     def _gateway_arguments(self, config: UpConfig) -> list[str]:
         file = Path(self._folder.name) / "workers.yaml"
-        places = [{"name": child.name, "address": f"{LOOPBACK}:{child.port}"} for child in self.workers]
+        places = [{"name": child.name, "address": self._place(child.name, child.port)} for child in self.workers]
         file.write_text(yaml.safe_dump(places))
         return ["serve", "gateway", "--port", str(config.port), "--name", "gateway", "--workers-file", str(file)]
 
@@ -195,6 +206,11 @@ class Supervisor:
             except TimeoutError:
                 process.kill()
                 await process.wait()
+
+
+def new_key() -> bytes:
+    """A cluster key as its file has it."""
+    return f"up:{secrets.token_hex(32)}\n".encode()
 
 
 def check_port_free(port: int) -> None:

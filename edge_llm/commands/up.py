@@ -12,16 +12,16 @@ import time
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import click
 
 from edge_llm.commands.cluster_state import ClusterState, forget_state, need_state, read_state, state_path, write_state
 from edge_llm.commands.serve import config_option
+from edge_llm.commands.supervisor import SIMULATED_MODEL, Supervisor, check_port_free
 from edge_llm.config import UpConfig, load_settings
 from edge_llm.errors import ConfigError
 
-SIMULATED_MODEL: Final = "simulated"
 _port = click.option("--port", type=int, default=8080, show_default=True, help="Port of the endpoint.")
 
 
@@ -88,8 +88,6 @@ def status(port: int, as_json: bool) -> None:
 
 
 def _run(settings: UpConfig, worker_options: Sequence[str]) -> None:
-    from edge_llm.commands.supervisor import Supervisor, check_port_free
-
     check_port_free(settings.port)
     name, wanted = (SIMULATED_MODEL, SIMULATED_MODEL) if settings.simulated else _fetched(settings.model)
     supervisor = Supervisor(settings, wanted, worker_options, lambda line: click.echo(line, err=True))
