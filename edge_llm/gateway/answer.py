@@ -30,7 +30,8 @@ async def whole(
     dispatcher: Dispatcher, request: Request, ask: Ask, job: Job, shape: Shape, arrived_s: float
 ) -> dict[str, Any]:
     """Collect an answer. A client that hangs up cancels it."""
-    async with dispatcher.running(job) as running:
+    async with dispatcher.running(job, arrived_s) as running:
+        request.state.is_accepted = True
         gone = asyncio.create_task(_disconnected(request), name="disconnect")
         try:
             text, finish = await _collect(running, gone)
@@ -66,7 +67,7 @@ async def stream(
     dispatcher: Dispatcher, ask: Ask, job: Job, shape: Shape, arrived_s: float, keep_alive_s: float
 ) -> AsyncGenerator[bytes, None]:
     """SSE of one answer. The first part comes at once, and something at least every `keep_alive_s`."""
-    async with dispatcher.running(job) as running:
+    async with dispatcher.running(job, arrived_s) as running:
         yield shape.first() or comment("accepted")
         said_s = time.monotonic()
         while True:

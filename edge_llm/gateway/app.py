@@ -32,8 +32,10 @@ from edge_llm.errors import (
     PayloadTooLarge,
     UnknownModel,
 )
+from edge_llm.exposition import CONTENT_TYPE, Exposition
 from edge_llm.gateway import answer
 from edge_llm.gateway.dispatch import Dispatcher
+from edge_llm.gateway.metrics import GatewayMetrics
 from edge_llm.gateway.openai import Ask, Shape, error_body, error_headers, parse
 from edge_llm.gateway.running import Job
 from edge_llm.worker.client import WorkerClient
@@ -55,6 +57,9 @@ class Gateway:
         self.name = config.name or f"gateway-{secrets.token_hex(4)}"
         self.dispatcher: Dispatcher
         self.started = int(time.time())
+        self.exposition = Exposition(config.metrics_alias)
+        self.metrics = GatewayMetrics(self.exposition.registry, self.name)
+        self.metrics.watch(lambda: self.dispatcher.view, lambda: self.dispatcher.states)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -64,7 +69,7 @@ class Gateway:
             client = WorkerClient(session, self._keys, self.name, time.time, lambda: secrets.token_hex(12))
             config = self.config
             self.dispatcher = Dispatcher(
-                client, self.name, config.queue_length, config.queue_wait_s, config.replan_limit
+                client, self.name, config.queue_length, config.queue_wait_s, config.replan_limit, self.metrics
             )
             prober = Prober(self._discovery, client, config.probe_s, self.dispatcher.on_view)
             self.dispatcher.prober = prober
@@ -151,6 +156,8 @@ def create_app(gateway: Gateway) -> FastAPI:
 
     @app.exception_handler(EdgeLLMError)
     async def on_error(request: Request, error: EdgeLLMError) -> Response:
+        if not getattr(request.state, "is_accepted", False):
+            gateway.metrics.rejected(error.code)
         return JSONResponse(error_body(error), error.status, _headers(request) | error_headers(error))
 
     @app.exception_handler(HTTPException)
@@ -171,6 +178,10 @@ def create_app(gateway: Gateway) -> FastAPI:
     async def readyz() -> Response:
         decoders = [node for node in gateway.dispatcher.view.ready() if node.decodes]
         return Response("ready" if decoders else "no decode worker is ready", 200 if decoders else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(gateway.exposition.text(), media_type=CONTENT_TYPE)
 
     @app.get("/v1/models")
     async def models() -> Response:
@@ -206,7 +217,9 @@ async def _answer(gateway: Gateway, request: Request, *, is_chat: bool) -> Respo
     body = await _read_body(request, gateway.config.max_body_bytes)
     mode = request.headers.get("x-edge-llm-mode")
     ask = parse(body, is_chat=is_chat, random_seed=lambda: secrets.randbits(63), mode_header=mode)
-    job, node = await gateway.job(ask, f"{request_id}.{secrets.token_hex(4)}")
+    job_id = f"{request_id}.{secrets.token_hex(4)}"
+    structlog.contextvars.bind_contextvars(request_id=job_id)
+    job, node = await gateway.job(ask, job_id)
     shape = Shape(request_id, int(time.time()), node.status.model, is_chat)
     if ask.is_stream:
         parts = answer.stream(gateway.dispatcher, ask, job, shape, arrived_s, gateway.config.keep_alive_s)

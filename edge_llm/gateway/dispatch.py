@@ -23,6 +23,7 @@ from edge_llm.cluster.view import ClusterView, Node
 from edge_llm.errors import Draining, EdgeLLMError, Overloaded, RemoteProtocolError, UnknownModel, WorkerError
 from edge_llm.gateway import queue
 from edge_llm.gateway.listen import Listener
+from edge_llm.gateway.metrics import GatewayMetrics
 from edge_llm.gateway.running import Finish, Job, Running
 from edge_llm.gateway.scheduler import Booked, Plan, Wish, decide
 from edge_llm.gateway.session import Event, Session, State
@@ -54,12 +55,13 @@ class Dispatcher:
         queue_length: int,
         queue_wait_s: float,
         replan_limit: int,
+        metrics: GatewayMetrics,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._client, self._gateway = client, gateway
+        self._client, self._gateway, self._metrics = client, gateway, metrics
         self._queue_wait_s, self._replan_limit, self._clock = queue_wait_s, replan_limit, clock
         self._running: dict[str, Running] = {}
-        self._listener = Listener(client, self._running, self, clock)
+        self._listener = Listener(client, self._running, self, metrics, clock)
         self._queue = queue.PlanQueue(queue_length, queue_wait_s)
         self._endings: set[asyncio.Task[None]] = set()
         self.prober: Prober | None = None
@@ -72,6 +74,11 @@ class Dispatcher:
     def requests(self) -> dict[str, int]:
         """How many requests are in which state."""
         return dict(Counter(running.session.state.value for running in self._running.values()))
+
+    @property
+    def states(self) -> Counter[tuple[str, State]]:
+        """The same per model."""
+        return Counter((running.job.model, running.session.state) for running in self._running.values())
 
     # -- called by the HTTP side
 
@@ -90,9 +97,9 @@ class Dispatcher:
         raise failure
 
     @asynccontextmanager
-    async def running(self, job: Job) -> AsyncIterator[Running]:
+    async def running(self, job: Job, arrived_s: float) -> AsyncIterator[Running]:
         """Run a job; leaving the block early cancels it everywhere. Raises what refuses it at once."""
-        running = Running(job, Session(job.request_id), self._clock())
+        running = Running(job, Session(job.request_id), self._clock(), arrived_s)
         self._running[job.request_id] = running
         try:
             place = self._join(running)
@@ -156,6 +163,8 @@ class Dispatcher:
         running.plan, running.report = plan, None
         running.notes = [plan.note] if plan.note else []
         running.session.on(Event.PLANNED)
+        reason = "asked" if plan.mode == job.mode else "not_possible" if plan.note else "auto"
+        self._metrics.planned(job.model, plan.mode, reason)
         return plan
 
     def _booked(self) -> dict[str, Booked]:
@@ -214,6 +223,7 @@ class Dispatcher:
             self.give_up(running, error)
             return
         session.on(Event.WORKER_LOST)
+        self._metrics.replanned(running.job.model, error.code)
         # a full worker is not a broken one: it may be planned with again
         if not is_full:
             session.lost.append(worker)
@@ -224,6 +234,7 @@ class Dispatcher:
         if running.session.is_over:
             return
         running.session.on(Event.GAVE_UP)
+        self._metrics.failed(running.job.model, error.code)
         running.updates.put_nowait(Finish(None, error))
         running.ended.set()
         self._queue.move()
@@ -236,6 +247,8 @@ class Dispatcher:
         if is_early:
             session.on(Event.CLIENT_GONE)
             running.ended.set()
+        self._metrics.ended(running)
+        _log_end(running)
         if not is_with_worker:
             task.cancel()
             if running.place is not None:
@@ -281,6 +294,26 @@ class Dispatcher:
         for task in self._endings:
             task.cancel()
         await asyncio.gather(self._listener.close(), *self._endings, return_exceptions=True)
+
+
+def _log_end(running: Running) -> None:
+    """One line that says what became of a request. No text of prompt or answer."""
+    job, session, report = running.job, running.session, running.report
+    log.info(
+        "request over",
+        request_id=job.request_id,
+        model=job.model,
+        state=session.state.value,
+        finish_reason=session.finish_reason,
+        mode=report.mode if report else None,
+        prefill_node=report.prefill_worker if report else None,
+        decode_node=running.plan.decode.worker if running.plan else None,
+        prompt_tokens=len(job.prompt_ids),
+        tokens=len(session.delivered),
+        queue_s=round(running.sent_s - running.arrived_s, 4) if running.sent_s else None,
+        ttft_s=round(running.first_token_s - running.arrived_s, 4) if running.first_token_s else None,
+        replanned=session.epoch,
+    )
 
 
 def _goes_on_the_same(before: Node, after: Node) -> bool:

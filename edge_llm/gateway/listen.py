@@ -14,6 +14,7 @@ import structlog
 
 from edge_llm.cluster.view import ClusterView, Node, Place
 from edge_llm.errors import EdgeLLMError, RemoteProtocolError, WorkerUnreachable
+from edge_llm.gateway.metrics import GatewayMetrics
 from edge_llm.gateway.running import Finish, Progress, Running, Text
 from edge_llm.gateway.session import Event, State
 from edge_llm.request import TokenEvent
@@ -45,9 +46,15 @@ class Listener:
     """The event connections, and what comes over them."""
 
     def __init__(
-        self, client: WorkerClient, running: Mapping[str, Running], outcomes: Outcomes, clock: Callable[[], float]
+        self,
+        client: WorkerClient,
+        running: Mapping[str, Running],
+        outcomes: Outcomes,
+        metrics: GatewayMetrics,
+        clock: Callable[[], float],
     ) -> None:
-        self._client, self._running, self._outcomes, self._clock = client, running, outcomes, clock
+        self._client, self._running, self._outcomes = client, running, outcomes
+        self._metrics, self._clock = metrics, clock
         self._connections: dict[Place, asyncio.Task[None]] = {}
 
     def on_view(self, before: ClusterView, after: ClusterView) -> None:
@@ -92,6 +99,7 @@ class Listener:
         if running is None:
             return
         running.report = prompted.report
+        self._metrics.prompted(running, prompted.report)
         running.is_as_promised &= prompted.report.is_same_class
         if not running.first_token_s:
             running.prompted_s = self._clock()
@@ -104,6 +112,7 @@ class Listener:
     def _on_token(self, token: messages.Token) -> None:
         running = self._current(token.request_id, token.epoch)
         if running is None:
+            self._drop(token)
             return
         event = TokenEvent(token.request_id, token.epoch, token.index, token.token_id, token.text, token.finish_reason)
         try:
@@ -112,13 +121,22 @@ class Listener:
         except RemoteProtocolError as error:
             self._outcomes.lose(running, error)
             return
-        now_s = running.last_token_s = self._clock()
+        now_s = self._clock()
+        self._metrics.token(running, now_s)
+        running.last_token_s = now_s
         running.first_token_s = running.first_token_s or now_s
         running.updates.put_nowait(Text(token.text))
         if token.finish_reason is not None:
             running.updates.put_nowait(Finish(token.finish_reason))
             running.ended.set()
             self._outcomes.move()
+
+    def _drop(self, token: messages.Token) -> None:
+        """A late token of a plan that is over. Its request may be gone: then nobody misses it."""
+        running = self._running.get(token.request_id)
+        if running is not None and token.epoch < running.session.epoch:
+            self._metrics.dropped(running.job.model)
+            log.debug("late token dropped", request_id=token.request_id, epoch=token.epoch, index=token.index)
 
     def _on_failed(self, failed: messages.Failed) -> None:
         running = self._current(failed.request_id, failed.epoch)

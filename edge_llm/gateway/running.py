@@ -68,6 +68,7 @@ class Running:
     job: Job
     session: Session
     waits_since_s: float
+    arrived_s: float
     updates: asyncio.Queue[Update] = field(default_factory=asyncio.Queue)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     place: queue.Place | None = None
