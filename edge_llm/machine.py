@@ -92,6 +92,16 @@ def board_state(root: Path = Path("/")) -> BoardState:
     )
 
 
+def cpu_share() -> float:
+    """Busy share of all cores since this was asked the last time in this process, 0 to 1; 0 at the first time."""
+    return psutil.cpu_percent() / 100
+
+
+def ram_share() -> float:
+    """Share of the memory that is not available to a new process, 0 to 1."""
+    return psutil.virtual_memory().percent / 100
+
+
 def _throttled(root: Path) -> dict[str, bool]:
     """By the firmware's bits where the kernel shows them, else the under-voltage alarm alone; empty: not known."""
     text = _text(root / "sys/devices/platform/soc/soc:firmware/get_throttled")

@@ -50,6 +50,7 @@ def node_of(worker: str, role: Role, **changes: Any) -> Node:
         level_reason="",
         version="0",
         pid=1,
+        serves_prompts=role != "decode",
         build={},
         memory_bytes={},
         load=IDLE,

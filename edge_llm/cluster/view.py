@@ -33,11 +33,18 @@ class Node:
 
     @property
     def decodes(self) -> bool:
-        return self.status.role != "prefill"
+        """Whether it can: its role is an identity, not a capability."""
+        return self.status.slots > 0
 
     @property
     def prefills(self) -> bool:
-        return self.status.role != "decode" and self.status.splits
+        """Whether it can compute prompts for others."""
+        return self.status.serves_prompts and self.status.splits
+
+    @property
+    def life(self) -> tuple[str, int, float]:
+        """Changes when the worker was started again: then it holds nothing of what it held."""
+        return self.place.address, self.status.pid, self.status.started_at
 
 
 @dataclass(frozen=True, slots=True)

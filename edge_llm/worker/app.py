@@ -36,6 +36,7 @@ from edge_llm.errors import (
 from edge_llm.exposition import CONTENT_TYPE, Exposition
 from edge_llm.machine import board_state
 from edge_llm.worker.decode import DecodeRole
+from edge_llm.worker.links import Links
 from edge_llm.worker.loop import EngineLoop
 from edge_llm.worker.messages import (
     MAX_TOKENS_IN_MESSAGE,
@@ -59,6 +60,7 @@ from edge_llm.worker.outbox import Outboxes
 from edge_llm.worker.prefill import PrefillRole
 from edge_llm.worker.prefixes import Prefixes
 from edge_llm.worker.pull import PATIENCE, Patience, Puller
+from edge_llm.worker.readings import board, rates
 from edge_llm.worker.stream import ClosingStream
 from edge_llm.worker.tickets import Claims, KeyRing, Operation, ReplayGuard, body_digest, ticket_of
 
@@ -89,6 +91,8 @@ class Worker:
         self.config, self.keys = config, keys
         self._engine, self._vocabulary = engine, vocabulary
         self._wall_clock, self._monotonic, self._patience = wall_clock, monotonic, patience
+        self._started_at = wall_clock()
+        self.links = Links()
         self._replays = ReplayGuard()
         self._tokenizer = ThreadPoolExecutor(1, "tokenize")
         self._tokenizing = 0
@@ -109,10 +113,11 @@ class Worker:
 
     @property
     def role(self) -> Role:
-        """What this worker is, whatever its label said first."""
+        """What this worker was started as, unless its model cannot do that. What it can do is another matter: slots and
+        serves_prompts in its status say it."""
         if not self.facts.slots:
             return "prefill"
-        return "mixed" if self.config.role == "mixed" else "decode"
+        return self.config.role if self.facts.serves_prompts else "decode"
 
     @property
     def is_ready(self) -> bool:
@@ -121,7 +126,7 @@ class Worker:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Start the engine thread and the sweeper; stop both."""
-        async with Puller(self._monotonic, self._patience) as puller:
+        async with Puller(self._monotonic, self._patience, self.links) as puller:
             if self.facts.slots:
                 self.decode = DecodeRole(
                     self.loop,
@@ -237,6 +242,9 @@ class Worker:
             level_reason=facts.level_reason,
             version=edge_llm.__version__,
             pid=os.getpid(),
+            serves_prompts=facts.serves_prompts,
+            started_at=self._started_at,
+            board=board(),
             build=facts.build,
             memory_bytes=facts.memory_bytes,
             load=self._load(),
@@ -260,6 +268,8 @@ class Worker:
             prefix_limit_bytes=self.prefixes.limit_bytes,
             prefix_query_tokens=self.prefixes.query_tokens,
             prefix_hit_tokens=self.prefixes.hit_tokens,
+            rates=rates(self._engine),
+            links=self.links.published,
         )
 
     def _labels(self) -> tuple[str, str, str]:

@@ -220,6 +220,47 @@ class EventBatch(Message, frozen=True, kw_only=True):
     failed: list[Failed] = []
 
 
+class Rates(Message, frozen=True, kw_only=True):
+    """How long work takes on a worker, in seconds, as measured (engine/rates.py; 0 samples: estimated at start, or not
+    at all when the coefficients are 0 too):
+
+    decode step = run_s + row_s * rows + cell_s * KV cells read; prompt piece of n positions from p0 on
+    = call_s + token_s * n + pair_s * n * (2 * p0 + n) / 2.
+    prompt_steps: prompt work between two decode steps takes as long as this many of them; 0: one whole chunk.
+    """
+
+    run_s: Seconds = 0.0
+    row_s: Seconds = 0.0
+    cell_s: Seconds = 0.0
+    call_s: Seconds = 0.0
+    token_s: Seconds = 0.0
+    pair_s: Seconds = 0.0
+    decode_samples: Count = 0
+    prompt_samples: Count = 0
+    prompt_steps: Seconds = 0.0
+
+
+class Link(Message, frozen=True, kw_only=True):
+    """The way from `peer` to this worker, measured while it sent KV: how fast bytes came that were there to be sent
+    (0: too few came at once), and the shortest time between a question and the beginning of its answer."""
+
+    peer: str
+    bytes_per_s: Seconds
+    round_trip_s: Seconds
+    samples: Count
+
+
+class Board(Message, frozen=True, kw_only=True):
+    """The machine under a worker. Shares are 0 to 1, of all cores and of all memory; what a board cannot tell is None
+    or missing. `throttled`: what holds it back now, by kind."""
+
+    cpu_share: float
+    ram_share: float
+    temperature_c: float | None = None
+    frequency_hz: float | None = None
+    throttled: dict[str, bool] = {}
+
+
 class Load(Message, frozen=True, kw_only=True):
     """What changes while a worker runs. Since start: widest_decode_rows shared one decode call; prompts_met found
     another prompt being computed when they came; of prefix_query_tokens looked up, prefix_hit_tokens were kept here."""
@@ -237,10 +278,16 @@ class Load(Message, frozen=True, kw_only=True):
     prefix_limit_bytes: int = 0
     prefix_query_tokens: int = 0
     prefix_hit_tokens: int = 0
+    rates: Rates = Rates()
+    links: list[Link] = []
 
 
 class WorkerStatus(Message, frozen=True, kw_only=True):
-    """What a worker is and how busy it is."""
+    """What a worker is and how busy it is.
+
+    role is what it was started as; what it can do is said by slots (> 0: decodes) and serves_prompts (computes prompts
+    for others). pid and started_at (seconds since the epoch) together name one life of it.
+    """
 
     protocol: Literal[1] = 1
     worker: str
@@ -266,6 +313,9 @@ class WorkerStatus(Message, frozen=True, kw_only=True):
     level_reason: str
     version: str
     pid: int
+    serves_prompts: bool
+    started_at: float = 0.0
+    board: Board | None = None
     build: dict[str, str]
     memory_bytes: dict[str, int]
     load: Load

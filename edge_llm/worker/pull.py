@@ -24,6 +24,7 @@ import aiohttp
 from edge_llm.errors import RemoteProtocolError, Unauthorized, WorkerUnreachable
 from edge_llm.kv.frames import NEED_DATA, Chunk, Event, FrameDecoder, Header, Progress
 from edge_llm.worker.client import CONNECT_S, error_of
+from edge_llm.worker.links import Links, Meter
 from edge_llm.worker.messages import ErrorReply, PrefillCandidate, PrefillRequest, decode, encode
 from edge_llm.worker.offload import off_loop
 from edge_llm.worker.tickets import authorization
@@ -68,8 +69,13 @@ def check_address(address: str, networks: tuple[str, ...]) -> None:
 class Puller:
     """Pulls KV over one set of connections; use it as an async context."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic, patience: Patience = PATIENCE) -> None:
-        self._clock, self._patience = clock, patience
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        patience: Patience = PATIENCE,
+        links: Links | None = None,
+    ) -> None:
+        self._clock, self._patience, self._links = clock, patience, links or Links()
 
     async def __aenter__(self) -> Puller:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=self._patience.stall_s)
@@ -90,6 +96,7 @@ class Puller:
         decoder = FrameDecoder(key, expected.kv_bytes_per_token, expected.n_tokens)
         where = f"prefill worker {candidate.worker} at {candidate.address}"
         headway = _Headway(self._clock, self._patience.advance_s, where)
+        meter = self._links.meter(candidate.worker, self._clock)
         try:
             async with headway.limit():
                 reply = await self._session.post(
@@ -98,12 +105,13 @@ class Puller:
                     headers=authorization(candidate.ticket),
                     allow_redirects=False,
                 )
+            meter.answered()
             async with reply:
                 if reply.status != 200:
                     async with headway.limit():
                         body = await _short_body(reply)
                     raise error_of(decode(ErrorReply, body), candidate.worker)
-                async for event in _events(reply.content, decoder, headway):
+                async for event in _events(reply.content, decoder, headway, meter):
                     _check(event, expected)
                     headway.note(_position(event))
                     yield event
@@ -141,11 +149,12 @@ class _Headway:
 
 
 async def _events(
-    content: aiohttp.StreamReader, decoder: FrameDecoder, headway: _Headway
+    content: aiohttp.StreamReader, decoder: FrameDecoder, headway: _Headway, meter: Meter
 ) -> AsyncGenerator[Event, None]:
     while not decoder.is_done:
         async with headway.limit():
             data = await content.readany()
+        meter.came(len(data))
         if not data:
             return
         decoder.feed(data)

@@ -9,6 +9,7 @@ from operator import methodcaller
 import pytest
 
 from edge_llm.engine.engine import Engine, EngineFacts, KeptKV, ServedPrompt, Step
+from edge_llm.engine.rates import NOTHING_KNOWN, Rates
 from edge_llm.errors import EngineFailed, Overloaded
 from edge_llm.kv.codec import StateBlob
 from edge_llm.request import Generation
@@ -30,6 +31,10 @@ class ScriptedEngine:
     @property
     def facts(self) -> EngineFacts:
         raise NotImplementedError
+
+    @property
+    def rates(self) -> Rates:
+        return NOTHING_KNOWN
 
     @property
     def has_work(self) -> bool:
