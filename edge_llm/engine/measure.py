@@ -12,6 +12,7 @@ Invariant: between two requests it computes nothing, so that another process can
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import random
@@ -238,6 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say({"event": "error", "message": error.message})
         return 1
     bench = Bench(backend)
+    gc.freeze()  # as workers do (worker/serve.py)
     _say(bench.ready())
     for line in sys.stdin:
         try:

@@ -238,6 +238,8 @@ class NativeContext:
         self.n_ctx = int(lib.llama_n_ctx_seq(self.pointer))
         self._batch = lib.llama_batch_init(settings.rows, 0, 1)
         self._flag = _AbortFlag(lib)
+        self._threads = 0
+        self._logit_views: dict[tuple[int, int], npt.NDArray[np.float32]] = {}
         self._views()
 
     def _views(self) -> None:
@@ -259,9 +261,9 @@ class NativeContext:
 
     def prompt(self, tokens: Sequence[int], p0: int, seq: int) -> bool:
         """KV of `tokens` at positions p0.. of `seq`, no logits. False: aborted. Raises EngineFailed."""
-        lib, threads = self._lib, self.settings.threads_batch
+        lib = self._lib
         self._fill(tokens, np.arange(p0, p0 + len(tokens)), [seq] * len(tokens), False)
-        lib.llama_set_n_threads(self.pointer, threads, threads)
+        self._set_threads(self.settings.threads_batch)
         lib.llama_set_abort_callback(self.pointer, self._flag.callback, self._flag.data)
         status = lib.llama_decode(self.pointer, self._batch)
         lib.llama_set_abort_callback(self.pointer, self._flag.never, None)
@@ -272,13 +274,27 @@ class NativeContext:
 
     def decode(self, tokens: Sequence[int], positions: Sequence[int], seqs: Sequence[int]) -> npt.NDArray[np.float32]:
         """One row per sequence; returns logits [rows, n_vocab], valid until the next call."""
-        lib, threads = self._lib, self.settings.threads
+        lib = self._lib
         self._fill(tokens, positions, seqs, True)
-        # llama.cpp takes n_threads_batch for any call of more than one row (llama_context::graph_compute)
-        lib.llama_set_n_threads(self.pointer, threads, threads)
+        self._set_threads(self.settings.threads)
         self._check(lib.llama_decode(self.pointer, self._batch), len(tokens))
-        pointer = lib.llama_get_logits(self.pointer)
-        return np.ctypeslib.as_array(pointer, (len(tokens), self.model.n_vocab))
+        return self._logits(len(tokens))
+
+    def _set_threads(self, threads: int) -> None:
+        """llama.cpp takes n_threads_batch for any call of more than one row (llama_context::graph_compute): both."""
+        if threads != self._threads:
+            self._lib.llama_set_n_threads(self.pointer, threads, threads)
+            self._threads = threads
+
+    def _logits(self, rows: int) -> npt.NDArray[np.float32]:
+        """A view of llama.cpp's buffer, made once per place and size: making it costs as much as drawing a token."""
+        pointer = self._lib.llama_get_logits(self.pointer)
+        key = (ctypes.addressof(pointer.contents), rows)
+        view = self._logit_views.get(key)
+        if view is None:
+            self._logit_views = {key: np.ctypeslib.as_array(pointer, (rows, self.model.n_vocab))}
+            view = self._logit_views[key]
+        return view
 
     def _check(self, status: int, rows: int) -> None:
         if status == NO_ROOM:

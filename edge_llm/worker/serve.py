@@ -6,6 +6,8 @@ edge_llm/serving.py.
 
 from __future__ import annotations
 
+import gc
+
 from edge_llm.config import WorkerConfig, levels_dir
 from edge_llm.engine.engine import Engine, Vocabulary
 from edge_llm.errors import ConfigError
@@ -24,6 +26,9 @@ def run_worker(config: WorkerConfig) -> None:
     if config.role == "prefill" and not engine.facts.serves_prompts:
         raise ConfigError(f"{engine.facts.model_name} cannot serve role prefill: {engine.facts.split_reason}")
     worker = Worker(config, engine, vocabulary, keys)
+    # what is loaded stays: a full collection that walks it would hold up every running stream for tens of milliseconds
+    gc.collect()
+    gc.freeze()
     server = Server(create_app(worker), socket, drain=worker.drain, log_level=config.log_level)
     worker.on_death = server.fail
     server.run(config.announce, {"worker": config.name, "role": worker.role, "level": engine.facts.level})
