@@ -39,8 +39,8 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to measure. Depths and sizes are llama-bench's usual ones. `n_ctx` is as few cells as the tests need, because
-    llama-bench takes no more and V is read in strides of n_ctx: a step at 4,096 cells takes longer on both sides."""
+    """What to measure. Depths and sizes are llama-bench's usual ones. `n_ctx` is as few cells as the tests need:
+    llama-bench takes no more, and V is read in strides of n_ctx, so that more cells slow down both sides."""
 
     core: int
     repetitions: int
