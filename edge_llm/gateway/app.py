@@ -37,6 +37,7 @@ from edge_llm.gateway import answer
 from edge_llm.gateway.dispatch import Dispatcher
 from edge_llm.gateway.metrics import GatewayMetrics
 from edge_llm.gateway.openai import Ask, Shape, error_body, error_headers, parse
+from edge_llm.gateway.overview import overview
 from edge_llm.gateway.running import Job
 from edge_llm.worker.client import WorkerClient
 from edge_llm.worker.messages import ChatMessage, TokenizeRequest
@@ -196,9 +197,9 @@ def create_app(gateway: Gateway) -> FastAPI:
 
     @app.get("/cluster")
     async def cluster() -> Response:
-        requests = gateway.dispatcher.requests
-        nodes = [_node_entry(node) for node in gateway.dispatcher.view.nodes]
-        return JSONResponse({"gateway": gateway.name, "requests": requests, "nodes": nodes})
+        of = gateway.dispatcher
+        body = overview(gateway.name, of.requests, of.view.nodes, of.booked, time.monotonic())
+        return Response(body, media_type="application/json")
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
@@ -243,30 +244,6 @@ def _model_entry(gateway: Gateway, model: str) -> dict[str, Any]:
         "sha256": status.model_sha256,
     }
     return {"id": model, "object": "model", "created": gateway.started, "owned_by": "edge-llm", "meta": meta}
-
-
-def _node_entry(node: Node) -> dict[str, Any]:
-    status = node.status
-    load = {name: getattr(status.load, name) for name in status.load.__struct_fields__}
-    return {
-        "worker": node.worker,
-        "address": node.place.address,
-        "role": status.role,
-        "is_ready": status.is_ready,
-        "model": status.model,
-        "level": status.level,
-        "level_reason": status.level_reason,
-        "slots": status.slots,
-        "n_ctx": status.n_ctx,
-        "chunk_tokens": status.chunk_tokens,
-        "splits": status.splits,
-        "split_reason": status.split_reason,
-        "policy": status.policy,
-        "version": status.version,
-        "pid": status.pid,
-        "build": status.build,
-        "load": load,
-    }
 
 
 def _request_id(request: Request) -> str:

@@ -154,7 +154,7 @@ class Dispatcher:
         tokens = len(job.prompt_ids) + len(running.session.delivered)
         wish = Wish(job.model, tokens, job.max_tokens - len(running.session.delivered), job.mode, avoid)
         try:
-            plan = decide(wish, self.view, self._booked())
+            plan = decide(wish, self.view, self.booked)
         except UnknownModel as error:
             # somebody served it when the request came: workers come back
             raise Overloaded(f"no worker serves {job.model} any more", retry_after_s=2.0) from error
@@ -167,7 +167,8 @@ class Dispatcher:
         self._metrics.planned(job.model, plan.mode, reason)
         return plan
 
-    def _booked(self) -> dict[str, Booked]:
+    @property
+    def booked(self) -> dict[str, Booked]:
         """Sequences and prompt tokens this gateway has on each worker."""
         booked: dict[str, Booked] = {}
         for running in self._running.values():

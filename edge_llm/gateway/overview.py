@@ -1,0 +1,63 @@
+"""GET /cluster: what this gateway believes of its workers and what it has decided, as JSON for people and tools.
+
+Owns the shape of that answer (README, "Watching it"). Refuses to compute anything: it shows what is at hand, so that
+asking every second costs next to nothing. It has numbers, names and addresses; no key, no prompt, no text of a request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import msgspec
+
+from edge_llm.cluster.view import Node
+from edge_llm.gateway.scheduler import Booked
+
+
+def overview(
+    gateway: str,
+    requests: Mapping[str, int],
+    nodes: Iterable[Node],
+    booked: Mapping[str, Booked],
+    now_s: float,
+) -> bytes:
+    """The JSON. `now_s` on the clock of `Node.seen_s`."""
+    return msgspec.json.encode(
+        {
+            "gateway": gateway,
+            "requests": requests,
+            "nodes": [_node(node, booked.get(node.worker, Booked()), now_s) for node in nodes],
+        }
+    )
+
+
+def _node(node: Node, booked: Booked, now_s: float) -> dict[str, Any]:
+    status = node.status
+    return {
+        "worker": node.worker,
+        "address": node.place.address,
+        "role": status.role,
+        "is_ready": status.is_ready,
+        "is_draining": status.is_draining,
+        "model": status.model,
+        "level": status.level,
+        "level_reason": status.level_reason,
+        "exactness_class": status.exactness_class,
+        "slots": status.slots,
+        "n_ctx": status.n_ctx,
+        "chunk_tokens": status.chunk_tokens,
+        "splits": status.splits,
+        "split_reason": status.split_reason,
+        "serves_prompts": status.serves_prompts,
+        "policy": status.policy,
+        "version": status.version,
+        "pid": status.pid,
+        "started_at": status.started_at,
+        "build": status.build,
+        "memory_bytes": status.memory_bytes,
+        "board": status.board,
+        "load": status.load,
+        "booked": booked,
+        "seen_ago_s": round(max(0.0, now_s - node.seen_s), 3),
+    }
