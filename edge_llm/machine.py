@@ -48,7 +48,6 @@ class BoardState:
     temperature_c: float | None
     frequency_hz: float | None
     throttled: Mapping[str, bool]
-    memory_available_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +87,6 @@ def board_state(root: Path = Path("/")) -> BoardState:
         temperature_c=None if temperature is None else temperature / 1000,
         frequency_hz=None if frequency_khz is None else frequency_khz * 1000,
         throttled=_throttled(root),
-        memory_available_bytes=available_memory_bytes(root),
     )
 
 

@@ -107,10 +107,9 @@ def test_without_the_firmware_file_the_voltage_alarm_is_what_is_known(pi: Path) 
     assert board_state(pi).throttled == {"under_voltage": True}
 
 
-def test_a_board_without_sensors_has_memory_and_nothing_invented(tmp_path: Path) -> None:
+def test_a_board_without_sensors_has_nothing_invented(tmp_path: Path) -> None:
     state = board_state(tmp_path)
     assert (state.temperature_c, state.frequency_hz, state.throttled) == (None, None, {})
-    assert state.memory_available_bytes > 0
 
 
 def test_an_x86_cpu_is_named_by_its_model_name_not_its_number(tmp_path: Path) -> None:

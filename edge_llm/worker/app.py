@@ -34,7 +34,6 @@ from edge_llm.errors import (
     WorkerError,
 )
 from edge_llm.exposition import CONTENT_TYPE, Exposition
-from edge_llm.machine import board_state
 from edge_llm.worker.decode import DecodeRole
 from edge_llm.worker.links import Links
 from edge_llm.worker.loop import EngineLoop
@@ -100,8 +99,7 @@ class Worker:
         self.prefill = PrefillRole(lambda: self.facts, self.prefixes, monotonic)
         self.loop = EngineLoop(engine, self.prefill.watch)
         self.exposition = Exposition(config.metrics_alias)
-        readings = Readings(self._labels, self.status, self._computing, board_state)
-        self.metrics = WorkerMetrics(self.exposition.registry, readings)
+        self.metrics = WorkerMetrics(self.exposition.registry, Readings(self._labels, self.status, self._computing))
         self.outboxes = Outboxes(monotonic, config.gateway_lease_s, self.metrics.prompted)
         self.decode: DecodeRole | None = None
         self.is_draining = False

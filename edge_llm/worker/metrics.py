@@ -9,7 +9,7 @@ when somebody scrapes. Durations are differences of this process's own monotonic
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Final
@@ -20,8 +20,7 @@ from prometheus_client.registry import Collector
 
 from edge_llm.engine.engine import Step
 from edge_llm.exposition import LABELS, SECONDS
-from edge_llm.machine import BoardState
-from edge_llm.worker.messages import PromptReport, WorkerStatus
+from edge_llm.worker.messages import Board, Link, PromptReport, WorkerStatus
 
 _BOARD_LABELS: Final = ("node",)
 
@@ -29,12 +28,11 @@ _BOARD_LABELS: Final = ("node",)
 @dataclass(frozen=True, slots=True)
 class Readings:
     """What is asked when something is counted (values for `LABELS`; a role may change while a worker runs), and at a
-    scrape: the status, requests that compute here (sequences, and a prompt for others), the board."""
+    scrape: the status, and requests that compute here (sequences, and a prompt for others)."""
 
     labels: Callable[[], tuple[str, str, str]]
     status: Callable[[], WorkerStatus]
     requests_running: Callable[[], int]
-    board: Callable[[], BoardState]
 
 
 class WorkerMetrics:
@@ -111,9 +109,11 @@ class _State(Collector):
         self._readings = readings
 
     def collect(self) -> Iterator[Metric]:
-        labels, status, board = self._readings.labels(), self._readings.status(), self._readings.board()
+        labels, status = self._readings.labels(), self._readings.status()
         yield from _load_of(labels, status, self._readings.requests_running())
-        yield from _board_of(status.worker, board)
+        yield from _links_of(labels, status.load.links)
+        if status.board is not None:
+            yield from _board_of(status.worker, status.board)
         info = InfoMetricFamily("edge_llm_worker", "What this worker is and promises.", labels=LABELS)
         info.add_metric(labels, {"version": status.version, "level": status.level, "quantization": status.quantization})
         yield info
@@ -152,7 +152,19 @@ def _load_of(labels: tuple[str, str, str], status: WorkerStatus, requests_runnin
     yield counter("prefix_cache_hits", "Tokens that were kept here.", load.prefix_hit_tokens)
 
 
-def _board_of(node: str, board: BoardState) -> Iterator[Metric]:
+def _links_of(labels: tuple[str, str, str], links: Iterable[Link]) -> Iterator[Metric]:
+    """Per worker that KV came from."""
+    names = (*LABELS, "peer")
+    rate = GaugeMetricFamily("edge_llm_link_bytes_per_second", "How fast KV came from a peer, latest.", labels=names)
+    trip = GaugeMetricFamily("edge_llm_link_round_trip_seconds", "Shortest wait for a peer's answer.", labels=names)
+    for link in links:
+        if link.bytes_per_s:
+            rate.add_metric((*labels, link.peer), link.bytes_per_s)
+        trip.add_metric((*labels, link.peer), link.round_trip_s)
+    yield from (rate, trip)
+
+
+def _board_of(node: str, board: Board) -> Iterator[Metric]:
     """A board without a sensor has no series: a 0 would be a temperature."""
 
     def gauge(name: str, what: str, value: float | None) -> Iterator[Metric]:
@@ -163,7 +175,8 @@ def _board_of(node: str, board: BoardState) -> Iterator[Metric]:
 
     yield from gauge("temperature_celsius", "Of the processor.", board.temperature_c)
     yield from gauge("cpu_frequency_hertz", "Clock of the first core now.", board.frequency_hz)
-    yield from gauge("memory_available_bytes", "What a new process could fill.", board.memory_available_bytes)
+    yield from gauge("cpu_usage_ratio", "Share of all cores in use lately, 0 to 1.", board.cpu_share)
+    yield from gauge("memory_usage_ratio", "Share of memory in use, 0 to 1.", board.ram_share)
     if board.throttled:
         family = GaugeMetricFamily(
             "edge_llm_node_throttled", "What holds the board back now.", labels=(*_BOARD_LABELS, "kind")

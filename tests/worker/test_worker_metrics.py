@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
+import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from edge_llm.exposition import VLLM_NAMES, Exposition
-from edge_llm.machine import BoardState
-from edge_llm.worker.messages import CancelRequest
+from edge_llm.worker.messages import Board, CancelRequest
 from edge_llm.worker.metrics import Readings, WorkerMetrics
 from tests.loopback import CHUNK, Cluster, Node, prompt_of, running_cluster, settings_of, until
 
@@ -68,6 +68,7 @@ async def test_a_hand_off_is_counted_where_it_leaves_and_where_it_arrives(cluste
     assert arrived == answer.report.handoff_bytes > 0
     assert value(at_p, "handoff_bytes_total", direction="out") > arrived, "frames carry more than KV"
     assert value(at_d, "handoffs_total", outcome="ok") == value(at_d, "handoff_seconds_count") == 1
+    assert value(at_d, "link_round_trip_seconds", peer="p1", node="d1") > 0
     assert value(at_d, "handoff_seconds_sum") == pytest.approx(answer.report.handoff_ms / 1e3)
 
 
@@ -134,21 +135,24 @@ async def test_every_family_has_the_type_that_its_meaning_needs(cluster: Cluster
     assert not [name for name in families if name.endswith("_created")]
 
 
-def readings_of(node: Node, board: BoardState) -> Readings:
-    return Readings(lambda: ("simulated", "mixed", "m1"), node.worker.status, lambda: 0, lambda: board)
+def readings_of(node: Node, board: Board | None) -> Readings:
+    status = msgspec.structs.replace(node.worker.status(), board=board)
+    return Readings(lambda: ("simulated", "mixed", "m1"), lambda: status, lambda: 0)
 
 
 async def test_a_board_shows_its_sensors_and_invents_none(cluster: Cluster) -> None:
     node = await cluster.start("mixed", "m1")
-    hot = BoardState(81.5, 1.5e9, {"throttled": True, "under_voltage": False}, 1 << 30)
-    bare = BoardState(None, None, {}, 1 << 30)
+    throttled = {"throttled": True, "under_voltage": False}
+    hot = Board(cpu_share=0.5, ram_share=0.25, temperature_c=81.5, frequency_hz=1.5e9, throttled=throttled)
+    bare = Board(cpu_share=0.5, ram_share=0.25)
     for board, sensors in ((hot, 4), (bare, 0)):
         exposition = Exposition()
         WorkerMetrics(exposition.registry, readings_of(node, board))
         families = families_of(exposition.text().decode())
         found = [s for family in families.values() for s in family.samples if s.name.startswith("edge_llm_node_")]
-        assert len(found) == sensors + 1
-        assert value(families, "node_memory_available_bytes", node="m1") == 1 << 30
+        assert len(found) == sensors + 2
+        assert value(families, "node_cpu_usage_ratio", node="m1") == 0.5
+        assert value(families, "node_memory_usage_ratio", node="m1") == 0.25
         if board is hot:
             assert value(families, "node_temperature_celsius", node="m1") == 81.5
             assert value(families, "node_throttled", kind="throttled") == 1
@@ -158,10 +162,9 @@ async def test_a_board_shows_its_sensors_and_invents_none(cluster: Cluster) -> N
 
 async def test_the_same_figures_come_under_other_names_only_when_asked(cluster: Cluster) -> None:
     node = await cluster.start("mixed", "m1")
-    board = BoardState(None, None, {}, 1 << 30)
     plain, alias = Exposition(), Exposition("vllm")
     for exposition in (plain, alias):
-        WorkerMetrics(exposition.registry, readings_of(node, board))
+        WorkerMetrics(exposition.registry, readings_of(node, None))
     assert "vllm:" not in plain.text().decode()
     families = families_of(alias.text().decode())
     theirs = {name for name in families if name.startswith("vllm:")}
