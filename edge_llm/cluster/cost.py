@@ -1,0 +1,240 @@
+"""How long things will take on a node: arithmetic on the rates it published and the work it has.
+
+Pure. Owns the predictions that the scheduler weighs, each of which can be checked by hand. Refuses to know how a node
+is chosen, and clocks. All results in seconds.
+
+Forms: a decode step is linear in rows and KV cells read, a prompt piece linear in its positions and in the pairs it
+attends to (worker/messages.py, Rates; papers.md 3.4). Beside running streams a worker computes one piece of a prompt
+between two decode steps, so that both go on, each slower: `beside`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from edge_llm.worker.messages import Link, Rates, WorkerStatus
+
+# Assumed of a worker that has measured nothing: only the order of equals depends on it.
+_UNMEASURED_TOKENS_PER_S: Final = 100.0
+_UNMEASURED_STEP_S: Final = 0.05
+# Assumed of a way that has carried nothing: 1 GbE (blueprint section 1).
+_UNMEASURED_BYTES_PER_S: Final = 117e6
+_UNMEASURED_ROUND_TRIP_S: Final = 0.001
+# A sequence of which nothing is known but that it is there: medians of the Azure conversation trace (papers.md 2.2).
+TYPICAL_PROMPT_TOKENS: Final = 1020
+TYPICAL_ANSWER_TOKENS: Final = 129
+
+
+@dataclass(frozen=True, slots=True)
+class PromptWork:
+    """Positions [start, start + tokens) of a prompt that a node has to compute; `is_served`: for another worker."""
+
+    tokens: int
+    start: int = 0
+    is_served: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a node has to do. Of `sequences` that hold slots, `decoding` are past their prompts: their rows read
+    `cells` KV cells in a step and will go on for `tokens_left` tokens, all together. `reserved_cells`: prompt and
+    longest answer of all sequences."""
+
+    sequences: int = 0
+    decoding: int = 0
+    cells: int = 0
+    tokens_left: float = 0.0
+    reserved_cells: int = 0
+    prompts: tuple[PromptWork, ...] = ()
+
+    @property
+    def served(self) -> int:
+        """Prompts that are computed here for others, or wait for it."""
+        return sum(prompt.is_served for prompt in self.prompts)
+
+    @property
+    def pending_tokens(self) -> int:
+        return sum(prompt.tokens for prompt in self.prompts)
+
+    @property
+    def left(self) -> float:
+        """Tokens that a stream here still has to come, on average."""
+        return self.tokens_left / self.decoding if self.decoding else 0.0
+
+
+def work_of(status: WorkerStatus) -> Work:
+    """What a node says of itself, where nobody knows it better."""
+    load = status.load
+    depth = min(TYPICAL_PROMPT_TOKENS, status.n_ctx)
+    prompts = load.sequences_waiting + 1 if load.pending_prompt_tokens else 0
+    return Work(
+        sequences=load.sequences_running,
+        decoding=load.sequences_running,
+        cells=load.sequences_running * depth,
+        tokens_left=load.sequences_running * TYPICAL_ANSWER_TOKENS,
+        reserved_cells=load.sequences_running * depth,
+        prompts=tuple(
+            PromptWork(load.pending_prompt_tokens // prompts, is_served=status.role != "decode") for _ in range(prompts)
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class NodeCost:
+    """Predictions about one node."""
+
+    rates: Rates
+    chunk_tokens: int
+    kv_bytes_per_token: int
+
+    @classmethod
+    def of(cls, status: WorkerStatus) -> NodeCost:
+        rates, load = status.load.rates, status.load
+        if not (rates.token_s or rates.call_s or rates.pair_s):
+            token_s = 1 / (load.prefill_tokens_per_s or _UNMEASURED_TOKENS_PER_S)
+            rates = _with(rates, token_s=token_s)
+        if not (rates.run_s or rates.row_s or rates.cell_s):
+            rates = _with(rates, run_s=load.decode_step_s or _UNMEASURED_STEP_S)
+        return cls(rates, status.chunk_tokens, status.kv_bytes_per_token)
+
+    def prefill_s(self, tokens: int, start: int = 0) -> float:
+        """Positions [start, start + tokens) with nothing beside them."""
+        if tokens <= 0:
+            return 0.0
+        end = start + tokens
+        pieces = -(-end // self.chunk_tokens) - start // self.chunk_tokens
+        rates = self.rates
+        return pieces * rates.call_s + tokens * rates.token_s + rates.pair_s * tokens * (start + end) / 2
+
+    def step_s(self, rows: int, cells: float) -> float:
+        """One decode step."""
+        return self.rates.run_s + rows * self.rates.row_s + cells * self.rates.cell_s if rows else 0.0
+
+    def row_s(self, cells: float) -> float:
+        """What one more sequence of `cells` KV cells adds to a step."""
+        return self.rates.row_s + cells * self.rates.cell_s
+
+    def queued_s(self, work: Work) -> float:
+        """All prompt work that is there, with nothing beside it."""
+        return sum(self.prefill_s(prompt.tokens, prompt.start) for prompt in work.prompts)
+
+    def piece_s(self, step_s: float) -> float:
+        """Prompt work between two decode steps of `step_s` (engine/batch.py): bounded by their length, or a chunk."""
+        chunk_s = self.prefill_s(self.chunk_tokens)
+        if not self.rates.prompt_steps:
+            return chunk_s
+        return min(chunk_s, max(self.rates.prompt_steps * step_s, self.rates.token_s))
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What prompt work and a running stream cost each other."""
+
+    prompt_loses_s: float
+    stream_loses_s: float
+
+
+def beside(prompt_s: float, piece_s: float, step_s: float, tokens: float) -> Beside:
+    """`prompt_s` of prompt work, `piece_s` at a time, beside streams with `tokens` steps of `step_s` to go."""
+    if piece_s <= 0.0:
+        return Beside(0.0, 0.0)
+    turns = min(prompt_s / piece_s, tokens)
+    return Beside(turns * step_s, turns * piece_s)
+
+
+def handoff_tail_s(link: Link | None, total_bytes: float, last_bytes: float, compute_s: float) -> float:
+    """What remains to be carried when the last piece was computed: that piece, or more on a way that is slower than
+    the computing."""
+    rate = link.bytes_per_s if link and link.bytes_per_s else _UNMEASURED_BYTES_PER_S
+    round_trip_s = link.round_trip_s if link and link.samples else _UNMEASURED_ROUND_TRIP_S
+    return round_trip_s + max(last_bytes / rate, total_bytes / rate - compute_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """A node in a plan: how fast it is, what it has to do, how many positions of this prompt it holds already."""
+
+    cost: NodeCost
+    work: Work
+    held: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What counts of a request. `behind`: requests that are expected to wait for the node that computes its prompt."""
+
+    prompt_tokens: int
+    answer_tokens: float
+    behind: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """From now on: until the first token, until the last, and what everybody else loses by it, summed."""
+
+    ttft_s: float
+    completion_s: float
+    harm_s: float
+
+    @property
+    def everybody_s(self) -> float:
+        """What a plan is judged by: the seconds that all wait."""
+        return self.completion_s + self.harm_s
+
+
+def predict_local(request: Request, decode: Side) -> Prediction:
+    """The decode node computes the prompt itself, beside its streams."""
+    reading_s, harm_s = _reading(request, decode)
+    return _decoding(request, decode, reading_s, harm_s, prompts=())
+
+
+def predict_split(request: Request, prefill: Side, decode: Side, link: Link | None) -> Prediction:
+    """The prefill node computes the prompt, its KV comes to the decode node meanwhile."""
+    reading_s, harm_s = _reading(request, prefill)
+    positions = request.prompt_tokens - 1
+    kv = decode.cost.kv_bytes_per_token
+    last = min(positions, prefill.cost.chunk_tokens)
+    missing = max(0, positions - decode.held)
+    tail_s = handoff_tail_s(link, missing * kv, min(missing, last) * kv, reading_s)
+    return _decoding(request, decode, reading_s + tail_s, harm_s, prompts=decode.work.prompts)
+
+
+def _reading(request: Request, side: Side) -> tuple[float, float]:
+    """Until the prompt is computed on `side`, and what others lose there by it."""
+    cost, work = side.cost, side.work
+    held = min(side.held, request.prompt_tokens - 1)
+    own_s = cost.prefill_s(request.prompt_tokens - 1 - held, held)
+    queued_s = cost.queued_s(work)
+    step_s = cost.step_s(work.decoding, work.cells)
+    piece_s = cost.piece_s(step_s)
+    all_of_it = beside(queued_s + own_s, piece_s, step_s, work.left)
+    before = beside(queued_s, piece_s, step_s, work.left)
+    # streams that end while others' prompts are read are not there to be disturbed by this one
+    streams_lose_s = work.decoding * (all_of_it.stream_loses_s - before.stream_loses_s)
+    return queued_s + own_s + all_of_it.prompt_loses_s, streams_lose_s + request.behind * own_s
+
+
+def _decoding(
+    request: Request, decode: Side, ready_s: float, harm_s: float, prompts: tuple[PromptWork, ...]
+) -> Prediction:
+    """From a prompt that is there after `ready_s` to the last token, beside `prompts` that are still being read."""
+    cost, work = decode.cost, decode.work
+    depth = request.prompt_tokens + request.answer_tokens / 2
+    # who reads a prompt now will decode beside this one
+    step_s = cost.step_s(work.sequences + 1, work.cells + depth)
+    alone_s = cost.step_s(work.decoding, work.cells)
+    queued_s = sum(cost.prefill_s(prompt.tokens, prompt.start) for prompt in prompts)
+    piece_s = cost.piece_s(step_s)
+    others = beside(max(0.0, queued_s - ready_s), piece_s, step_s, request.answer_tokens)
+    first_s = step_s + min(piece_s, others.stream_loses_s)
+    completion_s = ready_s + request.answer_tokens * step_s + others.stream_loses_s
+    left_then = max(0.0, work.left - ready_s / alone_s) if alone_s else 0.0
+    row_s = cost.row_s(depth)
+    harm_s += work.decoding * min(request.answer_tokens, left_then) * row_s
+    harm_s += len(prompts) * (others.prompt_loses_s / step_s if step_s else 0.0) * row_s
+    return Prediction(ready_s + first_s, completion_s, harm_s)
+
+
+def _with(rates: Rates, **changes: float) -> Rates:
+    return Rates(**({name: getattr(rates, name) for name in rates.__struct_fields__} | changes))  # type: ignore[arg-type]

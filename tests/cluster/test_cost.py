@@ -1,0 +1,171 @@
+"""Predictions, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from edge_llm.cluster.cost import (
+    NodeCost,
+    PromptWork,
+    Request,
+    Side,
+    Work,
+    beside,
+    handoff_tail_s,
+    predict_local,
+    predict_split,
+    work_of,
+)
+from edge_llm.worker.messages import Link, Rates
+from tests.nodes import load_of, node_of
+
+# 2 ms a token and 10 ms a call in chunks of 100; a step of one row takes 20 ms, each further one 5 ms
+RATES = Rates(run_s=0.015, row_s=0.005, call_s=0.010, token_s=0.002, prompt_steps=1.5)
+KV = 1000
+
+
+def cost_of(rates: Rates = RATES, **changes: Any) -> NodeCost:
+    return NodeCost(**{"rates": rates, "chunk_tokens": 100, "kv_bytes_per_token": KV, **changes})
+
+
+def idle(held: int = 0) -> Side:
+    return Side(cost_of(), Work(), held)
+
+
+def streaming(streams: int, left_each: float, **more: Any) -> Side:
+    return Side(
+        cost_of(), Work(**{"sequences": streams, "decoding": streams, "tokens_left": streams * left_each, **more})
+    )
+
+
+# -- one node
+
+
+def test_a_prompt_costs_a_call_for_every_border_it_crosses_and_every_token() -> None:
+    assert cost_of().prefill_s(250) == pytest.approx(3 * 0.010 + 250 * 0.002)
+    assert cost_of().prefill_s(100, start=50) == pytest.approx(2 * 0.010 + 100 * 0.002)
+    assert cost_of().prefill_s(0) == 0.0
+
+
+def test_what_lies_deeper_in_a_prompt_costs_more() -> None:
+    deep = cost_of(Rates(pair_s=1e-6))
+    assert deep.prefill_s(100) == pytest.approx(1e-6 * 100 * 50)
+    assert deep.prefill_s(100, start=1000) == pytest.approx(1e-6 * 100 * 1050)
+    assert deep.prefill_s(200) == pytest.approx(deep.prefill_s(100) + deep.prefill_s(100, start=100))
+
+
+def test_a_step_costs_its_rows_and_the_cells_they_read() -> None:
+    cost = cost_of(Rates(run_s=0.01, row_s=0.002, cell_s=1e-6))
+    assert cost.step_s(4, 8000) == pytest.approx(0.01 + 4 * 0.002 + 0.008)
+    assert cost.step_s(0, 0) == 0.0
+    assert cost.row_s(1000) == pytest.approx(0.003)
+
+
+def test_work_that_waits_is_the_sum_of_its_prompts() -> None:
+    work = Work(prompts=(PromptWork(100), PromptWork(50, start=100)))
+    assert cost_of().queued_s(work) == pytest.approx(0.210 + 0.110)
+
+
+def test_prompt_work_between_steps_is_bounded_by_steps_by_a_chunk_and_by_one_token() -> None:
+    assert cost_of().piece_s(step_s=0.020) == pytest.approx(0.030)
+    assert cost_of().piece_s(step_s=9.0) == pytest.approx(0.210), "never more than a chunk"
+    assert cost_of().piece_s(step_s=0.0) == pytest.approx(0.002), "never less than a token"
+    fixed = cost_of(Rates(run_s=0.02, token_s=0.002, prompt_steps=0.0))
+    assert fixed.piece_s(step_s=0.020) == pytest.approx(0.200), "level same-plan computes whole chunks"
+
+
+def test_a_worker_without_measurements_is_taken_by_its_running_means_or_for_an_average_one() -> None:
+    said = NodeCost.of(node_of("d1", "decode", load=load_of(prefill_tokens_per_s=500.0, decode_step_s=0.01)).status)
+    assert (said.prefill_s(100), said.step_s(3, 1000)) == pytest.approx((0.2, 0.01))
+    silent = NodeCost.of(node_of("d1", "decode").status)
+    assert silent.prefill_s(100) > 0.0
+    assert silent.step_s(1, 0) > 0.0
+    measured = NodeCost.of(node_of("d1", "decode", load=load_of(rates=RATES)).status)
+    assert measured.rates == RATES
+
+
+def test_what_a_node_says_of_its_load_is_work() -> None:
+    load = load_of(sequences_running=2, sequences_waiting=1, pending_prompt_tokens=300)
+    work = work_of(node_of("p1", "mixed", load=load).status)
+    assert (work.sequences, work.decoding, work.served, work.pending_tokens) == (2, 2, 2, 300)
+    assert work_of(node_of("d1", "decode", load=load).status).served == 0, "its own prompts"
+    assert work_of(node_of("d1", "decode").status) == Work()
+
+
+# -- side by side
+
+
+def test_prompt_and_stream_take_turns_until_one_of_them_is_done() -> None:
+    # 3 s of prompt in pieces of 30 ms: 100 turns with a step of 20 ms each
+    longer = beside(prompt_s=3.0, piece_s=0.030, step_s=0.020, tokens=1000)
+    assert (longer.prompt_loses_s, longer.stream_loses_s) == pytest.approx((2.0, 3.0))
+    shorter = beside(prompt_s=3.0, piece_s=0.030, step_s=0.020, tokens=10)
+    assert (shorter.prompt_loses_s, shorter.stream_loses_s) == pytest.approx((0.2, 0.3))
+    assert beside(3.0, 0.03, 0.02, tokens=0).prompt_loses_s == 0.0
+
+
+def test_of_a_handoff_only_the_last_piece_remains_unless_the_way_is_slower_than_the_computing() -> None:
+    link = Link(peer="p1", bytes_per_s=100e6, round_trip_s=0.002, samples=5)
+    assert handoff_tail_s(link, total_bytes=50e6, last_bytes=1e6, compute_s=10.0) == pytest.approx(0.012)
+    assert handoff_tail_s(link, total_bytes=50e6, last_bytes=1e6, compute_s=0.1) == pytest.approx(0.402)
+    assert handoff_tail_s(None, total_bytes=0, last_bytes=117e6, compute_s=9.0) == pytest.approx(1.001)
+
+
+# -- whole requests
+
+
+def test_a_local_request_on_an_idle_node_is_prompt_then_steps() -> None:
+    made = predict_local(Request(prompt_tokens=201, answer_tokens=10), idle())
+    assert made.ttft_s == pytest.approx(0.420 + 0.020)
+    assert made.completion_s == pytest.approx(0.420 + 10 * 0.020)
+    assert made.harm_s == 0.0
+
+
+def test_what_is_held_of_a_prompt_is_not_computed() -> None:
+    made = predict_local(Request(prompt_tokens=201, answer_tokens=10), idle(held=150))
+    assert made.ttft_s == pytest.approx(0.010 + 50 * 0.002 + 0.020)
+    whole = predict_local(Request(prompt_tokens=201, answer_tokens=10), idle(held=500))
+    assert whole.ttft_s == pytest.approx(0.020)
+
+
+def test_a_local_prompt_is_slowed_by_streams_and_slows_them() -> None:
+    # 4 streams, a step of 35 ms, pieces of 52.5 ms; 0.42 s of prompt are 8 turns
+    made = predict_local(Request(prompt_tokens=201, answer_tokens=10), streaming(4, left_each=1000))
+    assert made.ttft_s == pytest.approx(0.420 + 8 * 0.035 + 0.040)
+    left_then = 1000 - 0.700 / 0.035
+    assert left_then > 10
+    assert made.harm_s == pytest.approx(4 * 0.420 + 4 * 10 * 0.005), "each waits for the prompt, then for one more row"
+
+
+def test_streams_that_end_soon_lose_little() -> None:
+    made = predict_local(Request(prompt_tokens=201, answer_tokens=10), streaming(4, left_each=2))
+    assert made.harm_s == pytest.approx(4 * 2 * 0.0525)
+
+
+def test_a_split_request_waits_for_the_queue_of_the_prefill_node_and_the_tail() -> None:
+    busy = Side(cost_of(), Work(prompts=(PromptWork(100, is_served=True),)))
+    link = Link(peer="p1", bytes_per_s=1e6, round_trip_s=0.001, samples=1)
+    made = predict_split(Request(prompt_tokens=201, answer_tokens=10), busy, streaming(4, left_each=1000), link)
+    ready_s = 0.210 + 0.420 + 0.001 + 100 * KV / 1e6
+    assert made.ttft_s == pytest.approx(ready_s + 0.040)
+    assert made.completion_s == pytest.approx(ready_s + 10 * 0.040)
+    assert made.harm_s == pytest.approx(4 * 10 * 0.005), "streams feel the new row, not the prompt"
+
+
+def test_whoever_waits_behind_a_prompt_loses_its_seconds() -> None:
+    request = Request(prompt_tokens=201, answer_tokens=10, behind=2.0)
+    assert predict_split(request, idle(), idle(), None).harm_s == pytest.approx(2 * 0.420)
+    assert predict_local(request, idle(held=200)).harm_s == 0.0
+
+
+def test_a_decode_node_that_reads_a_prompt_of_its_own_gives_slower_tokens_meanwhile() -> None:
+    reading = Side(cost_of(), Work(sequences=1, prompts=(PromptWork(1000),)))
+    free = Side(cost_of(), Work(sequences=1))
+    request = Request(prompt_tokens=2, answer_tokens=10)
+    loss_s = predict_split(request, idle(), reading, None).completion_s - (
+        predict_split(request, idle(), free, None).completion_s
+    )
+    # steps of two rows, 25 ms: ten of them with a piece of 37.5 ms before each
+    assert loss_s == pytest.approx(10 * 0.0375)
