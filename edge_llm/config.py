@@ -118,7 +118,7 @@ class GatewayConfig(_Settings):
     """The gateway."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; there are no API keys, so think before leaving loopback."""
+    """Address to listen on; other than loopback needs `api_keys_file`."""
     port: Port = 8080
     """Port of the endpoint."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{0,64}$")] = ""
@@ -129,18 +129,38 @@ class GatewayConfig(_Settings):
     """The cluster key (`edge-llm serve key`)."""
     key_fd: int | None = None
     """The same from an inherited descriptor, for `edge-llm up`."""
+    api_keys_file: UserPath | None = None
+    """Who may use the endpoint (`edge-llm serve api-key`); read again when it changes."""
+    no_auth: bool = False
+    """Let everybody in who reaches the port; only on loopback."""
     announce: bool = False
     """Say on stdout when ready, for `edge-llm up`."""
     probe_s: Annotated[float, Field(gt=0, le=60)] = 1.0
     """Between two questions to a worker how it is."""
     queue_length: Annotated[int, Field(ge=0, le=100_000)] = 256
     """Requests that may wait; more are refused with status 503."""
+    queue_bytes: Annotated[int, Field(ge=1024)] = 64 << 20
+    """What requests that wait or are being read may take of memory; more are refused with status 503."""
+    queue_predicted_wait_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
+    """A request that would wait longer, as far as is known, is refused at once with status 503."""
     queue_wait_s: Annotated[float, Field(gt=0, le=3600)] = 300.0
-    """A request that waited so long is refused with status 503."""
+    """A request that waited so long after all is refused with status 503."""
+    default_deadline_s: Annotated[float, Field(ge=0, le=86_400)] = 0.0
+    """Time for a whole answer when the request does not say one; 0 = as long as it takes."""
     keep_alive_s: Annotated[float, Field(gt=0, le=60)] = 5.0
     """After so much silence a stream gets a comment."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = 8 << 20
     """A larger request is refused with status 413."""
+    max_head_bytes: Annotated[int, Field(ge=1024, le=1 << 20)] = 32 << 10
+    """Request line and headers; more are refused with status 431."""
+    read_s: Annotated[float, Field(gt=0, le=600)] = 30.0
+    """Time for a client to send its request, once for the headers and once for the body."""
+    stream_buffer_bytes: Annotated[int, Field(ge=1024)] = 256 << 10
+    """What a client may leave unread of one answer; with more the answer ends."""
+    stall_s: Annotated[float, Field(gt=0, le=600)] = 30.0
+    """A client that takes nothing for so long loses its connection."""
+    drain_s: Annotated[float, Field(ge=0, le=3600)] = 30.0
+    """How long running answers may go on after SIGTERM."""
     default_max_tokens: Annotated[int, Field(ge=1)] = 512
     """Length of an answer when the request does not say one."""
     log_level: LogLevel = "info"

@@ -14,7 +14,7 @@ from typing import Any
 from fastapi import Request
 
 from edge_llm.errors import WorkerError
-from edge_llm.gateway.dispatch import Dispatcher
+from edge_llm.gateway.intake import Arrival
 from edge_llm.gateway.openai import DONE, Ask, Shape, Usage, comment, error_body, sse
 from edge_llm.gateway.running import Finish, Job, Progress, Running, Text, Update
 
@@ -27,10 +27,10 @@ async def after(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncGenerat
 
 
 async def whole(
-    dispatcher: Dispatcher, request: Request, ask: Ask, job: Job, shape: Shape, arrived_s: float
+    arrival: Arrival, request: Request, ask: Ask, job: Job, shape: Shape, arrived_s: float
 ) -> dict[str, Any]:
     """Collect an answer. A client that hangs up cancels it."""
-    async with dispatcher.running(job, arrived_s) as running:
+    async with arrival.running(job, arrived_s) as running:
         request.state.is_accepted = True
         gone = asyncio.create_task(_disconnected(request), name="disconnect")
         try:
@@ -46,7 +46,7 @@ async def whole(
 async def _collect(running: Running, gone: asyncio.Task[None]) -> tuple[str, Finish]:
     parts: list[str] = []
     while True:
-        getting = asyncio.create_task(running.updates.get())
+        getting = asyncio.create_task(running.heard())
         await asyncio.wait({getting, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not getting.done():
             getting.cancel()
@@ -64,25 +64,26 @@ async def _disconnected(request: Request) -> None:
 
 
 async def stream(
-    dispatcher: Dispatcher, ask: Ask, job: Job, shape: Shape, arrived_s: float, keep_alive_s: float
+    arrival: Arrival, ask: Ask, job: Job, shape: Shape, arrived_s: float, keep_alive_s: float
 ) -> AsyncGenerator[bytes, None]:
     """SSE of one answer. The first part comes at once, and something at least every `keep_alive_s`."""
-    async with dispatcher.running(job, arrived_s) as running:
-        yield shape.first() or comment("accepted")
-        said_s = time.monotonic()
-        while True:
-            update = await _next_update(running, said_s + keep_alive_s - time.monotonic())
-            if isinstance(update, Finish):
-                break
-            if part := _part(ask, shape, update, arrived_s):
-                yield part
-                said_s = time.monotonic()
-        if update.error is not None:
-            yield sse(error_body(update.error))
-            return
-        timings = _timings(running, ask, arrived_s)
-        usage = shape.usage(_usage(running), timings) if ask.wants_usage else b""
-        yield shape.last(update.reason or "stop", timings) + usage + DONE
+    with arrival:
+        async with arrival.running(job, arrived_s) as running:
+            yield shape.first() or comment("accepted")
+            said_s = time.monotonic()
+            while True:
+                update = await _next_update(running, said_s + keep_alive_s - time.monotonic())
+                if isinstance(update, Finish):
+                    break
+                if part := _part(ask, shape, update, arrived_s):
+                    yield part
+                    said_s = time.monotonic()
+            if update.error is not None:
+                yield sse(error_body(update.error))
+                return
+            timings = _timings(running, ask, arrived_s)
+            usage = shape.usage(_usage(running), timings) if ask.wants_usage else b""
+            yield shape.last(update.reason or "stop", timings) + usage + DONE
 
 
 def _part(ask: Ask, shape: Shape, update: Text | Progress | None, arrived_s: float) -> bytes:
@@ -100,7 +101,7 @@ async def _next_update(running: Running, within_s: float) -> Update | None:
     """The next update, or None when nothing happened in time."""
     try:
         async with asyncio.timeout(within_s):
-            return await running.updates.get()
+            return await running.heard()
     except TimeoutError:
         return None
 

@@ -11,7 +11,7 @@ import re
 import secrets
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from typing import Any, Final
 
 import aiohttp
@@ -22,25 +22,22 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from edge_llm.cluster.probe import Discovery, Prober
-from edge_llm.cluster.view import Node
 from edge_llm.config import GatewayConfig
 from edge_llm.errors import (
-    ContextTooLong,
     EdgeLLMError,
     InvalidRequest,
-    Overloaded,
     PayloadTooLarge,
     UnknownModel,
 )
 from edge_llm.exposition import CONTENT_TYPE, Exposition
 from edge_llm.gateway import answer
 from edge_llm.gateway.dispatch import Dispatcher
+from edge_llm.gateway.intake import Caller, Intake
 from edge_llm.gateway.metrics import GatewayMetrics
-from edge_llm.gateway.openai import Ask, Shape, error_body, error_headers, parse
+from edge_llm.gateway.openai import Shape, error_body, error_headers, parse
 from edge_llm.gateway.overview import overview
-from edge_llm.gateway.running import Job
+from edge_llm.gateway.queue import Bounds
 from edge_llm.worker.client import WorkerClient
-from edge_llm.worker.messages import ChatMessage, TokenizeRequest
 from edge_llm.worker.stream import ClosingStream
 from edge_llm.worker.tickets import KeyRing
 
@@ -57,6 +54,7 @@ class Gateway:
         self._keys, self._discovery = keys, discovery
         self.name = config.name or f"gateway-{secrets.token_hex(4)}"
         self.dispatcher: Dispatcher
+        self.intake: Intake
         self.started = int(time.time())
         self.exposition = Exposition(config.metrics_alias)
         self.metrics = GatewayMetrics(self.exposition.registry, self.name)
@@ -69,9 +67,11 @@ class Gateway:
         async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None)) as session:
             client = WorkerClient(session, self._keys, self.name, time.time, lambda: secrets.token_hex(12))
             config = self.config
+            bounds = Bounds(config.queue_length, config.queue_bytes, config.queue_predicted_wait_s, config.queue_wait_s)
             self.dispatcher = Dispatcher(
-                client, self.name, config.queue_length, config.queue_wait_s, config.replan_limit, self.metrics
+                client, self.name, bounds, config.replan_limit, self.metrics, buffer_bytes=config.stream_buffer_bytes
             )
+            self.intake = Intake(config, self.dispatcher, time.monotonic)
             prober = Prober(self._discovery, client, config.probe_s, self.dispatcher.on_view)
             self.dispatcher.prober = prober
             await prober.probe_all()
@@ -83,66 +83,6 @@ class Gateway:
                 with suppress(asyncio.CancelledError):
                     await probing
                 await self.dispatcher.close()
-
-    async def job(self, ask: Ask, request_id: str) -> tuple[Job, Node]:
-        """Tokenize, check against the model's context, fill in defaults."""
-        model = self._model(ask.model)
-        if ask.messages is not None:
-            chat = [ChatMessage(role=role, content=text) for role, text in ask.messages]  # type: ignore[arg-type]
-            node, reply = await self.dispatcher.tokenize(model, TokenizeRequest(messages=chat))
-        else:
-            node, reply = await self.dispatcher.tokenize(model, TokenizeRequest(text=ask.text or ""))
-        ids = ask.ids if ask.ids is not None else tuple(reply.ids)
-        if not ids:
-            raise InvalidRequest("the prompt is empty: send at least one token", param="prompt")
-        if max(ids) >= node.status.vocab_size:
-            raise InvalidRequest(
-                f"token id {max(ids)} is outside the vocabulary of {node.status.vocab_size}", param="prompt"
-            )
-        job = Job(
-            request_id=request_id,
-            model=model,
-            prompt_ids=ids,
-            max_tokens=self._max_tokens(ask, len(ids), model),
-            sampling=ask.sampling,
-            stop=ask.stop,
-            stop_ids=() if ask.ignores_stop_ids else tuple(reply.stop_ids),
-            mode=ask.mode,
-            cache_prompt=ask.cache_prompt,
-        )
-        return job, node
-
-    def _model(self, wanted: str | None) -> str:
-        """The model asked for; none named means the only one."""
-        models = self.dispatcher.view.models
-        if not models:
-            raise Overloaded("no worker is ready yet: models are still loading", retry_after_s=2.0)
-        if wanted is None:
-            if len(models) > 1:
-                raise InvalidRequest(f"several models are served, name one of {', '.join(models)}", param="model")
-            return models[0]
-        if wanted not in models:
-            raise UnknownModel(f"no worker serves the model {wanted!r}; served are: {', '.join(models)}", param="model")
-        return wanted
-
-    def _max_tokens(self, ask: Ask, prompt_tokens: int, model: str) -> int:
-        nodes = self.dispatcher.view.ready(model)
-        n_ctx = max((node.status.n_ctx for node in nodes if node.decodes), default=0)
-        if not n_ctx:
-            raise Overloaded(f"no worker that decodes {model} is ready", retry_after_s=2.0)
-        room = n_ctx - prompt_tokens
-        if room < 1:
-            raise ContextTooLong(
-                f"the prompt has {prompt_tokens} tokens, the context of {model} here is {n_ctx}",
-                param="messages" if ask.is_chat else "prompt",
-            )
-        wanted = ask.max_tokens or min(self.config.default_max_tokens, room)
-        if wanted > room:
-            raise ContextTooLong(
-                f"the prompt has {prompt_tokens} tokens and max_tokens is {wanted}: more than the context of {n_ctx}",
-                param="max_tokens",
-            )
-        return wanted
 
 
 def create_app(gateway: Gateway) -> FastAPI:
@@ -220,17 +160,20 @@ async def _answer(gateway: Gateway, request: Request, *, is_chat: bool) -> Respo
     ask = parse(body, is_chat=is_chat, random_seed=lambda: secrets.randbits(63), mode_header=mode)
     job_id = f"{request_id}.{secrets.token_hex(4)}"
     structlog.contextvars.bind_contextvars(request_id=job_id)
-    job, node = await gateway.job(ask, job_id)
-    shape = Shape(request_id, int(time.time()), node.status.model, is_chat)
-    if ask.is_stream:
-        parts = answer.stream(gateway.dispatcher, ask, job, shape, arrived_s, gateway.config.keep_alive_s)
+    caller = Caller(request_id=request_id)
+    with ExitStack() as held:
+        arrival = held.enter_context(gateway.intake.arrive(caller, ask, job_id, len(body), arrived_s))
+        job, node = await arrival.job()
+        shape = Shape(request_id, int(time.time()), node.status.model, is_chat)
+        if not ask.is_stream:
+            whole = await answer.whole(arrival, request, ask, job, shape, arrived_s)
+            return JSONResponse(whole, headers=_headers(request))
+        held.pop_all()  # the stream leaves what it holds when it ends
+        parts = answer.stream(arrival, ask, job, shape, arrived_s, gateway.config.keep_alive_s)
         first = await anext(parts)  # what is refused at once is an HTTP error, not an error in a stream
         stream = ClosingStream(answer.after(first, parts), "text/event-stream")
         stream.headers.update(_headers(request))
         return stream
-    return JSONResponse(
-        await answer.whole(gateway.dispatcher, request, ask, job, shape, arrived_s), headers=_headers(request)
-    )
 
 
 def _model_entry(gateway: Gateway, model: str) -> dict[str, Any]:

@@ -20,7 +20,15 @@ import structlog
 
 from edge_llm.cluster.probe import Prober
 from edge_llm.cluster.view import ClusterView, Node
-from edge_llm.errors import Draining, EdgeLLMError, Overloaded, RemoteProtocolError, UnknownModel, WorkerError
+from edge_llm.errors import (
+    DeadlinePassed,
+    Draining,
+    EdgeLLMError,
+    Overloaded,
+    RemoteProtocolError,
+    UnknownModel,
+    WorkerError,
+)
 from edge_llm.gateway import queue
 from edge_llm.gateway.listen import Listener
 from edge_llm.gateway.metrics import GatewayMetrics
@@ -40,6 +48,8 @@ from edge_llm.worker.messages import (
 )
 
 REFUSED_S: Final = 0.1
+# What a worker is told at least: to it, no time left means no deadline.
+MIN_TIME_S: Final = 0.001
 # How long the end of a gateway waits for its last cancellations to arrive; a lease frees what they did not reach.
 CLOSE_S: Final = 1.0
 log = structlog.get_logger()
@@ -52,17 +62,18 @@ class Dispatcher:
         self,
         client: WorkerClient,
         gateway: str,
-        queue_length: int,
-        queue_wait_s: float,
+        bounds: queue.Bounds,
         replan_limit: int,
         metrics: GatewayMetrics,
         clock: Callable[[], float] = time.monotonic,
+        buffer_bytes: int = 256 << 10,
     ) -> None:
+        """`buffer_bytes`: what a client may leave unread of one answer."""
         self._client, self._gateway, self._metrics = client, gateway, metrics
-        self._queue_wait_s, self._replan_limit, self._clock = queue_wait_s, replan_limit, clock
+        self._queue_wait_s, self._replan_limit, self._clock = bounds.wait_s, replan_limit, clock
         self._running: dict[str, Running] = {}
-        self._listener = Listener(client, self._running, self, metrics, clock)
-        self._queue = queue.PlanQueue(queue_length, queue_wait_s)
+        self._listener = Listener(client, self._running, self, metrics, clock, buffer_bytes)
+        self._queue = queue.PlanQueue(bounds, clock=clock)
         self._endings: set[asyncio.Task[None]] = set()
         self.prober: Prober | None = None
 
@@ -82,7 +93,22 @@ class Dispatcher:
 
     # -- called by the HTTP side
 
-    async def tokenize(self, model: str | None, request: TokenizeRequest) -> tuple[Node, TokenizeReply]:
+    def enter(self, demand: queue.Demand) -> queue.Place:
+        """A place in the queue, on an estimate of the prompt. Raises Overloaded."""
+        slots = sum(node.status.slots for node in self.view.ready(demand.model) if node.decodes)
+        taken = sum(
+            running.job.model == demand.model and running.session.state in (State.PREFILLING, State.DECODING)
+            for running in self._running.values()
+        )
+        return self._queue.enter(demand, slots - taken)
+
+    def leave(self, place: queue.Place) -> None:
+        """The place is not needed any more, if it ever was."""
+        self._queue.leave(place)
+
+    async def tokenize(
+        self, model: str | None, request: TokenizeRequest, trace: str = ""
+    ) -> tuple[Node, TokenizeReply]:
         """Token ids by any ready worker of the model; the next one is asked when one fails."""
         nodes = self.view.ready(model)
         if model is not None and not nodes:
@@ -91,18 +117,19 @@ class Dispatcher:
         # the least busy first; prefill workers are as good as others: tokenizing has its own thread
         for node in sorted(nodes, key=lambda n: (n.status.load.sequences_running, n.worker)):
             try:
-                return node, await self._client.tokenize(_peer(node), request)
+                return node, await self._client.tokenize(_peer(node), request, trace)
             except (WorkerError, Overloaded, RemoteProtocolError) as error:
                 failure = error
         raise failure
 
     @asynccontextmanager
-    async def running(self, job: Job, arrived_s: float) -> AsyncIterator[Running]:
-        """Run a job; leaving the block early cancels it everywhere. Raises what refuses it at once."""
+    async def running(self, job: Job, place: queue.Place, arrived_s: float) -> AsyncIterator[Running]:
+        """Run a job from its place on; leaving the block early cancels it everywhere. Raises what refuses it."""
         running = Running(job, Session(job.request_id), self._clock(), arrived_s)
         self._running[job.request_id] = running
         try:
-            place = self._join(running)
+            running.place = place
+            self._queue.ready(place, self._demand(running), lambda: self._plan(running), _lane(running))
             task = asyncio.create_task(self._run(running, place), name=f"request {job.request_id}")
             try:
                 yield running
@@ -110,6 +137,8 @@ class Dispatcher:
                 self._leave(running, task)
         finally:
             del self._running[job.request_id]
+            is_measure = running.session.state in (State.DONE, State.CANCELLED)
+            self._queue.service.ended(job.model, job.request_id, self._clock(), is_measure=is_measure)
             self._queue.move()
 
     # -- one request
@@ -117,28 +146,44 @@ class Dispatcher:
     async def _run(self, running: Running, place: queue.Place) -> None:
         """Top of a request's task: plan and follow until it is over."""
         try:
-            await self._attempt(running, await self._queue.turn(place))
-            while not running.session.is_over:
-                await self._attempt(running, await self._queue.turn(self._join(running)))
+            async with asyncio.timeout(self._time_left_s(running.job)):
+                await self._attempt(running, await self._queue.turn(place))
+                while not running.session.is_over:
+                    await self._attempt(running, await self._queue.turn(self._rejoin(running)))
+        except TimeoutError:
+            self.drop(running, DeadlinePassed("the request's time is over"))
         except EdgeLLMError as error:
             self.give_up(running, error)
         except Exception as error:
             log.error("request failed", request_id=running.job.request_id, error=repr(error), exc_info=True)
             self.give_up(running, WorkerError("the gateway failed on this request; see its log"))
 
-    def _join(self, running: Running) -> queue.Place:
-        session = running.session
-        lane = (running.job.model, frozenset(session.lost))
-        place = self._queue.join(lambda: self._plan(running), lane, is_returning=session.epoch > 0)
-        running.place = place
-        return place
+    def _rejoin(self, running: Running) -> queue.Place:
+        running.place = self._queue.rejoin(self._demand(running), lambda: self._plan(running), _lane(running))
+        return running.place
+
+    def _demand(self, running: Running) -> queue.Demand:
+        job, delivered = running.job, len(running.session.delivered)
+        return queue.Demand(
+            request_id=job.request_id,
+            key=job.key,
+            model=job.model,
+            prompt_tokens=len(job.prompt_ids) + delivered,
+            max_tokens=job.max_tokens - delivered,
+            mode=job.mode,
+            held_bytes=job.held_bytes,
+            deadline_s=job.deadline_s,
+        )
+
+    def _time_left_s(self, job: Job) -> float | None:
+        return None if job.deadline_s is None else max(MIN_TIME_S, job.deadline_s - self._clock())
 
     async def _attempt(self, running: Running, plan: Plan) -> None:
         if running.session.is_over:
             return
         running.ended.clear()
         try:
-            await self._client.decode(_peer(plan.decode), self._decode_request(running, plan))
+            await self._client.decode(_peer(plan.decode), self._decode_request(running, plan), running.job.trace)
         except (WorkerError, Overloaded, RemoteProtocolError) as error:
             self.lose(running, error)
             # a refusal comes at once: do not ask the same full worker in a tight loop
@@ -196,13 +241,15 @@ class Dispatcher:
             stop_ids=list(job.stop_ids),
             candidates=[self._candidate(running, node, digest) for node in _sources(running, plan)],
             cache_prompt=job.cache_prompt,
+            tenant=job.tenant,
+            time_left_s=self._time_left_s(job) or 0.0,
         )
 
     def _candidate(self, running: Running, node: Node, digest: str) -> PrefillCandidate:
         return PrefillCandidate(
             worker=node.worker,
             address=node.place.address,
-            ticket=self._client.prefill_ticket(_peer(node), running.job.request_id, digest),
+            ticket=self._client.prefill_ticket(_peer(node), running.job.request_id, digest, running.job.tenant),
             only_stored=node is running.holder,
         )
 
@@ -231,12 +278,18 @@ class Dispatcher:
             running.waits_since_s = self._clock()
         running.ended.set()
 
+    def drop(self, running: Running, error: EdgeLLMError) -> None:
+        """End a request whose worker is well: its time is over, or its client does not read."""
+        if running.session.state in (State.PREFILLING, State.DECODING) and running.plan is not None:
+            self._end(running, running.plan)
+        self.give_up(running, error)
+
     def give_up(self, running: Running, error: EdgeLLMError) -> None:
         if running.session.is_over:
             return
         running.session.on(Event.GAVE_UP)
         self._metrics.failed(running.job.model, error.code)
-        running.updates.put_nowait(Finish(None, error))
+        running.tell(Finish(None, error))
         running.ended.set()
         self._queue.move()
 
@@ -303,6 +356,7 @@ def _log_end(running: Running) -> None:
     log.info(
         "request over",
         request_id=job.request_id,
+        key=job.key,
         model=job.model,
         state=session.state.value,
         finish_reason=session.finish_reason,
@@ -315,6 +369,11 @@ def _log_end(running: Running) -> None:
         ttft_s=round(running.first_token_s - running.arrived_s, 4) if running.first_token_s else None,
         replanned=session.epoch,
     )
+
+
+def _lane(running: Running) -> queue.Lane:
+    """What requests share workers: others that lost the same ones."""
+    return running.job.model, frozenset(running.session.lost)
 
 
 def _goes_on_the_same(before: Node, after: Node) -> bool:

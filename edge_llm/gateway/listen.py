@@ -13,7 +13,7 @@ from typing import Final, Protocol
 import structlog
 
 from edge_llm.cluster.view import ClusterView, Node, Place
-from edge_llm.errors import EdgeLLMError, RemoteProtocolError, WorkerUnreachable
+from edge_llm.errors import EdgeLLMError, ReaderTooSlow, RemoteProtocolError, WorkerUnreachable
 from edge_llm.gateway.metrics import GatewayMetrics
 from edge_llm.gateway.running import Finish, Progress, Running, Text
 from edge_llm.gateway.session import Event, State
@@ -35,6 +35,9 @@ class Outcomes(Protocol):
     def give_up(self, running: Running, error: EdgeLLMError) -> None:
         """No worker will do better."""
 
+    def drop(self, running: Running, error: EdgeLLMError) -> None:
+        """The request itself must end; its worker does not know."""
+
     def move(self) -> None:
         """Room may have become free."""
 
@@ -52,9 +55,10 @@ class Listener:
         outcomes: Outcomes,
         metrics: GatewayMetrics,
         clock: Callable[[], float],
+        buffer_bytes: int,
     ) -> None:
         self._client, self._running, self._outcomes = client, running, outcomes
-        self._metrics, self._clock = metrics, clock
+        self._metrics, self._clock, self._buffer_bytes = metrics, clock, buffer_bytes
         self._connections: dict[Place, asyncio.Task[None]] = {}
 
     def on_view(self, before: ClusterView, after: ClusterView) -> None:
@@ -84,7 +88,7 @@ class Listener:
         for progress in batch.progress:
             running = self._current(progress.request_id, progress.epoch)
             if running is not None and running.session.state is State.PREFILLING:
-                running.updates.put_nowait(Progress(progress.done, progress.total))
+                running.tell(Progress(progress.done, progress.total))
         for token in batch.tokens:
             self._on_token(token)
         for failed in batch.failed:
@@ -125,11 +129,14 @@ class Listener:
         self._metrics.token(running, now_s)
         running.last_token_s = now_s
         running.first_token_s = running.first_token_s or now_s
-        running.updates.put_nowait(Text(token.text))
+        running.tell(Text(token.text))
         if token.finish_reason is not None:
-            running.updates.put_nowait(Finish(token.finish_reason))
+            running.tell(Finish(token.finish_reason))
             running.ended.set()
             self._outcomes.move()
+        elif running.unread_bytes > self._buffer_bytes:
+            unread = f"the client left {running.unread_bytes} bytes of its answer unread"
+            self._outcomes.drop(running, ReaderTooSlow(unread))
 
     def _drop(self, token: messages.Token) -> None:
         """A late token of a plan that is over. Its request may be gone: then nobody misses it."""

@@ -28,8 +28,10 @@ from edge_llm.errors import EdgeLLMError, InvalidRequest, Overloaded
 from edge_llm.request import SamplingParams, check_stop
 
 DONE: Final = b"data: [DONE]\n\n"
+MAX_DEADLINE_S: Final = 86_400.0
 ROLES: Final = ("system", "user", "assistant", "tool", "developer")
 _MAX_SEED: Final = (1 << 63) - 1
+_SECONDS: Final = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?")
 # what pydantic puts into the path of an error for the branch of a union; no field of ours has such a name
 _BRANCH: Final = re.compile(r"str|list\[.*\]|\[key\]")
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
@@ -65,6 +67,7 @@ class _StreamOptions(_Body):
 class _Vendor(_Body):
     mode: Literal["auto", "split", "local"] = "auto"
     return_token_ids: StrictBool = False
+    deadline_s: Annotated[Number, Field(gt=0, le=MAX_DEADLINE_S)] | None = None
 
 
 class _Common(_Body):
@@ -120,6 +123,8 @@ class Ask:
     ignores_stop_ids: bool
     cache_prompt: bool
     mode: Literal["auto", "split", "local"]
+    deadline_s: float | None = None
+    """Seconds from its arrival on for the whole answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +144,18 @@ class Usage:
         }
 
 
-def parse(data: bytes, *, is_chat: bool, random_seed: Callable[[], int], mode_header: str | None = None) -> Ask:
-    """A request body as an Ask. Raises InvalidRequest that names the field."""
+def parse(
+    data: bytes,
+    *,
+    is_chat: bool,
+    random_seed: Callable[[], int],
+    mode_header: str | None = None,
+    timeout_header: str | None = None,
+) -> Ask:
+    """A request body as an Ask. Raises InvalidRequest that names the field.
+
+    The headers are x-edge-llm-mode, which beats the body, and x-request-timeout-s: the shorter time holds.
+    """
     try:
         values = orjson.loads(data)
     except orjson.JSONDecodeError as error:
@@ -153,10 +168,23 @@ def parse(data: bytes, *, is_chat: bool, random_seed: Callable[[], int], mode_he
         raise _first_problem(error) from error
     if mode_header is not None and mode_header not in ("auto", "split", "local"):
         raise InvalidRequest(f"x-edge-llm-mode is auto, split or local, not {mode_header!r}", param="x-edge-llm-mode")
-    return _ask(body, random_seed, mode_header)
+    return _ask(body, random_seed, mode_header, _seconds(timeout_header))
 
 
-def _ask(body: _Chat | _Completion, random_seed: Callable[[], int], mode_header: str | None) -> Ask:
+def _seconds(header: str | None) -> float | None:
+    """x-request-timeout-s as a number. Raises InvalidRequest."""
+    if header is None:
+        return None
+    value = float(header) if _SECONDS.fullmatch(header) else 0.0
+    if not 0 < value <= MAX_DEADLINE_S:
+        name = "x-request-timeout-s"
+        raise InvalidRequest(f"{name} is a number of seconds up to {MAX_DEADLINE_S:.0f}", param=name)
+    return value
+
+
+def _ask(
+    body: _Chat | _Completion, random_seed: Callable[[], int], mode_header: str | None, timeout_s: float | None
+) -> Ask:
     _refuse_unsupported(body)
     text, ids = _prompt(body) if isinstance(body, _Completion) else (None, None)
     mode: Any = mode_header or body.edge_llm.mode
@@ -176,6 +204,7 @@ def _ask(body: _Chat | _Completion, random_seed: Callable[[], int], mode_header:
         ignores_stop_ids=body.ignore_eos,
         cache_prompt=body.cache_prompt,
         mode=mode,
+        deadline_s=min((s for s in (timeout_s, body.edge_llm.deadline_s) if s is not None), default=None),
     )
 
 

@@ -1,89 +1,292 @@
-"""The one queue: who waits for a plan, and in which order they get one.
+"""The one queue: who may wait for a plan, how long, and in which order plans are made.
 
-Owns order, bounds and the words for waiting too long. Refuses to know how a plan is made and what becomes of it.
+Owns bounds, order and the words for waiting too long. Refuses to know how a plan is made and what becomes of it.
 
-Those who compete leave in order: a request that cannot be planned now holds up those behind it in its lane. A lane is
-whatever shares workers; a request that waits for workers of its own (another model, or any worker but the one that
-failed it) holds up nobody else. Requests that were under way before come in front of new ones.
+A place is taken before anything is done for a request (`enter`: a refusal must be cheap), tried for when its prompt is
+known (`ready`), and given up when it is planned, refused, or its time is over. New requests are refused where too many
+or too large ones wait, and where the predicted wait (service.py) exceeds the bound or the caller's own time.
+
+Order: requests that were under way before come first. New ones follow in deficit round robin between API keys
+(fairness.py), model by model. Who cannot be planned now holds up nobody: everybody is tried, except who needs at least
+as much as one who was refused in the same pass. Who was overtaken so for `PATIENCE_S` is tried before the new ones.
+
+Invariants: nobody waits beyond `wait_s` or its deadline; a key never holds all places (while others keep out, it gets
+8/9 of them: the dynamic threshold of Choudhury and Hahne, 1998, with factor 8).
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field
+from typing import Final
 
-from edge_llm.errors import EdgeLLMError, Overloaded
+from edge_llm.errors import DeadlinePassed, EdgeLLMError, Overloaded
+from edge_llm.gateway.fairness import DeficitRoundRobin
 from edge_llm.gateway.scheduler import Plan
+from edge_llm.gateway.service import Service, tokens_ahead
+
+PATIENCE_S: Final = 5.0
+SHARE: Final = 8
+Lane = Hashable
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """`length` and `held_bytes` of new requests that wait; `predicted_wait_s` refuses at once, `wait_s` in the end."""
+
+    length: int = 256
+    held_bytes: int = 64 << 20
+    predicted_wait_s: float = 30.0
+    wait_s: float = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a request wants of the cluster, and of the queue's memory. `deadline_s` on the queue's clock."""
+
+    request_id: str
+    key: str
+    model: str
+    prompt_tokens: int
+    max_tokens: int
+    mode: str = "auto"
+    held_bytes: int = 0
+    deadline_s: float | None = None
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt_tokens + self.max_tokens
 
 
 @dataclass(eq=False, slots=True)
 class Place:
     """One request's place. `plan` is called when its turn comes; Overloaded means not yet."""
 
-    plan: Callable[[], Plan]
-    lane: Hashable
-    is_returning: bool
-    planned: asyncio.Future[Plan]
+    demand: Demand
+    since_s: float
+    until_s: float
+    plan: Callable[[], Plan] | None = None
+    lane: Lane = None
+    is_returning: bool = False
+    is_held: bool = True
+    overtaken_s: float | None = None
     reason: str = "the queue did not move"
+    planned: asyncio.Future[Plan] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 class PlanQueue:
-    """At most `length` new requests wait, each at most `wait_s`."""
+    """Places of requests that have no worker."""
 
-    def __init__(self, length: int, wait_s: float) -> None:
-        self._length, self._wait_s = length, wait_s
-        self._places: list[Place] = []
+    def __init__(
+        self, bounds: Bounds, service: Service | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._bounds, self._clock = bounds, clock
+        self.service = service or Service()
+        self._arriving: set[Place] = set()
+        self._returning: list[Place] = []
+        self._new: dict[str, DeficitRoundRobin[Place]] = {}
+        self._waiting: set[Place] = set()
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._arriving) + len(self._waiting) + len(self._returning)
 
-    def join(self, plan: Callable[[], Plan], lane: Hashable, *, is_returning: bool = False) -> Place:
-        """Take a place. Raises what `plan` raises at once, or Overloaded when too many wait already."""
-        place = Place(plan, lane, is_returning, asyncio.get_running_loop().create_future())
-        at = sum(other.is_returning for other in self._places) if is_returning else len(self._places)
-        self._places.insert(at, place)
+    # -- places
+
+    def enter(self, demand: Demand, free_slots: int) -> Place:
+        """Take a place on an estimate of the prompt, before work is done for it. Raises Overloaded."""
+        others = len(self._arriving) + len(self._waiting)
+        if others >= free_slots:
+            self._check(demand, others - free_slots, self._ahead(demand))
+        self._check_bytes(demand)
+        place = self._place(demand)
+        self._arriving.add(place)
+        return place
+
+    def ready(self, place: Place, demand: Demand, plan: Callable[[], Plan], lane: Lane) -> None:
+        """The prompt is known: wait for a plan. Raises what `plan` raises at once, or Overloaded."""
+        self._arriving.discard(place)
+        place.demand, place.plan, place.lane = demand, plan, lane
+        others = len(self._waiting)
+        ahead = self._ahead(demand)
+        self._waiting.add(place)
+        self._new.setdefault(demand.model, DeficitRoundRobin()).add(demand.key, place, demand.tokens)
         self.move()
         if place.planned.done():
             place.planned.result()
-        elif not is_returning and len(self._places) > self._length:
+            return
+        try:
+            self._check(demand, others, ahead, place)
+        except Overloaded:
             self.leave(place)
-            raise Overloaded(f"{self._length} requests wait already", retry_after_s=5.0)
+            raise
+
+    def rejoin(self, demand: Demand, plan: Callable[[], Plan], lane: Lane) -> Place:
+        """A place for a request that lost its worker: no bound but time keeps it out."""
+        place = self._place(demand)
+        place.plan, place.lane, place.is_returning = plan, lane, True
+        self._returning.append(place)
+        self.move()
+        if place.planned.done():
+            place.planned.result()
         return place
 
     async def turn(self, place: Place) -> Plan:
-        """The plan, when there is one. Raises Overloaded when the wait was too long. Cancelled: the place is free."""
+        """The plan, when there is one. Raises Overloaded or DeadlinePassed when the wait was too long. Cancelled: the
+        place is free."""
         try:
-            async with asyncio.timeout(self._wait_s):
+            async with asyncio.timeout(max(0.0, place.until_s - self._clock())):
                 return await place.planned
         except TimeoutError as late:
-            raise Overloaded(
-                f"no slot became free within {self._wait_s:.0f} s ({place.reason})", retry_after_s=10.0
-            ) from late
+            raise self._too_late(place) from late
         finally:
             self.leave(place)
 
     def leave(self, place: Place) -> None:
         """Give the place up, if it is still held; somebody else may be next."""
-        if place in self._places:
-            self._places.remove(place)
+        if place.is_held:
+            self._remove(place)
             self.move()
+
+    # -- plans
 
     def move(self) -> None:
         """Plan for everybody whose turn it is. To be called whenever a plan may have become possible."""
-        held: set[Hashable] = set()
-        for place in self._places.copy():
-            # done while it is in the list: whoever waited was cancelled and has not run since
-            if place.lane in held or place.planned.done():
+        refused = _Refused()
+        while self._pass(refused):
+            pass
+
+    def _pass(self, refused: _Refused) -> bool:
+        """Try everybody in order until one leaves. What was refused before stays so: nothing has become free since."""
+        now_s = self._clock()
+        passed: list[Place] = []
+        for place in self._order(now_s):
+            # done while it is held: whoever waited was cancelled and has not run since
+            if place.planned.done() or place.until_s <= now_s or place.plan is None:
+                continue
+            if refused.covers(place):
+                passed.append(place)
                 continue
             try:
                 plan = place.plan()
             except Overloaded as error:
                 place.reason = error.message
-                held.add(place.lane)
+                refused.add(place)
+                passed.append(place)
+                continue
             except EdgeLLMError as error:
-                self._places.remove(place)
+                self._remove(place)
                 place.planned.set_exception(error)
-            else:
-                self._places.remove(place)
-                place.planned.set_result(plan)
+                return True
+            self._go(place, plan, passed, now_s)
+            return True
+        return False
+
+    def _go(self, place: Place, plan: Plan, passed: list[Place], now_s: float) -> None:
+        demand = place.demand
+        for other in passed:
+            if other.demand.model == demand.model and other.overtaken_s is None:
+                other.overtaken_s = now_s
+        if not place.is_returning:
+            self._new[demand.model].serve(demand.key, place)
+        self._forget(place)
+        self.service.began(demand.model, demand.request_id, demand.tokens, now_s)
+        place.planned.set_result(plan)
+
+    def _order(self, now_s: float) -> Iterator[Place]:
+        yield from self._returning.copy()
+        impatient = [p for p in self._waiting if p.overtaken_s is not None and now_s - p.overtaken_s >= PATIENCE_S]
+        yield from sorted(impatient, key=lambda p: (p.overtaken_s, p.since_s))
+        for robin in list(self._new.values()):
+            yield from robin.order()
+
+    def _remove(self, place: Place) -> None:
+        """Out, without a plan."""
+        if place in self._waiting:
+            self._new[place.demand.model].remove(place.demand.key, place)
+        self._forget(place)
+
+    def _forget(self, place: Place) -> None:
+        place.is_held = False
+        self._arriving.discard(place)
+        self._waiting.discard(place)
+        if place.is_returning and place in self._returning:
+            self._returning.remove(place)
+
+    # -- bounds
+
+    def _place(self, demand: Demand) -> Place:
+        now_s = self._clock()
+        until_s = now_s + self._bounds.wait_s
+        return Place(demand, now_s, until_s if demand.deadline_s is None else min(until_s, demand.deadline_s))
+
+    def _check(self, demand: Demand, others: int, ahead: int, itself: Place | None = None) -> None:
+        """Whether one more may wait behind `others` with `ahead` tokens of work. Raises Overloaded."""
+        bounds, model = self._bounds, demand.model
+        wait_s = self.service.wait_s(model, ahead)
+        if others >= bounds.length:
+            retry_s = self.service.retry_after_s(model, None, 0.0)
+            raise Overloaded(f"{others} requests wait already", retry_after_s=retry_s)
+        own = sum(place.demand.key == demand.key and place is not itself for place in self._held_new())
+        if own >= SHARE * (bounds.length - others):
+            retry_s = self.service.retry_after_s(model, None, 0.0)
+            raise Overloaded(f"{own} requests of key {demand.key} wait already", retry_after_s=retry_s)
+        bound_s = bounds.predicted_wait_s
+        if demand.deadline_s is not None:
+            bound_s = min(bound_s, demand.deadline_s - self._clock())
+        if wait_s is not None and wait_s > bound_s:
+            raise Overloaded(
+                f"{ahead} tokens of work wait before this request, about {wait_s:.0f} s: more than {bound_s:.0f} s",
+                retry_after_s=self.service.retry_after_s(model, wait_s, bound_s),
+            )
+
+    def _check_bytes(self, demand: Demand) -> None:
+        held = sum(place.demand.held_bytes for place in self._held_new())
+        if held + demand.held_bytes > self._bounds.held_bytes:
+            raise Overloaded(
+                f"the requests that wait hold {held} of {self._bounds.held_bytes} bytes already",
+                retry_after_s=self.service.retry_after_s(demand.model, None, 0.0),
+            )
+
+    def _held_new(self) -> Iterator[Place]:
+        yield from self._arriving
+        yield from self._waiting
+
+    def _ahead(self, demand: Demand) -> int:
+        """Tokens of work before a new request."""
+        robin = self._new.get(demand.model)
+        backlog = robin.backlog() if robin else {}
+        for place in self._arriving:
+            if place.demand.model == demand.model:
+                backlog[place.demand.key] = backlog.get(place.demand.key, 0) + place.demand.tokens
+        returning = sum(p.demand.tokens for p in self._returning if p.demand.model == demand.model)
+        return returning + tokens_ahead(backlog, demand.key, demand.tokens)
+
+    def _too_late(self, place: Place) -> EdgeLLMError:
+        waited_s = self._clock() - place.since_s
+        deadline_s = place.demand.deadline_s
+        if deadline_s is not None and deadline_s <= place.until_s:
+            return DeadlinePassed(f"the request's time was over after {waited_s:.1f} s of waiting ({place.reason})")
+        return Overloaded(
+            f"no slot became free within {self._bounds.wait_s:.0f} s ({place.reason})",
+            retry_after_s=self.service.retry_after_s(place.demand.model, None, 0.0),
+        )
+
+
+class _Refused:
+    """What could not be planned in one pass: by lane and mode, the least that was too much."""
+
+    def __init__(self) -> None:
+        self._least: dict[tuple[Lane, str], list[Demand]] = {}
+
+    def add(self, place: Place) -> None:
+        self._least.setdefault((place.lane, place.demand.mode), []).append(place.demand)
+
+    def covers(self, place: Place) -> bool:
+        """Whether it needs at least as much of everything as one that was refused."""
+        demand = place.demand
+        return any(
+            demand.prompt_tokens >= least.prompt_tokens and demand.tokens >= least.tokens
+            for least in self._least.get((place.lane, demand.mode), ())
+        )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from typing import Final
 
 from edge_llm.cluster.view import Node
 from edge_llm.errors import EdgeLLMError
@@ -16,6 +17,8 @@ from edge_llm.gateway.session import Session
 from edge_llm.kv.snapshot import Level
 from edge_llm.request import FinishReason, SamplingParams
 from edge_llm.worker.messages import PromptReport
+
+_UPDATE_BYTES: Final = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,16 @@ class Job:
     stop_ids: tuple[int, ...]
     mode: Mode
     cache_prompt: bool = True
+    key: str = ""
+    """Id of the API key; only for fairness and logs."""
+    tenant: str = ""
+    """Whose kept KV may be used."""
+    deadline_s: float | None = None
+    """On the gateway's clock: what is not done by then is dropped."""
+    trace: str = ""
+    """W3C traceparent of the request, or empty."""
+    held_bytes: int = 0
+    """Memory it takes while it waits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +83,7 @@ class Running:
     waits_since_s: float
     arrived_s: float
     updates: asyncio.Queue[Update] = field(default_factory=asyncio.Queue)
+    unread_bytes: int = 0
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     place: queue.Place | None = None
     plan: Plan | None = None
@@ -83,9 +97,25 @@ class Running:
     notes: list[str] = field(default_factory=list)
     is_as_promised: bool = True
 
+    def tell(self, update: Update) -> None:
+        """Something for the client to hear, when it has taken what came before."""
+        self.unread_bytes += _size(update)
+        self.updates.put_nowait(update)
+
+    async def heard(self) -> Update:
+        """The next thing to hear."""
+        update = await self.updates.get()
+        self.unread_bytes -= _size(update)
+        return update
+
     @property
     def level(self) -> Level:
         """What may be promised of the whole answer."""
         if self.plan is None:
             return "unverified"
         return self.plan.decode.status.level if self.is_as_promised else "none"
+
+
+def _size(update: Update) -> int:
+    """About what an update takes: an object, a place in the queue, and its text."""
+    return _UPDATE_BYTES + (len(update.text) if isinstance(update, Text) else 0)

@@ -89,12 +89,13 @@ class WorkerClient:
         self._session, self._keys, self._gateway = session, keys, gateway
         self._clock, self._nonce = clock, nonce
 
-    async def tokenize(self, peer: Peer, request: TokenizeRequest) -> TokenizeReply:
-        return await self._post(peer, "tokenize", request, TokenizeReply)
+    async def tokenize(self, peer: Peer, request: TokenizeRequest, trace: str = "") -> TokenizeReply:
+        """`trace`: W3C traceparent of the request that this call is for, or empty."""
+        return await self._post(peer, "tokenize", request, TokenizeReply, trace=trace)
 
-    async def decode(self, peer: Peer, request: DecodeRequest) -> DecodeReply:
+    async def decode(self, peer: Peer, request: DecodeRequest, trace: str = "") -> DecodeReply:
         peers = {candidate.worker: candidate.address for candidate in request.candidates}
-        return await self._post(peer, "decode", request, DecodeReply, request.request_id, peers)
+        return await self._post(peer, "decode", request, DecodeReply, request.request_id, peers, trace)
 
     async def cancel(self, peer: Peer, request: CancelRequest) -> CancelReply:
         return await self._post(peer, "cancel", request, CancelReply, request.request_id)
@@ -144,6 +145,7 @@ class WorkerClient:
         kind: type[MessageType],
         request_id: str = "",
         peers: Mapping[str, str] | None = None,
+        trace: str = "",
     ) -> MessageType:
         body = encode(request)
         ticket = self._ticket(peer, operation, request_id, body, peers)
@@ -152,7 +154,7 @@ class WorkerClient:
             self._session.post(
                 f"http://{peer.address}/{operation}",
                 data=body,
-                headers=authorization(ticket),
+                headers=authorization(ticket) | ({"traceparent": trace} if trace else {}),
                 timeout=_timeout(CALL_S),
                 allow_redirects=False,
             ) as reply,

@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from edge_llm.errors import Overloaded, UnknownModel
-from edge_llm.gateway.queue import Place, PlanQueue
+from edge_llm.errors import DeadlinePassed, Overloaded, UnknownModel
+from edge_llm.gateway.queue import PATIENCE_S, Bounds, Demand, Place, PlanQueue
 from edge_llm.gateway.scheduler import Plan
 from tests.nodes import node_of
 
@@ -16,26 +16,47 @@ PLAN = Plan(node_of("d1", "decode"), ())
 
 
 class Slots:
-    """Plans as long as there are slots, by lane; notes who got one."""
+    """A clock, and plans while a lane has slots, for prompts up to `longest`; notes who got one."""
 
-    def __init__(self, length: int = 10, wait_s: float = 10.0) -> None:
+    def __init__(self, **bounds: float) -> None:
         self.free: dict[str, int] = {}
+        self.longest = 1_000_000
         self.planned: list[str] = []
-        self.queue = PlanQueue(length, wait_s)
+        self.now_s = 100.0
+        self.queue = PlanQueue(Bounds(**bounds), clock=lambda: self.now_s)  # type: ignore[arg-type]
 
-    def join(self, name: str, lane: str = "m", *, is_returning: bool = False) -> Place:
+    def demand(self, name: str, **changes: object) -> Demand:
+        values = {"key": "k", "model": "m", "prompt_tokens": 10, "max_tokens": 10} | changes
+        return Demand(request_id=name, **values)  # type: ignore[arg-type]
+
+    def join(self, name: str, lane: str = "m", *, is_returning: bool = False, **changes: object) -> Place:
+        demand = self.demand(name, **changes)
+
         def plan() -> Plan:
-            if not self.free.get(lane, 0):
+            if not self.free.get(lane, 0) or demand.prompt_tokens > self.longest:
                 raise Overloaded(f"{lane} is full")
             self.free[lane] -= 1
             self.planned.append(name)
             return PLAN
 
-        return self.queue.join(plan, lane, is_returning=is_returning)
+        if is_returning:
+            return self.queue.rejoin(demand, plan, lane)
+        place = self.queue.enter(demand, 0)
+        self.queue.ready(place, demand, plan, lane)
+        return place
 
     def give(self, lane: str = "m", slots: int = 1) -> None:
         self.free[lane] = self.free.get(lane, 0) + slots
         self.queue.move()
+
+    def serve(self, *, seconds: float, tokens: int = 20, requests: int = 8, still_running: int = 1) -> None:
+        """Requests of `tokens` that took `seconds` each; so many more run now."""
+        service = self.queue.service
+        for number in range(requests):
+            service.began("m", f"past {number}", tokens, self.now_s - seconds)
+            service.ended("m", f"past {number}", self.now_s)
+        for number in range(still_running):
+            service.began("m", f"now {number}", tokens, self.now_s)
 
 
 @pytest.fixture
@@ -49,7 +70,7 @@ async def test_who_finds_a_slot_does_not_wait(slots: Slots) -> None:
     assert len(slots.queue) == 0
 
 
-async def test_those_who_compete_leave_in_order(slots: Slots) -> None:
+async def test_requests_of_one_key_leave_in_order(slots: Slots) -> None:
     places = [slots.join(name) for name in "abc"]
     slots.give()
     assert slots.planned == ["a"]
@@ -59,7 +80,7 @@ async def test_those_who_compete_leave_in_order(slots: Slots) -> None:
         assert await slots.queue.turn(place) is PLAN
 
 
-async def test_nobody_overtakes_who_waits_in_the_same_lane(slots: Slots) -> None:
+async def test_nobody_overtakes_who_waits_for_the_same(slots: Slots) -> None:
     slots.join("a")
     slots.free["m"] = 1  # free, but nobody has been told yet
     slots.join("b")
@@ -70,10 +91,41 @@ async def test_a_lane_that_is_stuck_holds_up_no_other(slots: Slots) -> None:
     slots.join("a", "full")
     slots.join("b", "full")
     slots.free["idle"] = 2
-    slots.join("c", "idle")
+    slots.join("c", "idle", model="other")
     assert slots.planned == ["c"]
     slots.give("full")
     assert slots.planned == ["c", "a"]
+
+
+async def test_a_short_request_passes_a_long_one_that_cannot_go_and_a_long_one_does_not(slots: Slots) -> None:
+    slots.longest = 50
+    for name, prompt_tokens in (("long", 100), ("longer", 200), ("short", 20)):
+        slots.join(name, prompt_tokens=prompt_tokens)
+    slots.give(slots=3)
+    assert slots.planned == ["short"]
+    slots.longest = 500
+    slots.give(slots=0)
+    assert slots.planned == ["short", "long", "longer"]
+
+
+async def test_who_was_overtaken_for_a_while_is_tried_before_all_others(slots: Slots) -> None:
+    slots.longest = 50
+    long = slots.join("long", prompt_tokens=100)
+    slots.join("short")
+    slots.give()
+    assert (slots.planned, long.overtaken_s) == (["short"], slots.now_s)
+    slots.join("other", key="k2")  # its turn comes before: its key has waited for less
+    slots.now_s += PATIENCE_S
+    slots.longest = 500
+    slots.give()
+    assert slots.planned == ["short", "long"]
+
+
+async def test_who_only_waits_is_not_overtaken(slots: Slots) -> None:
+    first, second = slots.join("a"), slots.join("b")
+    slots.now_s += 2 * PATIENCE_S
+    slots.give()
+    assert (first.overtaken_s, second.overtaken_s) == (None, None)
 
 
 async def test_who_was_under_way_before_comes_in_front_of_the_new_but_in_order(slots: Slots) -> None:
@@ -83,6 +135,18 @@ async def test_who_was_under_way_before_comes_in_front_of_the_new_but_in_order(s
         slots.join(name, is_returning=True)
     slots.give(slots=4)
     assert slots.planned == ["x", "y", "a", "b"]
+
+
+async def test_keys_take_turns_however_many_wait_of_one(slots: Slots) -> None:
+    for number in range(6):
+        slots.join(f"a{number}", key="a", prompt_tokens=118)
+    for number in range(2):
+        slots.join(f"b{number}", key="b", prompt_tokens=118)
+    slots.give(slots=4)
+    assert slots.planned == ["a0", "b0", "a1", "b1"]
+
+
+# -- bounds
 
 
 async def test_a_full_queue_refuses_the_new_and_never_who_returns() -> None:
@@ -99,10 +163,78 @@ async def test_a_full_queue_refuses_the_new_and_never_who_returns() -> None:
 async def test_no_queue_at_all_still_serves_who_need_not_wait() -> None:
     slots = Slots(length=0)
     slots.free["m"] = 1
-    slots.join("a")
+    demand = slots.demand("a")
+    slots.queue.ready(slots.queue.enter(demand, 1), demand, lambda: PLAN, "m")
     with pytest.raises(Overloaded):
         slots.join("b")
-    assert slots.planned == ["a"]
+    late = slots.queue.enter(demand, 1)  # the slot it saw is gone when its prompt is known
+    with pytest.raises(Overloaded):
+        slots.queue.ready(late, demand, _full, "m")
+    assert len(slots.queue) == 0
+
+
+def _full() -> Plan:
+    raise Overloaded("full")
+
+
+async def test_requests_that_arrive_together_count_before_their_prompts_are_known() -> None:
+    slots = Slots(length=2)
+    for name in "abcde":
+        slots.queue.enter(slots.demand(name), free_slots=3)
+    with pytest.raises(Overloaded):
+        slots.queue.enter(slots.demand("f"), free_slots=3)
+
+
+async def test_one_key_never_takes_every_place() -> None:
+    slots = Slots(length=36)
+    taken = 0
+    with pytest.raises(Overloaded, match="32 requests of key greedy"):
+        while True:
+            slots.join(f"g{taken}", key="greedy")
+            taken += 1
+    assert taken == 32
+    slots.join("modest", key="modest")
+
+
+async def test_bytes_are_bounded_whoever_holds_them() -> None:
+    slots = Slots(held_bytes=1000)
+    slots.join("a", held_bytes=600)
+    with pytest.raises(Overloaded, match="600 of 1000 bytes"):
+        slots.join("b", held_bytes=600)
+    slots.give()
+    slots.join("c", held_bytes=600)
+
+
+async def test_a_predicted_wait_beyond_the_bound_is_refused_at_once_with_the_time_to_come_back() -> None:
+    slots = Slots(predicted_wait_s=30.0)
+    slots.serve(seconds=10.0)  # 20 tokens in 10 s, one at a time
+    for name in "abcd":
+        slots.join(name)  # 0, 10, 20, 30 s
+    with pytest.raises(Overloaded, match="about 40 s: more than 30 s") as caught:
+        slots.join("e")
+    assert caught.value.retry_after_s == 10.0
+    slots.join("other", key="other")  # before it in turn: one request of the full key, no more
+    slots.serve(seconds=10.0, still_running=5)  # five at a time
+    slots.join("e")
+
+
+async def test_who_has_less_time_than_the_wait_is_refused_at_once() -> None:
+    slots = Slots()
+    slots.serve(seconds=10.0)
+    slots.join("a")
+    with pytest.raises(Overloaded, match="more than 5 s"):
+        slots.join("b", deadline_s=slots.now_s + 5.0)
+    slots.join("c", deadline_s=slots.now_s + 15.0)
+
+
+async def test_without_a_measurement_nothing_is_predicted(slots: Slots) -> None:
+    slots.serve(seconds=1000.0, requests=2)
+    for number in range(50):
+        slots.join(f"{number}")
+    assert len(slots.queue) == 50
+
+
+# -- ends
 
 
 async def test_what_can_never_be_planned_is_said_at_once_or_in_its_turn(slots: Slots) -> None:
@@ -111,13 +243,13 @@ async def test_what_can_never_be_planned_is_said_at_once_or_in_its_turn(slots: S
     def plan() -> Plan:
         raise Overloaded("later") if is_known else UnknownModel("gone")
 
-    place = slots.queue.join(plan, "x")
+    place = slots.queue.rejoin(slots.demand("a"), plan, "x")
     is_known = False
     slots.queue.move()
     with pytest.raises(UnknownModel):
         await slots.queue.turn(place)
     with pytest.raises(UnknownModel):
-        slots.queue.join(plan, "x")
+        slots.queue.rejoin(slots.demand("b"), plan, "x")
     assert len(slots.queue) == 0
 
 
@@ -125,9 +257,19 @@ async def test_who_waited_too_long_is_told_for_what() -> None:
     slots = Slots(wait_s=0.01)
     with pytest.raises(Overloaded, match=r"no slot became free within 0 s \(m is full\)") as caught:
         await slots.queue.turn(slots.join("a"))
-    assert caught.value.retry_after_s == 10.0
+    assert caught.value.retry_after_s == 5.0
     slots.give()
     assert slots.planned == []
+
+
+async def test_whose_time_is_over_is_not_planned_and_told_so(slots: Slots) -> None:
+    place = slots.join("a", deadline_s=slots.now_s + 3.0)
+    slots.now_s += 3.0
+    slots.give()
+    assert slots.planned == []
+    with pytest.raises(DeadlinePassed, match=r"after 3\.0 s of waiting \(m is full\)"):
+        await slots.queue.turn(place)
+    assert len(slots.queue) == 0
 
 
 async def test_who_leaves_makes_way_for_the_next(slots: Slots) -> None:
@@ -147,3 +289,6 @@ async def test_giving_up_a_place_twice_is_giving_it_up(slots: Slots) -> None:
     slots.queue.leave(place)
     slots.give()
     assert slots.planned == []
+    early = slots.queue.enter(slots.demand("b"), 0)
+    slots.queue.leave(early)
+    assert len(slots.queue) == 0
