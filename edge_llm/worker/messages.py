@@ -39,6 +39,7 @@ TokenId = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
 Ids = Annotated[list[TokenId], Meta(max_length=MAX_TOKENS_IN_MESSAGE)]
 Count = Annotated[int, Meta(ge=0, le=1 << 40)]
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
+Rate = Annotated[float, Meta(ge=0, le=1e15)]
 Tenant = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{0,64}$")]
 
 
@@ -245,7 +246,7 @@ class Link(Message, frozen=True, kw_only=True):
     (0: too few came at once), and the shortest time between a question and the beginning of its answer."""
 
     peer: str
-    bytes_per_s: Seconds
+    bytes_per_s: Rate
     round_trip_s: Seconds
     samples: Count
 
