@@ -8,13 +8,13 @@ from dataclasses import replace
 import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
-from prometheus_client.metrics_core import Metric
-from prometheus_client.parser import text_string_to_metric_families
 
 from edge_llm.exposition import VLLM_NAMES, Exposition
 from edge_llm.worker.messages import Board, CancelRequest
 from edge_llm.worker.metrics import Readings, WorkerMetrics
+from tests import scrapes
 from tests.loopback import CHUNK, Cluster, Node, prompt_of, running_cluster, settings_of, until
+from tests.scrapes import Families, families_of, value
 
 pytestmark = pytest.mark.anyio
 PROMPT = prompt_of(3 * CHUNK + 5)
@@ -31,27 +31,8 @@ async def cluster() -> AsyncIterator[Cluster]:
         yield made
 
 
-async def scrape(cluster: Cluster, node: Node) -> dict[str, Metric]:
-    async with cluster.session.get(f"http://{node.peer.address}/metrics") as reply:
-        assert reply.status == 200
-        assert reply.headers["content-type"].startswith("text/plain; version=0.0.4")
-        return families_of(await reply.text())
-
-
-def families_of(text: str) -> dict[str, Metric]:
-    return {family.name: family for family in text_string_to_metric_families(text)}
-
-
-def value(families: dict[str, Metric], sample: str, **labels: str) -> float:
-    """The one sample of that name with these labels among its own; 0 when nothing was counted."""
-    found = [
-        s.value
-        for family in families.values()
-        for s in family.samples
-        if s.name == f"edge_llm_{sample}" and labels.items() <= s.labels.items()
-    ]
-    assert len(found) <= 1, found
-    return found[0] if found else 0.0
+async def scrape(cluster: Cluster, node: Node) -> Families:
+    return await scrapes.scrape(cluster.session, f"http://{node.peer.address}/metrics")
 
 
 async def test_a_hand_off_is_counted_where_it_leaves_and_where_it_arrives(cluster: Cluster) -> None:
