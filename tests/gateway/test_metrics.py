@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any, Final
 
-import aiohttp
 import pytest
 from structlog.contextvars import merge_contextvars
 from structlog.testing import capture_logs
@@ -255,8 +254,3 @@ async def test_the_cluster_shows_load_rates_boards_and_what_is_booked(service: S
         assert node["load"]["links"] == [] or node["worker"] == "d1"
         assert 0 <= node["seen_ago_s"] < 5
     assert "token_ids" not in str(body)
-
-
-async def test_a_client_of_metrics_may_be_anybody_on_the_port(service: Service) -> None:
-    async with aiohttp.ClientSession() as stranger, stranger.get(f"{service.url}/metrics") as reply:
-        assert reply.status == 200
