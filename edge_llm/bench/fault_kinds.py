@@ -43,17 +43,27 @@ class NotStruck(EdgeLLMError):
 @dataclass(slots=True)
 class Scene:
     """What a blow may use. `pids` are those of the workers now, `stranger_ports` lead to workers of the same
-    names that serve another model."""
+    names that serve another model;
+    `ended` are processes that were told to end."""
 
     proxy: FaultProxy
     target: Followed
     tokens: int
     kv_bytes: int
     pids: Mapping[str, int]
+    ended: set[int]
     stranger_ports: Mapping[str, int]
     rng: random.Random
     until: Callable[[Callable[[], bool]], Awaitable[None]]
     all_ready: Callable[[], Awaitable[None]]
+
+    def end(self, worker: str, number: signal.Signals) -> None:
+        """Send a signal that ends a worker. Raises NotStruck when it is gone already."""
+        self.ended.add(self.pids[worker])
+        try:
+            os.kill(self.pids[worker], number)
+        except ProcessLookupError:
+            raise NotStruck(f"{worker} is gone already") from None
 
     def exchanges(self, role: Role, since_s: float = 0.0) -> list[Exchange]:
         return self.proxy.of(self.target.request_id, role, since_s)
@@ -120,10 +130,10 @@ async def wait_for_moment(scene: Scene, moment: Moment) -> None:
 # -- blows
 
 
-def by_signal(role: Role, number: signal.Signals) -> Callable[[Scene], Awaitable[Blow]]:
+def by_ending(role: Role, number: signal.Signals) -> Callable[[Scene], Awaitable[Blow]]:
     async def strike(scene: Scene) -> Blow:
         victim = scene.victim(role).worker
-        os.kill(scene.pids[victim], number)
+        scene.end(victim, number)
         return Blow(victim, time.monotonic())
 
     return strike
@@ -169,6 +179,7 @@ async def out_of_memory(scene: Scene) -> Blow:
         struck_s = time.monotonic()
         for _ in range(int(KILLED_S / 0.01)):
             if group.kills:
+                scene.ended.add(scene.pids[victim])
                 return Blow(victim, struck_s)
             await asyncio.sleep(0.01)
     raise NotStruck("the kernel killed nothing: the worker needed no new memory")
@@ -189,12 +200,10 @@ def by_rule(rule_for: Callable[[Scene], Rule]) -> Callable[[Scene], Awaitable[Bl
 
 async def stranger(scene: Scene) -> Blow:
     """The addresses of the prefill workers lead to one that serves another model: a roll-out gone wrong."""
-    names = [name for name in scene.pids if name.startswith("prefill")]
-    before = {name: scene.proxy.divert(name, scene.stranger_ports[name]) for name in names}
+    scene.proxy.divert("prefill", scene.stranger_ports)
 
     async def back() -> None:
-        for name, port in before.items():
-            scene.proxy.divert(name, port)
+        scene.proxy.divert("prefill", {})
 
     return Blow("prefill workers", time.monotonic(), heal=back)
 
@@ -203,13 +212,13 @@ async def rolling_restart(scene: Scene) -> Blow:
     """SIGTERM to one worker after another, the next when all are ready again; the one with the target is the first."""
     first = scene.victim("decode").worker
     struck_s = time.monotonic()
-    os.kill(scene.pids[first], signal.SIGTERM)
+    scene.end(first, signal.SIGTERM)
 
     async def the_others() -> None:
         for name in scene.pids:
             if name != first:
                 await scene.all_ready()
-                os.kill(scene.pids[name], signal.SIGTERM)
+                scene.end(name, signal.SIGTERM)
 
     return Blow(first, struck_s, after=[asyncio.create_task(the_others(), name="rolling restart")])
 
@@ -286,20 +295,20 @@ _ALL: Final = (
         "kill_decode_first",
         "kill -9, before the first token",
         "prompt",
-        by_signal("decode", signal.SIGKILL),
+        by_ending("decode", signal.SIGKILL),
         sent_again,
     ),
-    Kind("kill_decode_middle", "kill -9, in the middle", "middle", by_signal("decode", signal.SIGKILL), sent_again),
-    Kind("kill_decode_last", "kill -9, near the last token", "last", by_signal("decode", signal.SIGKILL), sent_again),
+    Kind("kill_decode_middle", "kill -9, in the middle", "middle", by_ending("decode", signal.SIGKILL), sent_again),
+    Kind("kill_decode_last", "kill -9, near the last token", "last", by_ending("decode", signal.SIGKILL), sent_again),
     Kind(
         "kill_prefill_computing",
         "kill -9, computing",
         "computing",
-        by_signal("prefill", signal.SIGKILL),
+        by_ending("prefill", signal.SIGKILL),
         prompt_changed,
     ),
     Kind(
-        "kill_prefill_transfer", "kill -9, sending KV", "transfer", by_signal("prefill", signal.SIGKILL), prompt_changed
+        "kill_prefill_transfer", "kill -9, sending KV", "transfer", by_ending("prefill", signal.SIGKILL), prompt_changed
     ),
     Kind("stop_decode", "SIGSTOP, SIGCONT 8 s later", "middle", asleep("decode"), sent_again),
     Kind("stop_decode_unnoticed", "SIGSTOP, then the request", "before", asleep_unnoticed, taken_from_victim),
@@ -342,8 +351,8 @@ _ALL: Final = (
         needs_strangers=True,
     ),
     Kind("oom_decode", "killed for its memory (cgroup)", "middle", out_of_memory, sent_again),
-    Kind("drain_decode", "SIGTERM", "middle", by_signal("decode", signal.SIGTERM), went_on),
-    Kind("drain_prefill", "SIGTERM while sending KV", "transfer", by_signal("prefill", signal.SIGTERM), went_on),
+    Kind("drain_decode", "SIGTERM", "middle", by_ending("decode", signal.SIGTERM), went_on),
+    Kind("drain_prefill", "SIGTERM while sending KV", "transfer", by_ending("prefill", signal.SIGTERM), went_on),
     Kind("rolling_restart", "SIGTERM to every worker in turn", "middle", rolling_restart, went_on),
 )
 KINDS: Final[Mapping[str, Kind]] = {kind.name: kind for kind in _ALL}

@@ -33,6 +33,7 @@ READY_S: Final = 60.0
 # The longest that a stream may be disturbed is a few detections of 6 s, one after another.
 STREAM_S: Final = 120.0
 _POLL_S: Final = 0.1
+_BETWEEN_STREAMS_S: Final = 0.02
 _DETECTION_GOALS_S: Final = {"dead": 1.0, "silent": 6.0}
 Place = Callable[[str, int], str]
 PlacedLaunch = Callable[[Layout, Place | None], AbstractAsyncContextManager[Started]]
@@ -77,7 +78,8 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class _Stage:
-    """Everything a trial needs, from the start of the clusters to their end."""
+    """Everything a trial needs, from the start of the clusters to their end. `ended`: processes that were told to end;
+    the gateway may not have noticed yet."""
 
     plan: Plan
     session: aiohttp.ClientSession
@@ -87,6 +89,7 @@ class _Stage:
     vocab_size: int
     kv_bytes_per_token: int
     pulse: asyncio.Event
+    ended: set[int] = field(default_factory=set)
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Looked at again whenever bytes pass the proxy or a client gets text."""
@@ -103,8 +106,9 @@ class _Stage:
         while time.monotonic() < deadline_s:
             async with self.session.get("/cluster") as reply:
                 nodes = (await reply.json())["nodes"]
-            if sum(node["is_ready"] for node in nodes) == wanted:
-                return {node["worker"]: node["pid"] for node in nodes}
+            pids = {node["worker"]: int(node["pid"]) for node in nodes if node["is_ready"]}
+            if len(pids) == wanted and not self.ended & set(pids.values()):
+                return pids
             await asyncio.sleep(_POLL_S)
         there = ", ".join(node["worker"] for node in nodes if node["is_ready"]) or "none"
         raise MeasureFailed(f"not all workers came back within {READY_S:.0f} s; ready are: {there}")
@@ -187,16 +191,17 @@ async def _trial(stage: _Stage, kind: Kind, name: str) -> Outcome:
         tokens=plan.answer_tokens,
         kv_bytes=(plan.prompt_tokens - 1) * stage.kv_bytes_per_token,
         pids=pids,
+        ended=stage.ended,
         stranger_ports=stage.stranger_ports,
         rng=random.Random(name),
         until=stage.until,
         all_ready=lambda: _ready(stage),
     )
     blow = await kind.strike(scene) if kind.moment == "before" else None
-    following = [
-        asyncio.create_task(follow(stage.session, body, stream, stage.pulse.set), name=stream.request_id)
-        for body, stream in zip(bodies, streams, strict=True)
-    ]
+    following = []
+    for body, stream in zip(bodies, streams, strict=True):
+        following.append(asyncio.create_task(follow(stage.session, body, stream, stage.pulse.set)))
+        await asyncio.sleep(_BETWEEN_STREAMS_S)  # the target is the first to be planned
     missed: NotStruck | None = None
     try:
         if blow is None:

@@ -15,7 +15,7 @@ import re
 import socket
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final, Literal, Self
@@ -82,6 +82,7 @@ class Rule:
     def touch(self, exchange: Exchange, size: int) -> None:
         if self.first_touch_s is None:
             self.first_touch_s = time.monotonic()
+            self.worker = exchange.worker  # it breaks at one place, not at every worker that is asked next
         if exchange.request_id not in self.touched:
             self.touched.append(exchange.request_id)
         self.touched_bytes += size
@@ -106,6 +107,7 @@ class FaultProxy:
         self.rules: list[Rule] = []
         self.exchanges: list[Exchange] = []
         self._targets: dict[str, int] = {}
+        self._diverted: dict[tuple[str, str], int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._links: set[_Link] = set()
         self._starting: list[asyncio.Task[asyncio.Server]] = []
@@ -129,10 +131,15 @@ class FaultProxy:
         self._starting.append(asyncio.create_task(serving, name=f"front of {worker}"))
         return f"{LOOPBACK}:{bound.getsockname()[1]}"
 
-    def divert(self, worker: str, port: int) -> int:
-        """New connections to `worker` reach `port` instead; returns where they went before."""
-        before, self._targets[worker] = self._targets[worker], port
-        return before
+    def divert(self, route: str, ports: Mapping[str, int]) -> None:
+        """Connections that begin with a request to `route` reach these ports, by worker; none: the workers again.
+
+        Connections of that route that are there are ended in good order: clients keep them for their next request.
+        """
+        self._diverted = {(worker, route): port for worker, port in ports.items()}
+        for link in self._links:
+            if link.route == route:
+                link.close()
 
     def lift(self, rule: Rule) -> None:
         """The rule no longer holds. Connections that lost bytes cannot go on: they are reset."""
@@ -161,14 +168,16 @@ class FaultProxy:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         try:
-            there, out = await asyncio.open_connection(LOOPBACK, self._targets[worker])
+            first = await reader.read(_READ_BYTES)
+            port = self._diverted.get((worker, _route(first)), self._targets[worker])
+            there, out = await asyncio.open_connection(LOOPBACK, port)
         except OSError:
             _reset(writer)
             return
         link = _Link(self, worker, writer, out)
         self._links.add(link)
         pumps = [
-            asyncio.create_task(link.pump("request", reader, out)),
+            asyncio.create_task(link.pump("request", reader, out, first)),
             asyncio.create_task(link.pump("reply", there, writer)),
         ]
         is_reset = True
@@ -226,9 +235,16 @@ class _Link:
         self.deaf: set[Direction] = set()
         self._over = asyncio.Event()
 
-    async def pump(self, direction: Direction, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Pass bytes on until the end of one direction."""
-        while data := await reader.read(_READ_BYTES):
+    @property
+    def route(self) -> str:
+        return self._exchange.route
+
+    async def pump(
+        self, direction: Direction, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, first: bytes = b""
+    ) -> None:
+        """Pass `first`, then what comes, until the end of one direction."""
+        while data := first or await reader.read(_READ_BYTES):
+            first = b""
             exchange, at = self._note(direction, data)
             if direction not in self.deaf:
                 data = await self._proxy.disturb(self, exchange, direction, at, data)
@@ -245,8 +261,8 @@ class _Link:
     def _note(self, direction: Direction, data: bytes) -> tuple[Exchange, int]:
         """The exchange that `data` belongs to, and where in it."""
         if direction == "request":
-            if line := _REQUEST_LINE.match(data):
-                self._exchange = Exchange(self._worker, line.group(1).decode(), time.monotonic())
+            if route := _route(data):
+                self._exchange = Exchange(self._worker, route, time.monotonic())
                 self._proxy.seen(self._exchange)
             exchange, at = self._exchange, self._exchange.request_bytes
             exchange.head += data[: max(0, _HEAD_BYTES - len(exchange.head))]
@@ -265,6 +281,11 @@ class _Link:
             await writer.drain()
         raise _Broken if is_reset else _Closed
 
+    def close(self) -> None:
+        """End both connections in good order."""
+        for writer in self._writers.values():
+            writer.close()
+
     def reset(self) -> None:
         """End both connections now."""
         self._over.set()
@@ -280,6 +301,12 @@ class _Link:
             await writer.drain()
             if rule in self._proxy.rules:
                 await asyncio.sleep(len(piece) / rule.bytes_per_s)
+
+
+def _route(data: bytes) -> str:
+    """Where a request goes that begins with these bytes; empty: it does not begin here."""
+    line = _REQUEST_LINE.match(data)
+    return line.group(1).decode() if line else ""
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:
