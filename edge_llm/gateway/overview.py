@@ -12,27 +12,26 @@ from typing import Any
 import msgspec
 
 from edge_llm.cluster.view import Node
-from edge_llm.gateway.scheduler import Booked
 
 
 def overview(
     gateway: str,
     requests: Mapping[str, int],
     nodes: Iterable[Node],
-    booked: Mapping[str, Booked],
+    booked: Mapping[str, object],
     now_s: float,
 ) -> bytes:
-    """The JSON. `now_s` on the clock of `Node.seen_s`."""
+    """The JSON. `booked`: what this gateway has given to each worker; `now_s` on the clock of `Node.seen_s`."""
     return msgspec.json.encode(
         {
             "gateway": gateway,
             "requests": requests,
-            "nodes": [_node(node, booked.get(node.worker, Booked()), now_s) for node in nodes],
+            "nodes": [_node(node, booked.get(node.worker), now_s) for node in nodes],
         }
     )
 
 
-def _node(node: Node, booked: Booked, now_s: float) -> dict[str, Any]:
+def _node(node: Node, booked: object | None, now_s: float) -> dict[str, Any]:
     status = node.status
     return {
         "worker": node.worker,
