@@ -23,6 +23,7 @@ from edge_llm.commands.measuring import (
     until_interrupted,
 )
 from edge_llm.commands.theorem import theorem
+from edge_llm.commands.turns import turns
 from edge_llm.config import DEFAULT_MODEL
 
 
@@ -156,5 +157,5 @@ def _last_core() -> int:
     return max(os.sched_getaffinity(0))
 
 
-for command in (theorem, faults):
+for command in (theorem, faults, turns):
     bench.add_command(command)

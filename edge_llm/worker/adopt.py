@@ -173,7 +173,7 @@ class Adopter:
                 record.fallback = f"computed unsplit: {self._facts().split_reason}"
             return None
         record.cached_tokens = wanted.known.n_tokens
-        if not wanted.candidates or wanted.known.n_tokens == wanted.total:
+        if not wanted.candidates or self._is_soon_done(wanted):
             return await state_of(wanted.known, layout)
         size = layout.size(wanted.total)
         snapshot = await off_loop(size, lambda: StateBlob(layout, wanted.total, 0))
@@ -187,6 +187,11 @@ class Adopter:
             return snapshot if snapshot.filled_to else None
         # here, not on the engine thread, where it would make running streams wait
         return await off_loop(size, snapshot.truncated)
+
+    def _is_soon_done(self, wanted: Wanted) -> bool:
+        """A next turn: only this worker holds what it generated, and what is new is no more than a chunk. A prefill
+        worker would compute the answer again before it came to that."""
+        return 0 < wanted.known.n_tokens >= wanted.total - self._facts().chunk_tokens
 
     async def _ask_in_turn(self, wanted: Wanted, record: PromptRecord, snapshot: StateBlob) -> list[str]:
         """Ask candidates until the snapshot is complete or nobody is worth asking; say what went wrong."""

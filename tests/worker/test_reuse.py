@@ -39,6 +39,23 @@ async def test_a_next_turn_computes_only_what_is_new(cluster: Cluster) -> None:
     assert again.report.computed_tokens == len(second) - 1 - context
 
 
+async def test_a_short_next_turn_is_computed_where_the_conversation_is(cluster: Cluster) -> None:
+    """Also when a prefill worker is offered: it lacks the answer, and would compute that first."""
+    prefill, decode = await prefill_worker(cluster), await decode_worker(cluster)
+    first = prompt_of(4 * CHUNK)
+    answer = await (await cluster.gateway.ask(decode.peer, first, [prefill.peer], max_tokens=3 * CHUNK)).over()
+    context = len(first) + len(answer.ids) - 1
+    await kept(decode, context)
+    served = prefill.worker.prefixes.query_tokens
+    for new in (CHUNK, CHUNK + 1):
+        turn = [*first, *answer.ids, *prompt_of(new - 1, seed=new)]
+        again = await (await cluster.gateway.ask(decode.peer, turn, [prefill.peer], cache_prompt=True)).over()
+        assert again.ids == undisturbed(turn, 8)
+        is_short = len(turn) - 1 - context <= CHUNK
+        assert again.report.mode == ("local" if is_short else "split")
+        assert (prefill.worker.prefixes.query_tokens == served) == is_short
+
+
 async def test_a_shared_beginning_is_prefilled_once(cluster: Cluster) -> None:
     """The prefill worker keeps it, whichever decode workers ask."""
     prefill = await prefill_worker(cluster)
