@@ -6,7 +6,7 @@ asking every second costs next to nothing. It has numbers, names and addresses; 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -20,13 +20,22 @@ def overview(
     nodes: Iterable[Node],
     booked: Mapping[str, object],
     now_s: float,
+    pools: Mapping[str, str] | None = None,
+    decisions: Sequence[object] = (),
+    pool_events: Sequence[object] = (),
 ) -> bytes:
-    """The JSON. `booked`: what this gateway has given to each worker; `now_s` on the clock of `Node.seen_s`."""
+    """The JSON. `booked`: the work that this gateway believes each worker to have; `now_s` on the clock of
+    `Node.seen_s`; `pools`: for which phase a worker stands now, where that is not what its role says."""
     return msgspec.json.encode(
         {
             "gateway": gateway,
             "requests": requests,
-            "nodes": [_node(node, booked.get(node.worker), now_s) for node in nodes],
+            "nodes": [
+                _node(node, booked.get(node.worker), now_s) | {"pool": (pools or {}).get(node.worker, node.status.role)}
+                for node in nodes
+            ],
+            "decisions": decisions,
+            "pool_events": pool_events,
         }
     )
 
