@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from collections.abc import Iterator
 from socket import IPPROTO_TCP, TCP_NODELAY
 
 import pytest
+import structlog
 
+from edge_llm.config import LogLevel
 from edge_llm.errors import ConfigError
-from edge_llm.serving import bind
+from edge_llm.serving import bind, configure_logging
 
 
 def test_small_writes_to_a_caller_leave_at_once() -> None:
@@ -36,3 +40,28 @@ def test_a_taken_port_is_said_with_what_to_do() -> None:
         taken.listen()
         with pytest.raises(ConfigError, match="--port"):
             bind("127.0.0.1", taken.getsockname()[1])
+
+
+@pytest.fixture
+def _own_logging() -> Iterator[None]:
+    yield
+    structlog.reset_defaults()
+
+
+@pytest.mark.usefixtures("_own_logging")
+@pytest.mark.parametrize(
+    ("level", "said"), [("debug", ["a", "b", "c"]), ("info", ["b", "c"]), ("warning", ["c"]), ("error", [])]
+)
+def test_lines_below_the_level_are_not_written_and_all_others_say_which_request(
+    capsys: pytest.CaptureFixture[str], level: LogLevel, said: list[str]
+) -> None:
+    configure_logging(level)
+    log = structlog.get_logger()
+    with structlog.contextvars.bound_contextvars(request_id="r1"):
+        log.debug("a")
+        log.info("b", tokens=3)
+        log.warning("c", request_id="r2")
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [line["event"] for line in lines] == said
+    ids = {"a": "r1", "b": "r1", "c": "r2"}  # a line's own word beats what is bound
+    assert all(line["request_id"] == ids[line["event"]] and line["level"] and line["timestamp"] for line in lines)
