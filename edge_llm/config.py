@@ -61,6 +61,10 @@ class WorkerConfig(_Settings):
     """KV cells per sequence: prompt and answer together."""
     slots: Annotated[int, Field(ge=1, le=64)] = 8
     """Sequences that decode at once; memory grows with slots x n_ctx."""
+    spare_slots: Annotated[int, Field(ge=0, le=64)] = 2
+    """Slots of a worker of role prefill, for when the decode workers are full or gone; none where memory is short."""
+    spare_prompts: bool = True
+    """Whether a worker of role decode may compute prompts for others when the prefill workers are overloaded."""
     threads: Annotated[int, Field(ge=0, le=512)] = 0
     """For decode; 0 = all cores this process may use."""
     threads_batch: Annotated[int, Field(ge=0, le=512)] = 0
@@ -135,6 +139,12 @@ class GatewayConfig(_Settings):
     """Let everybody in who reaches the port; only on loopback."""
     announce: bool = False
     """Say on stdout when ready, for `edge-llm up`."""
+    policy: Literal["predicted", "round_robin", "random", "least_busy"] = "predicted"
+    """How workers are chosen; all but `predicted` are there to be compared with."""
+    policy_seed: Annotated[int, Field(ge=0)] = 0
+    """For the policy `random`."""
+    cross_class: Literal["never", "when_faster"] = "when_faster"
+    """Whether KV may go between workers whose results differ in bits; such answers have level none."""
     probe_s: Annotated[float, Field(gt=0, le=60)] = 1.0
     """Between two questions to a worker how it is."""
     queue_length: Annotated[int, Field(ge=0, le=100_000)] = 256

@@ -84,6 +84,13 @@ class ModelNotAllowed(Forbidden):
     code = "model_not_allowed"
 
 
+class HeadTooLarge(ClientError):
+    """Request line and headers are larger than this edge accepts."""
+
+    status = 431
+    code = "headers_too_large"
+
+
 class NotJSON(ClientError):
     """A body of another kind than this edge reads."""
 

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from socket import AF_INET, AF_INET6, IPPROTO_TCP, SO_REUSEADDR, SOCK_STREAM, SOL_SOCKET, socket
-from typing import Any
+from typing import Any, Literal
 
 import structlog
 import uvicorn
@@ -65,9 +65,22 @@ class Server:
     """uvicorn around one app and one bound socket."""
 
     def __init__(
-        self, app: FastAPI, bound: socket, drain: Callable[[], Awaitable[None]], log_level: LogLevel = "info"
+        self,
+        app: FastAPI,
+        bound: socket,
+        drain: Callable[[], Awaitable[None]],
+        log_level: LogLevel = "info",
+        http: type[asyncio.Protocol] | Literal["auto"] = "auto",
     ) -> None:
-        config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5, ws="none")
+        config = uvicorn.Config(
+            app,
+            http=http,
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=5,
+            ws="none",
+            server_header=False,
+        )
         self._server = _Uvicorn(config)
         self._socket, self._drain, self._log_level = bound, drain, log_level
         self._has_failed = False

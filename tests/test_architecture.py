@@ -28,7 +28,7 @@ DOORS = {
     "prometheus_client": r"(exposition|(gateway|worker)/metrics)\.py",
     "gguf": r"(catalogue/gguf|engine/(quantize|random_model))\.py",  # reads, requantizes, writes
     "huggingface_hub": r"catalogue/fetch\.py",
-    "yaml": r"(config|catalogue/manifest|cluster/static|commands/supervisor)\.py",
+    "yaml": r"(config|catalogue/manifest|cluster/static|commands/supervisor|gateway/keys)\.py",
 }
 # Who reads the environment: settings, what runs before settings, and the door to the library that is set up by it.
 ENVIRONMENT_READERS = r"(config|bootstrap|engine/native|bench/\w+|commands/\w+)\.py"

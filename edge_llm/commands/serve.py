@@ -1,4 +1,4 @@
-"""`edge-llm serve worker|gateway|key`: the processes of a cluster, the same ones that `up` starts."""
+"""`edge-llm serve worker|gateway|key|api-key`: the processes of a cluster, the same ones that `up` starts."""
 
 from __future__ import annotations
 
@@ -77,6 +77,9 @@ def worker(config: Path | None, allowed_peers: tuple[str, ...], **flags: Any) ->
 @click.option("--key-fd", type=int, hidden=True)
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]))
 @click.option("--metrics-alias", type=click.Choice(["none", "vllm"]), help="Show /metrics under these names, too.")
+@click.option("--api-keys-file", type=click.Path(path_type=Path), help="Who may use it (`edge-llm serve api-key`).")
+@click.option("--no-auth", is_flag=True, default=None, help="Let everybody on this machine in; only on loopback.")
+@click.option("--drain-s", type=float, help="How long answers may go on after SIGTERM (default 30).")
 @click.option("--announce", is_flag=True, default=None, hidden=True)
 def gateway(config: Path | None, **flags: Any) -> None:
     """The gateway: one OpenAI-style endpoint in front of all workers."""
@@ -95,3 +98,19 @@ def _start_again_with_huge_pages() -> None:
 def key() -> None:
     """Print a new cluster key for --key-file; keep the file readable by its owner only."""
     click.echo(f"k{secrets.token_hex(2)}:{secrets.token_hex(32)}")
+
+
+@serve.command("api-key")
+@click.option("--name", required=True, help="Names the key in logs and limits.")
+@click.option("--tenant", help="Whose kept prompts it shares (default: the name).")
+def api_key(name: str, tenant: str | None) -> None:
+    """Make an API key: the key itself on stderr, once; its line for --api-keys-file on stdout, to be appended there.
+
+    \b
+      edge-llm serve api-key --name alice >> api-keys.yaml && chmod 600 api-keys.yaml
+    """
+    from edge_llm.gateway.keys import new_key
+
+    made, line = new_key(name, tenant or name)
+    click.echo(f"the key of {name}, shown this once: {made}", err=True)
+    click.echo(line)

@@ -30,6 +30,8 @@ from edge_llm.errors import ConfigError, WorkerError
 from edge_llm.machine import usable_cores
 
 READY_S: Final = 300.0
+# Ctrl-C shall not wait for long answers.
+GATEWAY_DRAIN_S: Final = 3.0
 STOP_S: Final = 15.0
 MAX_BACKOFF_S: Final = 10.0
 LOOPBACK: Final = "127.0.0.1"
@@ -120,7 +122,8 @@ class Supervisor:
         file = Path(self._folder.name) / "workers.yaml"
         places = [{"name": child.name, "address": self._place(child.name, child.port)} for child in self.workers]
         file.write_text(yaml.safe_dump(places))
-        return ["serve", "gateway", "--port", str(config.port), "--name", "gateway", "--workers-file", str(file)]
+        place = ["--port", str(config.port), "--name", "gateway", "--workers-file", str(file)]
+        return ["serve", "gateway", *place, "--no-auth", "--drain-s", str(GATEWAY_DRAIN_S)]
 
     # -- start
 

@@ -7,7 +7,6 @@ Owns HTTP status codes, limits, keep-alives from a wall clock, and what an answe
 from __future__ import annotations
 
 import asyncio
-import re
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -19,42 +18,46 @@ import structlog
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
 from edge_llm.cluster.probe import Discovery, Prober
 from edge_llm.config import GatewayConfig
 from edge_llm.errors import (
     EdgeLLMError,
     InvalidRequest,
-    PayloadTooLarge,
+    ShuttingDown,
     UnknownModel,
 )
 from edge_llm.exposition import CONTENT_TYPE, Exposition
 from edge_llm.gateway import answer
 from edge_llm.gateway.dispatch import Dispatcher
-from edge_llm.gateway.intake import Caller, Intake
+from edge_llm.gateway.edge import SECURITY, Bodies, Edge, caller_of
+from edge_llm.gateway.intake import Intake
+from edge_llm.gateway.keys import Credentials
 from edge_llm.gateway.metrics import GatewayMetrics
 from edge_llm.gateway.openai import Shape, error_body, error_headers, parse
 from edge_llm.gateway.overview import overview
+from edge_llm.gateway.planner import Decision, Planner
+from edge_llm.gateway.policies import policy_of
 from edge_llm.gateway.queue import Bounds
 from edge_llm.worker.client import WorkerClient
 from edge_llm.worker.stream import ClosingStream
 from edge_llm.worker.tickets import KeyRing
 
-_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,64}")
-_SECURITY: Final = {"x-content-type-options": "nosniff", "cache-control": "no-store"}
+_DRAIN_POLL_S: Final = 0.05
 log = structlog.get_logger()
 
 
 class Gateway:
     """Everything a gateway process has, from start to stop."""
 
-    def __init__(self, config: GatewayConfig, keys: KeyRing, discovery: Discovery) -> None:
+    def __init__(self, config: GatewayConfig, keys: KeyRing, discovery: Discovery, credentials: Credentials) -> None:
         self.config = config
         self._keys, self._discovery = keys, discovery
         self.name = config.name or f"gateway-{secrets.token_hex(4)}"
         self.dispatcher: Dispatcher
         self.intake: Intake
+        self.credentials = credentials
+        self.bodies = Bodies(config.max_body_bytes, config.queue_bytes, config.read_s)
         self.started = int(time.time())
         self.exposition = Exposition(config.metrics_alias)
         self.metrics = GatewayMetrics(self.exposition.registry, self.name)
@@ -68,8 +71,15 @@ class Gateway:
             client = WorkerClient(session, self._keys, self.name, time.time, lambda: secrets.token_hex(12))
             config = self.config
             bounds = Bounds(config.queue_length, config.queue_bytes, config.queue_predicted_wait_s, config.queue_wait_s)
+            planner = Planner(policy_of(config.policy, config.policy_seed), config.cross_class, on_outcome=self._judge)
             self.dispatcher = Dispatcher(
-                client, self.name, bounds, config.replan_limit, self.metrics, buffer_bytes=config.stream_buffer_bytes
+                client,
+                self.name,
+                bounds,
+                config.replan_limit,
+                self.metrics,
+                planner,
+                buffer_bytes=config.stream_buffer_bytes,
             )
             self.intake = Intake(config, self.dispatcher, time.monotonic)
             prober = Prober(self._discovery, client, config.probe_s, self.dispatcher.on_view)
@@ -84,6 +94,22 @@ class Gateway:
                     await probing
                 await self.dispatcher.close()
 
+    async def drain(self) -> None:
+        """Take nothing new and let answers finish, for `drain_s`; then end what is left with an error."""
+        self.intake.close(self.config.drain_s)
+        log.info("draining", requests=self.dispatcher.requests, within_s=self.config.drain_s)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.config.drain_s):
+                while self.dispatcher.requests:  # noqa: ASYNC110 - what is waited for has no event of its own
+                    await asyncio.sleep(_DRAIN_POLL_S)
+        self.dispatcher.end_all(ShuttingDown("this gateway stopped before the answer was complete"))
+
+    def _judge(self, decision: Decision) -> None:
+        """A plan's first token came."""
+        predicted = decision.plan.prediction
+        if predicted is not None and decision.ttft_s is not None:
+            self.metrics.predicted(decision.model, "ttft", predicted.ttft_s, decision.ttft_s)
+
 
 def create_app(gateway: Gateway) -> FastAPI:
     """Routes."""
@@ -94,22 +120,23 @@ def create_app(gateway: Gateway) -> FastAPI:
             yield
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(Edge, credentials=gateway.credentials, on_refusal=gateway.metrics.rejected)
 
     @app.exception_handler(EdgeLLMError)
     async def on_error(request: Request, error: EdgeLLMError) -> Response:
         if not getattr(request.state, "is_accepted", False):
             gateway.metrics.rejected(error.code)
-        return JSONResponse(error_body(error), error.status, _headers(request) | error_headers(error))
+        return JSONResponse(error_body(error), error.status, error_headers(error))
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> Response:
         failure = InvalidRequest(f"{request.method} {request.url.path}: {error.detail}")
-        return JSONResponse(error_body(failure), error.status_code, _headers(request) | dict(error.headers or {}))
+        return JSONResponse(error_body(failure), error.status_code, error.headers)
 
     @app.exception_handler(Exception)
     async def on_bug(request: Request, error: Exception) -> Response:
         failure = EdgeLLMError(f"the gateway failed: {type(error).__name__}; see its log")
-        return JSONResponse(error_body(failure), failure.status, _headers(request))
+        return JSONResponse(error_body(failure), failure.status, SECURITY)
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
@@ -117,6 +144,8 @@ def create_app(gateway: Gateway) -> FastAPI:
 
     @app.get("/readyz")
     async def readyz() -> Response:
+        if not gateway.intake.is_open:
+            return Response("draining", 503)
         decoders = [node for node in gateway.dispatcher.view.ready() if node.decodes]
         return Response("ready" if decoders else "no decode worker is ready", 200 if decoders else 503)
 
@@ -125,20 +154,30 @@ def create_app(gateway: Gateway) -> FastAPI:
         return Response(gateway.exposition.text(), media_type=CONTENT_TYPE)
 
     @app.get("/v1/models")
-    async def models() -> Response:
-        view = gateway.dispatcher.view
-        return JSONResponse({"object": "list", "data": [_model_entry(gateway, model) for model in view.models]})
+    async def models(request: Request) -> Response:
+        allowed = gateway.intake.models(caller_of(request).key)
+        return JSONResponse({"object": "list", "data": [_model_entry(gateway, model) for model in allowed]})
 
     @app.get("/v1/models/{model:path}")
-    async def model(model: str) -> Response:
-        if model not in gateway.dispatcher.view.models:
+    async def model(request: Request, model: str) -> Response:
+        if model not in gateway.intake.models(caller_of(request).key):
             raise UnknownModel(f"no worker serves the model {model!r}", param="model")
         return JSONResponse(_model_entry(gateway, model))
 
     @app.get("/cluster")
     async def cluster() -> Response:
         of = gateway.dispatcher
-        body = overview(gateway.name, of.requests, of.view.nodes, of.booked, time.monotonic())
+        nodes, planner = of.view.nodes, of.planner
+        body = overview(
+            gateway.name,
+            of.requests,
+            nodes,
+            planner.booked(of.view),
+            time.monotonic(),
+            {node.worker: planner.pool_of(node) for node in nodes},
+            planner.decisions,
+            planner.pool_events,
+        )
         return Response(body, media_type="application/json")
 
     @app.post("/v1/chat/completions")
@@ -154,26 +193,28 @@ def create_app(gateway: Gateway) -> FastAPI:
 
 async def _answer(gateway: Gateway, request: Request, *, is_chat: bool) -> Response:
     arrived_s = time.monotonic()
-    request_id = _request_id(request)
-    body = await _read_body(request, gateway.config.max_body_bytes)
-    mode = request.headers.get("x-edge-llm-mode")
-    ask = parse(body, is_chat=is_chat, random_seed=lambda: secrets.randbits(63), mode_header=mode)
-    job_id = f"{request_id}.{secrets.token_hex(4)}"
+    caller = caller_of(request)
+    body = await gateway.bodies.read(request)
+    ask = parse(
+        body,
+        is_chat=is_chat,
+        random_seed=lambda: secrets.randbits(63),
+        mode_header=request.headers.get("x-edge-llm-mode"),
+        timeout_header=request.headers.get("x-request-timeout-s"),
+    )
+    job_id = f"{caller.request_id}.{secrets.token_hex(4)}"
     structlog.contextvars.bind_contextvars(request_id=job_id)
-    caller = Caller(request_id=request_id)
     with ExitStack() as held:
         arrival = held.enter_context(gateway.intake.arrive(caller, ask, job_id, len(body), arrived_s))
         job, node = await arrival.job()
-        shape = Shape(request_id, int(time.time()), node.status.model, is_chat)
+        shape = Shape(caller.request_id, int(time.time()), node.status.model, is_chat)
         if not ask.is_stream:
             whole = await answer.whole(arrival, request, ask, job, shape, arrived_s)
-            return JSONResponse(whole, headers=_headers(request))
+            return JSONResponse(whole)
         held.pop_all()  # the stream leaves what it holds when it ends
         parts = answer.stream(arrival, ask, job, shape, arrived_s, gateway.config.keep_alive_s)
         first = await anext(parts)  # what is refused at once is an HTTP error, not an error in a stream
-        stream = ClosingStream(answer.after(first, parts), "text/event-stream")
-        stream.headers.update(_headers(request))
-        return stream
+        return ClosingStream(answer.after(first, parts), "text/event-stream", gateway.config.stall_s)
 
 
 def _model_entry(gateway: Gateway, model: str) -> dict[str, Any]:
@@ -187,26 +228,3 @@ def _model_entry(gateway: Gateway, model: str) -> dict[str, Any]:
         "sha256": status.model_sha256,
     }
     return {"id": model, "object": "model", "created": gateway.started, "owned_by": "edge-llm", "meta": meta}
-
-
-def _request_id(request: Request) -> str:
-    """The client's, or one of ours; the same whenever it is asked for."""
-    given = request.headers.get("x-request-id", "")
-    request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
-    return str(request.scope.setdefault("edge_llm.request_id", request_id))
-
-
-def _headers(request: Request) -> dict[str, str]:
-    return {"x-request-id": _request_id(request), **_SECURITY}
-
-
-async def _read_body(request: Request, limit: int) -> bytes:
-    data = bytearray()
-    try:
-        async for part in request.stream():
-            data += part
-            if len(data) > limit:
-                raise PayloadTooLarge(f"the body is larger than {limit} bytes")
-    except ClientDisconnect as error:
-        raise InvalidRequest("the client hung up before its request was whole") from error
-    return bytes(data)

@@ -1,9 +1,9 @@
 """Requests on their way through the cluster: queue, plan, send, follow, replan.
 
-Owns what this gateway has booked on each worker. Refuses to know OpenAI JSON (app.py turns updates into it), the
-queue's order and how workers are heard (listen.py).
+Owns the way of a request. Refuses to know OpenAI JSON (answer.py turns updates into it), the queue's order, how workers
+are heard (listen.py) and chosen (planner.py).
 
-A request leaves the queue (queue.py) when `decide` finds a decode worker with a free slot. A lost worker sends its
+A request leaves the queue (queue.py) when the planner finds workers with room for it. A lost worker sends its
 requests to REPLANNING: they queue again at the front with prompt + delivered tokens.
 """
 
@@ -32,8 +32,9 @@ from edge_llm.errors import (
 from edge_llm.gateway import queue
 from edge_llm.gateway.listen import Listener
 from edge_llm.gateway.metrics import GatewayMetrics
+from edge_llm.gateway.planner import Planner
 from edge_llm.gateway.running import Finish, Job, Running
-from edge_llm.gateway.scheduler import Booked, Plan, Wish, decide
+from edge_llm.gateway.scheduler import Plan, Situation, Wish, decide
 from edge_llm.gateway.session import Event, Session, State
 from edge_llm.kv.snapshot import ids_digest
 from edge_llm.request import SamplingParams
@@ -65,12 +66,14 @@ class Dispatcher:
         bounds: queue.Bounds,
         replan_limit: int,
         metrics: GatewayMetrics,
+        planner: Planner,
         clock: Callable[[], float] = time.monotonic,
         buffer_bytes: int = 256 << 10,
     ) -> None:
         """`buffer_bytes`: what a client may leave unread of one answer."""
         self._client, self._gateway, self._metrics = client, gateway, metrics
         self._queue_wait_s, self._replan_limit, self._clock = bounds.wait_s, replan_limit, clock
+        self._planner = planner
         self._running: dict[str, Running] = {}
         self._listener = Listener(client, self._running, self, metrics, clock, buffer_bytes)
         self._queue = queue.PlanQueue(bounds, clock=clock)
@@ -80,6 +83,10 @@ class Dispatcher:
     @property
     def view(self) -> ClusterView:
         return self.prober.view if self.prober else ClusterView()
+
+    @property
+    def planner(self) -> Planner:
+        return self._planner
 
     @property
     def requests(self) -> dict[str, int]:
@@ -112,7 +119,7 @@ class Dispatcher:
         """Token ids by any ready worker of the model; the next one is asked when one fails."""
         nodes = self.view.ready(model)
         if model is not None and not nodes:
-            decide(Wish(model, 0, 0), self.view, {})
+            decide(Wish(model, 0, 0), self.view, Situation())
         failure: EdgeLLMError = Overloaded("no worker is ready yet", retry_after_s=2.0)
         # the least busy first; prefill workers are as good as others: tokenizing has its own thread
         for node in sorted(nodes, key=lambda n: (n.status.load.sequences_running, n.worker)):
@@ -195,11 +202,8 @@ class Dispatcher:
 
     def _plan(self, running: Running) -> Plan:
         job = running.job
-        avoid = frozenset(running.session.lost)
-        tokens = len(job.prompt_ids) + len(running.session.delivered)
-        wish = Wish(job.model, tokens, job.max_tokens - len(running.session.delivered), job.mode, avoid)
         try:
-            plan = decide(wish, self.view, self.booked)
+            plan = self._planner.plan(running, self.view, max(0, len(self._queue) - 1))
         except UnknownModel as error:
             # somebody served it when the request came: workers come back
             raise Overloaded(f"no worker serves {job.model} any more", retry_after_s=2.0) from error
@@ -208,23 +212,8 @@ class Dispatcher:
         running.plan, running.report = plan, None
         running.notes = [plan.note] if plan.note else []
         running.session.on(Event.PLANNED)
-        reason = "asked" if plan.mode == job.mode else "not_possible" if plan.note else "auto"
-        self._metrics.planned(job.model, plan.mode, reason)
+        self._metrics.planned(job.model, plan.mode, plan.reason)
         return plan
-
-    @property
-    def booked(self) -> dict[str, Booked]:
-        """Sequences and prompt tokens this gateway has on each worker."""
-        booked: dict[str, Booked] = {}
-        for running in self._running.values():
-            if running.plan is None or running.session.state not in (State.PREFILLING, State.DECODING):
-                continue
-            decode = running.plan.decode.worker
-            booked[decode] = booked.get(decode, Booked()).with_sequence()
-            if running.session.state is State.PREFILLING:
-                worker = running.plan.candidates[0].worker if running.plan.candidates else decode
-                booked[worker] = booked.get(worker, Booked()).with_prompt(len(running.job.prompt_ids))
-        return booked
 
     def _decode_request(self, running: Running, plan: Plan) -> DecodeRequest:
         job, session = running.job, running.session
@@ -271,6 +260,10 @@ class Dispatcher:
             self.give_up(running, error)
             return
         session.on(Event.WORKER_LOST)
+        if is_full or is_draining:
+            self._planner.left(running)
+        else:
+            self._planner.failed(running)
         self._metrics.replanned(running.job.model, error.code)
         # a full worker is not a broken one: it may be planned with again
         if not is_full:
@@ -288,6 +281,7 @@ class Dispatcher:
         if running.session.is_over:
             return
         running.session.on(Event.GAVE_UP)
+        self._planner.left(running)
         self._metrics.failed(running.job.model, error.code)
         running.tell(Finish(None, error))
         running.ended.set()
@@ -301,6 +295,7 @@ class Dispatcher:
         if is_early:
             session.on(Event.CLIENT_GONE)
             running.ended.set()
+        self._planner.over(running)
         self._metrics.ended(running)
         _log_end(running)
         if not is_with_worker:
@@ -326,8 +321,22 @@ class Dispatcher:
         self._endings.add(ending)
         ending.add_done_callback(self._endings.discard)
 
-    def move(self) -> None:
-        """Room may have become free."""
+    def end_all(self, error: EdgeLLMError) -> None:
+        """The gateway stops: tell every client that its answer ends here."""
+        for running in list(self._running.values()):
+            self.drop(running, error)
+
+    def progressed(self, running: Running, done: int) -> None:
+        self._planner.progressed(running, done)
+
+    def prompted(self, running: Running) -> None:
+        """There may be room for another prompt."""
+        self._planner.prompted(running)
+        self._queue.move()
+
+    def finished(self, running: Running) -> None:
+        """A slot is free."""
+        self._planner.left(running)
         self._queue.move()
 
     def gone(self, node: Node) -> None:
@@ -338,6 +347,7 @@ class Dispatcher:
 
     def on_view(self, before: ClusterView, after: ClusterView) -> None:
         """Keep one event connection to every node of the view."""
+        self._planner.on_view(after)
         self._listener.on_view(before, after)
         self._queue.move()
 

@@ -38,8 +38,14 @@ class Outcomes(Protocol):
     def drop(self, running: Running, error: EdgeLLMError) -> None:
         """The request itself must end; its worker does not know."""
 
-    def move(self) -> None:
-        """Room may have become free."""
+    def progressed(self, running: Running, done: int) -> None:
+        """`done` positions of its prompt are computed."""
+
+    def prompted(self, running: Running) -> None:
+        """Its prompt is whole."""
+
+    def finished(self, running: Running) -> None:
+        """Its last token came."""
 
     def gone(self, node: Node) -> None:
         """The connection to `node` broke."""
@@ -89,6 +95,7 @@ class Listener:
             running = self._current(progress.request_id, progress.epoch)
             if running is not None and running.session.state is State.PREFILLING:
                 running.tell(Progress(progress.done, progress.total))
+                self._outcomes.progressed(running, progress.done)
         for token in batch.tokens:
             self._on_token(token)
         for failed in batch.failed:
@@ -111,7 +118,7 @@ class Listener:
             running.notes.append(prompted.report.fallback)
         if running.session.state is State.PREFILLING:
             running.session.on(Event.PROMPTED)
-            self._outcomes.move()
+            self._outcomes.prompted(running)
 
     def _on_token(self, token: messages.Token) -> None:
         running = self._current(token.request_id, token.epoch)
@@ -133,7 +140,7 @@ class Listener:
         if token.finish_reason is not None:
             running.tell(Finish(token.finish_reason))
             running.ended.set()
-            self._outcomes.move()
+            self._outcomes.finished(running)
         elif running.unread_bytes > self._buffer_bytes:
             unread = f"the client left {running.unread_bytes} bytes of its answer unread"
             self._outcomes.drop(running, ReaderTooSlow(unread))

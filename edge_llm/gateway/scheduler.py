@@ -1,153 +1,340 @@
-"""Who serves a request: one pure decision over a view.
+"""Who serves a request: pure decisions over a view of the cluster.
 
-First form: join the shortest queue. The decode worker is the one with the most free slots for its load, the prefill
-candidates are ordered by the seconds of prompt work before them (pending tokens over measured rate). Owns the choice
-and its words; refuses to do anything about it. Time, randomness and I/O are not here.
+Owns the choice of decode worker and prefill candidates, together and at admission (Splitwise, papers.md 2.1), by what
+is predicted (cluster/cost.py). Refuses to know clients, connections, clocks: the same view gives the same plan.
+
+Rule: of all plans that can be carried out now, the one for which everybody together waits least: the request itself
+until its last token, the streams that run on either node, the prompts that will wait behind it. Local is the plan in
+which the decode node computes the prompt. A node of the other pool (pools.py) must be better by a margin, and so must a
+node of another exactness class: predictions err, and identities and promises are not changed for noise. When a full
+node is predicted to serve sooner than the free ones, the request waits for it, but never longer than the free one would
+have taken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
+from edge_llm.cluster.cost import (
+    TYPICAL_ANSWER_TOKENS,
+    NodeCost,
+    Prediction,
+    Request,
+    Side,
+    Work,
+    predict_local,
+    predict_split,
+    work_of,
+)
 from edge_llm.cluster.view import ClusterView, Node
 from edge_llm.errors import Overloaded, UnknownModel
+from edge_llm.gateway.policies import Policy, Standby
+from edge_llm.gateway.pools import Pool
+from edge_llm.worker.messages import Link
 
 Mode = Literal["auto", "split", "local"]
+CrossClass = Literal["never", "when_faster"]
+Reason = Literal["asked", "not_possible", "only_choice", "sooner", "less_harm", "policy"]
 MAX_CANDIDATES: Final = 2
-# Rate assumed for a worker that has not prefilled anything yet; only the order of candidates depends on it.
-_UNMEASURED_TOKENS_PER_S: Final = 100.0
+# Pairs that are predicted: in a large cluster only those of the best few on either side.
+SHORTLIST: Final = 6
 # A worker computes one prompt and lets one more wait (worker/prefill.py); further ones wait here.
-_PROMPTS_PER_WORKER: Final = 2
+PROMPTS_PER_WORKER: Final = 2
+# By how much a plan must be better to be worth a node of the other pool, or the promise of exactness.
+SPILL_MARGIN: Final = 1.25
+FOREIGN_MARGIN: Final = 1.10
 
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What the scheduler needs to know of a request. `avoid` are workers that already failed it."""
+    """What the scheduler needs to know of a request.
+
+    answer_tokens: how long the answer is expected to be (None: typical). avoid: workers that failed it and have not
+    come back. held: how many positions of its prompt a worker is believed to hold. exactness_class: of the worker that
+    gave the tokens delivered so far. waited_s: how long it has been without a plan.
+    """
 
     model: str
     prompt_tokens: int
     max_tokens: int
     mode: Mode = "auto"
     avoid: frozenset[str] = frozenset()
+    answer_tokens: float | None = None
+    held: Mapping[str, int] = field(default_factory=dict)
+    exactness_class: str | None = None
+    waited_s: float = 0.0
+
+    @property
+    def cells(self) -> int:
+        """KV cells to reserve."""
+        return self.prompt_tokens + self.max_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """Decode worker and prefill candidates in order; none means the decode worker computes the prompt.
 
-    `note` says why a wish for `split` became local, else None.
+    `note` says why a wish for `split` became local, else None. `spills`: nodes that help out for the other pool.
     """
 
     decode: Node
     candidates: tuple[Node, ...]
     note: str | None = None
+    prediction: Prediction | None = None
+    reason: Reason = "only_choice"
+    spills: tuple[tuple[Node, Pool], ...] = ()
+    is_cross_class: bool = False
 
     @property
     def mode(self) -> Literal["split", "local"]:
         return "split" if self.candidates else "local"
 
+    @property
+    def reader(self) -> Node:
+        """Who computes the prompt."""
+        return self.candidates[0] if self.candidates else self.decode
+
 
 @dataclass(frozen=True, slots=True)
-class Booked:
-    """What this gateway has sent to a worker since its last status: sequences and prompt tokens."""
+class Situation:
+    """What else is known now. A worker that `works` does not name has the work that it says it has.
 
-    sequences: int = 0
-    prompts: int = 0
-    prompt_tokens: int = 0
+    waiting: requests that have no plan yet. pool_of: where a node stands (none: everybody stands by for both).
+    """
 
-    def with_sequence(self) -> Booked:
-        return replace(self, sequences=self.sequences + 1)
+    works: Mapping[str, Work] = field(default_factory=dict)
+    waiting: int = 0
+    pool_of: Callable[[Node], Pool] = lambda _node: "mixed"
+    cross_class: CrossClass = "when_faster"
+    policy: Policy | None = None
 
-    def with_prompt(self, tokens: int) -> Booked:
-        return replace(self, prompts=self.prompts + 1, prompt_tokens=self.prompt_tokens + tokens)
+    def work(self, node: Node) -> Work:
+        return self.works.get(node.worker) or work_of(node.status)
 
 
-def decide(wish: Wish, view: ClusterView, booked: Mapping[str, Booked]) -> Plan:
-    """Choose for `wish`. Raises UnknownModel (nobody serves it) or Overloaded (no slot is free now)."""
+@dataclass(frozen=True, slots=True)
+class _Option:
+    """One way to serve the request. `is_full`: not now, a prefill worker has no room."""
+
+    decode: Node
+    prefill: Node | None
+    prediction: Prediction
+    spills: tuple[tuple[Node, Pool], ...]
+    is_cross_class: bool
+    is_full: bool
+
+    @property
+    def weight_s(self) -> float:
+        """What options are compared by."""
+        margin = (SPILL_MARGIN if self.spills else 1.0) * (FOREIGN_MARGIN if self.is_cross_class else 1.0)
+        return self.prediction.everybody_s * margin
+
+    @property
+    def order(self) -> tuple[float, bool, bool, str, str]:
+        """Equal weights are decided by names, so that a view has one plan."""
+        prefill = self.prefill.worker if self.prefill else ""
+        return self.weight_s, bool(self.spills), self.is_cross_class, self.decode.worker, prefill
+
+
+def decide(wish: Wish, view: ClusterView, situation: Situation) -> Plan:
+    """Choose for `wish`. Raises UnknownModel (nobody serves it) or Overloaded (nobody has room now)."""
     if wish.model not in view.models:
         known = ", ".join(view.models) or "none yet"
         raise UnknownModel(f"no worker serves the model {wish.model!r}; served are: {known}", param="model")
     able = [node for node in view.ready(wish.model) if node.decodes and node.worker not in wish.avoid]
-    decoders = [node for node in able if _slots_free(node, booked) > 0 and _fits(node, wish)]
+    able = _of_the_same_class(wish, able, situation)
+    decoders = [node for node in able if _has_room(node, wish, situation)]
     if not decoders:
         raise Overloaded(_why_nobody(wish, view, able), retry_after_s=2.0)
-    decode = min(decoders, key=lambda node: (_busy(node, booked), node.worker))
+    readers = [node for node in view.ready(wish.model) if node.prefills and node.worker not in wish.avoid]
+    if situation.policy is not None:
+        return _by_policy(situation.policy, wish, decoders, readers, situation)
+    return _by_prediction(wish, decoders, readers, situation)
+
+
+# -- by prediction
+
+
+def _by_prediction(wish: Wish, decoders: Sequence[Node], readers: Sequence[Node], situation: Situation) -> Plan:
+    options = sorted(_options(wish, decoders, readers, situation), key=lambda option: option.order)
+    splits = [option for option in options if option.prefill]
+    locals_ = [option for option in options if not option.prefill]
+    allowed, note = options, None
     if wish.mode == "local" or wish.prompt_tokens < 2:
-        return Plan(decode, ())
-    candidates, note = _candidates(wish, view, decode, booked)
-    if not candidates:
-        return Plan(decode, (), note if wish.mode == "split" else None)
-    if wish.mode == "auto" and wish.prompt_tokens <= decode.status.chunk_tokens:
-        return Plan(decode, ())
-    free = tuple(node for node in candidates if _prompts(node, booked) < _PROMPTS_PER_WORKER)
-    if free:
-        return Plan(decode, free[:MAX_CANDIDATES])
-    if wish.mode == "auto" and not _sequences(decode, booked):
-        return Plan(decode, ())  # nobody there to disturb, and every prefill worker has a queue
-    raise Overloaded("all prefill workers have a prompt waiting", retry_after_s=2.0)
+        allowed = locals_
+    elif wish.mode == "split":
+        allowed, note = (splits, None) if splits else (locals_, _why_not_split(wish, decoders, readers, situation))
+    free = [option for option in allowed if not option.is_full]
+    if not free:
+        raise Overloaded("all prefill workers have a prompt waiting", retry_after_s=2.0)
+    best = free[0]
+    if allowed[0].is_full and wish.waited_s <= best.prediction.ttft_s:
+        assert allowed[0].prefill is not None
+        raise Overloaded(
+            f"prefill worker {allowed[0].prefill.worker} has a prompt waiting and will still be sooner than others",
+            retry_after_s=2.0,
+        )
+    others = locals_ if best.prefill else [option for option in splits if not option.is_full]
+    return Plan(
+        decode=best.decode,
+        candidates=_candidates(best, splits),
+        note=note,
+        prediction=best.prediction,
+        reason=_reason(wish, best, others[0] if others else None, note),
+        spills=best.spills,
+        is_cross_class=best.is_cross_class,
+    )
 
 
-def _candidates(
-    wish: Wish, view: ClusterView, decode: Node, booked: Mapping[str, Booked]
-) -> tuple[tuple[Node, ...], str | None]:
-    """Prefill workers whose KV `decode` can adopt, the soonest first; of its own exactness class if there are any."""
-    if not decode.status.splits:
-        return (), f"not split: {decode.status.split_reason}"
-    fitting = [
-        node
-        for node in view.ready(wish.model)
-        if node.prefills
-        and node.worker != decode.worker
-        and node.worker not in wish.avoid
-        and node.status.compatibility == decode.status.compatibility
-        and node.status.n_ctx >= wish.prompt_tokens
-    ]
+def _options(wish: Wish, decoders: Sequence[Node], readers: Sequence[Node], situation: Situation) -> Iterator[_Option]:
+    """Every way to serve the request, with what it is predicted to cost."""
+    answer = wish.answer_tokens if wish.answer_tokens is not None else TYPICAL_ANSWER_TOKENS
+    computing = {node.worker for node in (*decoders, *readers)}
+    request = Request(
+        wish.prompt_tokens, max(1.0, min(answer, wish.max_tokens)), situation.waiting / max(1, len(computing))
+    )
+    sides = {
+        node.worker: Side(NodeCost.of(node.status), situation.work(node), wish.held.get(node.worker, 0))
+        for node in (*decoders, *readers)
+    }
+    near = _shortlist(readers, lambda node: predict_local(request, sides[node.worker]).everybody_s)
+    # a decode worker without this prompt's work: the prompt comes from elsewhere
+    bare = replace(request, prompt_tokens=1)
+    far = _shortlist(decoders, lambda node: predict_local(bare, replace(sides[node.worker], held=0)).everybody_s)
+    for decode in decoders:
+        helping: tuple[tuple[Node, Pool], ...] = ()
+        if situation.pool_of(decode) == "prompt":
+            helping = ((decode, "token"),)
+        own = sides[decode.worker]
+        yield _Option(decode, None, predict_local(request, own), helping, False, False)
+        if wish.prompt_tokens < 2 or not decode.status.splits or decode not in far:
+            continue
+        for prefill in near:
+            if not _can_feed(prefill, decode, wish, situation):
+                continue
+            spills = (*helping, (prefill, "prompt")) if situation.pool_of(prefill) == "token" else helping
+            yield _Option(
+                decode,
+                prefill,
+                predict_split(request, sides[prefill.worker], own, _link(prefill, decode)),
+                spills,
+                _is_foreign(prefill, decode),
+                sides[prefill.worker].work.served >= PROMPTS_PER_WORKER,
+            )
+
+
+def _shortlist(nodes: Sequence[Node], cost_s: Callable[[Node], float]) -> Sequence[Node]:
+    return nodes if len(nodes) <= SHORTLIST else sorted(nodes, key=cost_s)[:SHORTLIST]
+
+
+def _candidates(best: _Option, splits: Sequence[_Option]) -> tuple[Node, ...]:
+    """The chosen prefill worker, then the next best ones for the same decode worker."""
+    if best.prefill is None:
+        return ()
+    rest = [option for option in splits if option.decode is best.decode and option is not best]
+    rest.sort(key=lambda option: (option.is_full, option.order))
+    nodes = [best.prefill, *(option.prefill for option in rest if option.prefill)]
+    return tuple(nodes[:MAX_CANDIDATES])
+
+
+def _reason(wish: Wish, best: _Option, other: _Option | None, note: str | None) -> Reason:
+    if wish.mode != "auto":
+        return "not_possible" if note else "asked"
+    if other is None:
+        return "only_choice"
+    return "sooner" if best.prediction.completion_s <= other.prediction.completion_s else "less_harm"
+
+
+# -- by a policy that predicts nothing
+
+
+def _by_policy(
+    policy: Policy, wish: Wish, decoders: Sequence[Node], readers: Sequence[Node], situation: Situation
+) -> Plan:
+    """The policy's decode worker of the token pool, its prefill worker of the prompt pool; `auto` splits what is
+    longer than a chunk. The other pool is asked only when nobody else is there."""
+    decode = policy.choose("token", _standby(decoders, "prompt", situation))
+    wants_split = wish.mode == "split" or (wish.mode == "auto" and wish.prompt_tokens > decode.status.chunk_tokens)
+    if not wants_split or wish.prompt_tokens < 2:
+        return Plan(decode, (), reason="policy")
+    fitting = [node for node in readers if _can_feed(node, decode, wish, situation)] if decode.status.splits else []
     if not fitting:
-        return (), "not split: no other worker prefills this model"
-
-    def wait(node: Node) -> tuple[bool, bool, float, str]:
-        is_foreign = node.status.exactness_class != decode.status.exactness_class
-        return is_foreign, node.decodes, _prompt_wait_s(node, booked), node.worker
-
-    return tuple(sorted(fitting, key=wait)), None
-
-
-def _prompt_wait_s(node: Node, booked: Mapping[str, Booked]) -> float:
-    tokens = node.status.load.pending_prompt_tokens + booked.get(node.worker, Booked()).prompt_tokens
-    return tokens / (node.status.load.prefill_tokens_per_s or _UNMEASURED_TOKENS_PER_S)
+        note = _why_not_split(wish, [decode], readers, situation) if wish.mode == "split" else None
+        return Plan(decode, (), note, reason="policy")
+    free = [node for node in fitting if situation.work(node).served < PROMPTS_PER_WORKER]
+    if not free:
+        raise Overloaded("all prefill workers have a prompt waiting", retry_after_s=2.0)
+    first = policy.choose("prompt", _standby(free, "token", situation))
+    rest = [node for node in free if node is not first]
+    second = sorted(rest, key=lambda node: node.worker)[: MAX_CANDIDATES - 1]
+    return Plan(decode, (first, *second), reason="policy", is_cross_class=_is_foreign(first, decode))
 
 
-def _slots_free(node: Node, booked: Mapping[str, Booked]) -> int:
-    return node.status.slots - _sequences(node, booked)
+def _standby(nodes: Sequence[Node], other_pool: Pool, situation: Situation) -> list[Standby]:
+    home = [node for node in nodes if situation.pool_of(node) != other_pool] or nodes
+    return [Standby(node, situation.work(node)) for node in sorted(home, key=lambda node: node.worker)]
 
 
-def _sequences(node: Node, booked: Mapping[str, Booked]) -> int:
-    return max(node.status.load.sequences_running, booked.get(node.worker, Booked()).sequences)
+# -- what is possible
 
 
-def _prompts(node: Node, booked: Mapping[str, Booked]) -> int:
-    """Prompts this gateway has there, and whatever others made wait."""
-    return max(booked.get(node.worker, Booked()).prompts, node.status.load.sequences_waiting)
+def _has_room(node: Node, wish: Wish, situation: Situation) -> bool:
+    """A free slot, and cells for prompt and longest answer."""
+    status, work = node.status, situation.work(node)
+    reserved = work.reserved_cells + wish.cells
+    return work.sequences < status.slots and wish.cells <= status.n_ctx and reserved <= status.slots * status.n_ctx
 
 
-def _busy(node: Node, booked: Mapping[str, Booked]) -> float:
-    """Share of slots taken, then prompt work waiting: the shortest queue."""
-    taken = 1 - _slots_free(node, booked) / max(1, node.status.slots)
-    return taken + min(1.0, _prompt_wait_s(node, booked))
+def _can_feed(prefill: Node, decode: Node, wish: Wish, situation: Situation) -> bool:
+    """Whether `prefill` can compute this prompt so that `decode` can adopt it, and may."""
+    return (
+        prefill.worker != decode.worker
+        and prefill.status.compatibility == decode.status.compatibility
+        and prefill.status.n_ctx >= wish.prompt_tokens
+        and not (situation.cross_class == "never" and _is_foreign(prefill, decode))
+    )
 
 
-def _fits(node: Node, wish: Wish) -> bool:
-    return wish.prompt_tokens + wish.max_tokens <= node.status.n_ctx
+def _is_foreign(prefill: Node, decode: Node) -> bool:
+    return prefill.status.exactness_class != decode.status.exactness_class
+
+
+def _of_the_same_class(wish: Wish, nodes: list[Node], situation: Situation) -> list[Node]:
+    """An answer that has begun goes on where the same tokens would have come, if anywhere."""
+    if wish.exactness_class is None:
+        return nodes
+    same = [node for node in nodes if node.status.exactness_class == wish.exactness_class]
+    if situation.cross_class == "never":
+        return same
+    return same if any(_has_room(node, wish, situation) for node in same) else nodes
+
+
+def _link(prefill: Node, decode: Node) -> Link | None:
+    """The way as its receiver measured it."""
+    return next((link for link in decode.status.load.links if link.peer == prefill.worker), None)
+
+
+def _why_not_split(wish: Wish, decoders: Sequence[Node], readers: Sequence[Node], situation: Situation) -> str | None:
+    if wish.prompt_tokens < 2:
+        return None
+    if not any(node.status.splits for node in decoders):
+        return f"not split: {decoders[0].status.split_reason}"
+    loose = replace(situation, cross_class="when_faster")
+    if any(_can_feed(reader, decoder, wish, loose) for reader in readers for decoder in decoders):
+        return "not split: the other prefill workers are of another exactness class (setting cross_class)"
+    return "not split: no other worker prefills this model"
 
 
 def _why_nobody(wish: Wish, view: ClusterView, able: list[Node]) -> str:
-    if any(_fits(node, wish) for node in able):
+    if any(wish.cells <= node.status.n_ctx for node in able):
         return "all slots of all decode workers are taken"
     if able:
-        return f"no decode worker that is left has a context of {wish.prompt_tokens + wish.max_tokens} tokens"
+        return f"no decode worker that is left has a context of {wish.cells} tokens"
     if wish.avoid:
         return "the workers that could decode this have failed and no other is left"
+    if wish.exactness_class is not None and any(node.decodes for node in view.ready(wish.model)):
+        return "no worker of the exactness class that began this answer is left (setting cross_class)"
     roles = ", ".join(f"{node.worker} ({node.status.role})" for node in view.nodes)
     return f"no worker that decodes {wish.model} is ready; the cluster has: {roles}"

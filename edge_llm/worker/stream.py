@@ -22,20 +22,23 @@ log = structlog.get_logger()
 
 
 class ClosingStream(StreamingResponse):
-    """Streams an async generator; a reader that takes nothing for `SEND_STALL_S` loses its connection."""
+    """Streams an async generator; a reader that takes nothing for `stall_s` loses its connection. One part is held here
+    and one connection's send buffer below: what the source may run ahead is the source's to bound."""
 
-    def __init__(self, source: AsyncGenerator[bytes | memoryview, None], media_type: str) -> None:
+    def __init__(
+        self, source: AsyncGenerator[bytes | memoryview, None], media_type: str, stall_s: float = SEND_STALL_S
+    ) -> None:
         super().__init__(source, media_type=media_type)
-        self._source = source
+        self._source, self._stall_s = source, stall_s
 
     async def stream_response(self, send: Send) -> None:
         async def send_in_time(message: Message) -> None:
-            async with asyncio.timeout(SEND_STALL_S):
+            async with asyncio.timeout(self._stall_s):
                 await send(message)
 
         async with aclosing(self._source):
             try:
                 await super().stream_response(send_in_time)
             except TimeoutError:
-                log.warning("reader stalled, connection dropped", after_s=SEND_STALL_S)
+                log.warning("reader stalled, connection dropped", after_s=self._stall_s)
                 raise

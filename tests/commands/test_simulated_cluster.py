@@ -71,6 +71,7 @@ def test_a_simulated_cluster_comes_up_without_a_model_and_answers(tmp_path: Path
 
 def ask(port: int) -> Any:
     body = {"prompt": "What is a prefill?", "max_tokens": 12, "ignore_eos": True, "edge_llm": {"mode": "split"}}
-    request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode())
+    url, headers = f"http://127.0.0.1:{port}/v1/completions", {"content-type": "application/json"}
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     with urllib.request.urlopen(request, timeout=30) as reply:
         return json.load(reply)

@@ -15,6 +15,7 @@ from edge_llm.cluster.view import Place
 from edge_llm.config import GatewayConfig
 from edge_llm.engine.simulated import SimulatedBackend, SimulatedSettings
 from edge_llm.gateway.app import Gateway, create_app
+from edge_llm.gateway.keys import Credentials, NoKeys
 from edge_llm.worker.client import Peer
 from edge_llm.worker.messages import Role
 from tests.loopback import DEADLINE_S, KEYS, Cluster, Node, listening, running_cluster, until
@@ -22,6 +23,7 @@ from tests.loopback import DEADLINE_S, KEYS, Cluster, Node, listening, running_c
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO: Final = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 8, "temperature": 0}
 PROBE_S: Final = 0.02
+NO_KEYS: Final = NoKeys()
 
 
 class Written:
@@ -148,7 +150,8 @@ class Service:
 
     async def post(self, path: str, body: object, headers: Mapping[str, str] | None = None) -> Reply:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        async with self.client.post(path, data=data, headers=headers) as reply:
+        sent = {"content-type": "application/json", **(headers or {})}
+        async with self.client.post(path, data=data, headers=sent) as reply:
             return Reply(reply.status, reply.headers, await reply.json())
 
     async def get(self, path: str) -> Reply:
@@ -173,10 +176,10 @@ class Service:
 
 
 @asynccontextmanager
-async def serving(cluster: Cluster, **config: Any) -> AsyncIterator[Service]:
+async def serving(cluster: Cluster, credentials: Credentials = NO_KEYS, **config: Any) -> AsyncIterator[Service]:
     """A gateway before `cluster`, which may still be empty; `config` are fields of GatewayConfig."""
     discovery = Written()
-    gateway = Gateway(GatewayConfig(**{"name": "gateway", "probe_s": PROBE_S, **config}), KEYS, discovery)
+    gateway = Gateway(GatewayConfig(**{"name": "gateway", "probe_s": PROBE_S, **config}), KEYS, discovery, credentials)
     timeout = aiohttp.ClientTimeout(total=DEADLINE_S)
     async with listening(create_app(gateway)) as (address, _):
         url = f"http://{address}"

@@ -34,6 +34,8 @@ OWN: Final[dict[str, type | tuple[type, ...]]] = {
     "adopt_ms": float,
     "handoff_bytes": int,
     "overlapped_bytes": int,
+    "cached_tokens": int,
+    "prefill_cached_tokens": int,
     "first_decode_ms": float,
     "ttft_ms": float,
     "fallback": (str, type(None)),
@@ -308,7 +310,7 @@ async def test_a_body_that_is_too_large_is_refused_whether_it_says_so_or_not(ser
         for at in range(0, len(body), 1000):
             yield body[at : at + 1000]
 
-    async with service.client.post(CHAT, data=pieces()) as reply:
+    async with service.client.post(CHAT, data=pieces(), headers={"content-type": "application/json"}) as reply:
         assert_refused(Reply(reply.status, reply.headers, await reply.json()), 413, None, "payload_too_large")
     await good(service)
 

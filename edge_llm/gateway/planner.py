@@ -1,0 +1,337 @@
+"""Planning with all that this gateway knows: who has which work, who holds which prefixes, which pools help out.
+
+Owns the inputs of `decide` and what becomes of its decisions: each is logged with its prediction, kept for GET /cluster
+and judged when the request is over. Refuses to know queues and connections; the choice itself is scheduler.py.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import structlog
+
+from edge_llm.cluster.cost import TYPICAL_ANSWER_TOKENS, Work
+from edge_llm.cluster.view import ClusterView, Node
+from edge_llm.errors import Overloaded
+from edge_llm.gateway.affinity import Affinity, Chain, chain_of
+from edge_llm.gateway.policies import Policy
+from edge_llm.gateway.pools import PoolEvent, Pools, Standing
+from edge_llm.gateway.running import Running
+from edge_llm.gateway.scheduler import CrossClass, Plan, Situation, Wish, decide
+from edge_llm.gateway.session import State
+from edge_llm.gateway.workbook import Booking, WorkBook
+
+DECISIONS_KEPT: Final = 200
+OBSERVE_S: Final = 1.0
+# About the last twenty answers of a model say how long the next one will be.
+_SMOOTHING: Final = 0.05
+_UNTOLD: Final = frozenset({"ago_s", "measured", "ttft_error_ratio"})
+log = structlog.get_logger()
+Life = tuple[str, int, float]
+
+
+@dataclass(slots=True)
+class Decision:
+    """One plan, what it promised, and how it came out. Durations count from the plan; `held_tokens` of the prompt are
+    believed to be kept where it is computed."""
+
+    request_id: str
+    model: str
+    at_s: float
+    plan: Plan
+    prompt_tokens: int
+    answer_tokens: float
+    held_tokens: int
+    waited_s: float
+    ttft_s: float | None = None
+    completion_s: float | None = None
+
+    @property
+    def ttft_error_ratio(self) -> float | None:
+        """What came to pass over what was predicted."""
+        predicted = self.plan.prediction
+        return self.ttft_s / predicted.ttft_s if self.ttft_s and predicted and predicted.ttft_s else None
+
+    def entry(self, now_s: float) -> dict[str, Any]:
+        """For GET /cluster and the log."""
+        plan, predicted = self.plan, self.plan.prediction
+        return {
+            "request_id": self.request_id,
+            "model": self.model,
+            "ago_s": round(now_s - self.at_s, 3),
+            "mode": plan.mode,
+            "reason": plan.reason,
+            "decode_node": plan.decode.worker,
+            "prefill_node": plan.reader.worker,
+            "spills": [node.worker for node, _ in plan.spills],
+            "is_cross_class": plan.is_cross_class,
+            "prompt_tokens": self.prompt_tokens,
+            "held_tokens": self.held_tokens,
+            "waited_s": round(self.waited_s, 4),
+            "predicted": {
+                "ttft_s": round(predicted.ttft_s, 4),
+                "completion_s": round(predicted.completion_s, 4),
+                "harm_s": round(predicted.harm_s, 4),
+                "answer_tokens": round(self.answer_tokens, 1),
+            }
+            if predicted
+            else None,
+            "measured": {"ttft_s": _rounded(self.ttft_s), "completion_s": _rounded(self.completion_s)},
+            "ttft_error_ratio": _rounded(self.ttft_error_ratio),
+        }
+
+
+@dataclass(slots=True)
+class _Known:
+    """What is remembered of a request that is not over. `failed`: workers, in which life, and when."""
+
+    chains: dict[int, Chain] = field(default_factory=dict)
+    failed: dict[str, tuple[Life, float]] = field(default_factory=dict)
+    decision: Decision | None = None
+
+
+class Planner:
+    """Plans for all requests of one gateway. `on_outcome` hears of every decision whose first token came."""
+
+    def __init__(
+        self,
+        policy: Policy | None = None,
+        cross_class: CrossClass = "when_faster",
+        clock: Callable[[], float] = time.monotonic,
+        on_outcome: Callable[[Decision], None] = lambda _decision: None,
+    ) -> None:
+        self._policy, self._cross_class, self._clock, self._on_outcome = policy, cross_class, clock, on_outcome
+        self._book, self._affinity, self._pools = WorkBook(), Affinity(), Pools()
+        self._known: dict[str, _Known] = {}
+        self._answer_tokens: dict[str, float] = {}
+        self._seen_s: dict[str, float] = {}
+        self._observed_s = 0.0
+        self._decisions: deque[Decision] = deque(maxlen=DECISIONS_KEPT)
+
+    # -- planning
+
+    def plan(self, running: Running, view: ClusterView, waiting: int = 0) -> Plan:
+        """Decide for a request that has no worker; `waiting` others have none either. Raises what `decide` raises."""
+        known = self._known.setdefault(running.job.request_id, _Known())
+        situation = Situation(
+            self.works(view),
+            waiting,
+            lambda node: self._pools.of(node.worker, node.status.role),
+            self._cross_class,
+            self._policy,
+        )
+        plan, wish = self._decide(running, known, view, situation)
+        known.decision = self._record(running, plan, wish)
+        self._book.book(
+            running.job.request_id,
+            Booking(
+                decode=plan.decode.worker,
+                reader=plan.reader.worker,
+                prompt_tokens=wish.prompt_tokens,
+                max_tokens=wish.max_tokens,
+                answer_tokens=known.decision.answer_tokens,
+                held=known.decision.held_tokens,
+                delivered=running.session.delivered,
+                before=len(running.session.delivered),
+            ),
+        )
+        return plan
+
+    def _decide(self, running: Running, known: _Known, view: ClusterView, situation: Situation) -> tuple[Plan, Wish]:
+        """First without any worker that failed this request in its present life; when that leaves nobody, with those
+        of them that were seen well since."""
+        failed = [node for node in view.nodes if known.failed.get(node.worker, (None,))[0] == node.life]
+        wish = self._wish(running, known, view, frozenset(node.worker for node in failed))
+        try:
+            return decide(wish, view, situation), wish
+        except Overloaded:
+            still = frozenset(node.worker for node in failed if node.seen_s <= known.failed[node.worker][1])
+            if still == wish.avoid:
+                raise
+        wish = self._wish(running, known, view, still)
+        return decide(wish, view, situation), wish
+
+    def _wish(self, running: Running, known: _Known, view: ClusterView, avoid: frozenset[str]) -> Wish:
+        job, delivered, before = running.job, len(running.session.delivered), running.plan
+        return Wish(
+            model=job.model,
+            prompt_tokens=len(job.prompt_ids) + delivered,
+            max_tokens=job.max_tokens - delivered,
+            mode=job.mode,
+            avoid=avoid,
+            answer_tokens=self._answer_left(running),
+            held=self._held(running, known, view),
+            exactness_class=before.decode.status.exactness_class if before is not None and delivered else None,
+            waited_s=self._clock() - running.waits_since_s,
+        )
+
+    def _answer_left(self, running: Running) -> float:
+        """Tokens that the answer is expected to go on for: as long as others of its model were, within its limit."""
+        typical, delivered = self._answer_tokens.get(running.job.model), len(running.session.delivered)
+        left = (TYPICAL_ANSWER_TOKENS if typical is None else typical) - delivered
+        return max(1.0, min(left, running.job.max_tokens - delivered))
+
+    def _held(self, running: Running, known: _Known, view: ClusterView) -> dict[str, int]:
+        if not running.job.cache_prompt:
+            return {}
+        held = {
+            node.worker: self._affinity.held(node.worker, self._chain(running, known, node.status.chunk_tokens))
+            for node in view.ready(running.job.model)
+        }
+        return {worker: count for worker, count in held.items() if count}
+
+    def _chain(self, running: Running, known: _Known, chunk_tokens: int) -> Chain:
+        if chunk_tokens not in known.chains:
+            ids = (*running.job.prompt_ids, *running.session.delivered)
+            known.chains[chunk_tokens] = chain_of(running.job.tenant, ids, chunk_tokens)
+        return known.chains[chunk_tokens]
+
+    def _record(self, running: Running, plan: Plan, wish: Wish) -> Decision:
+        now_s = self._clock()
+        for node, pool in plan.spills:
+            _tell(self._pools.spilled(node.worker, node.status.role, pool, now_s))
+        decision = Decision(
+            request_id=running.job.request_id,
+            model=running.job.model,
+            at_s=now_s,
+            plan=plan,
+            prompt_tokens=wish.prompt_tokens,
+            answer_tokens=wish.answer_tokens or 0.0,
+            held_tokens=min(wish.held.get(plan.reader.worker, 0), wish.prompt_tokens - 1),
+            waited_s=wish.waited_s,
+        )
+        self._decisions.append(decision)
+        log.info("planned", **{key: value for key, value in decision.entry(now_s).items() if key not in _UNTOLD})
+        return decision
+
+    # -- what happens to requests
+
+    def progressed(self, running: Running, done: int) -> None:
+        """`done` positions of its prompt are computed."""
+        self._book.read(running.job.request_id, done)
+
+    def prompted(self, running: Running) -> None:
+        """Its prompt is whole: what was believed of prefixes is corrected by what the workers found."""
+        self._book.prompted(running.job.request_id)
+        known, plan, report = self._known.get(running.job.request_id), running.plan, running.report
+        if known is None or plan is None or report is None or not running.job.cache_prompt:
+            return
+        self._correct(running, known, plan.decode, report.cached_tokens)
+        for node in plan.candidates:
+            if node.worker == report.prefill_worker and report.mode == "split":
+                self._correct(running, known, node, report.prefill_cached_tokens)
+                self._keep(node, running, running.job.prompt_ids[:-1])
+
+    def failed(self, running: Running) -> None:
+        """Its decode worker failed it."""
+        known, plan = self._known.get(running.job.request_id), running.plan
+        if known is not None and plan is not None:
+            known.failed[plan.decode.worker] = (plan.decode.life, self._clock())
+        self.left(running)
+
+    def left(self, running: Running) -> None:
+        """Its workers do not have it any more."""
+        self._book.remove(running.job.request_id)
+        if (known := self._known.get(running.job.request_id)) is not None:
+            known.chains.clear()  # what was delivered belongs to the next prompt
+
+    def over(self, running: Running) -> None:
+        """Nobody waits for it any more."""
+        self._book.remove(running.job.request_id)
+        known = self._known.pop(running.job.request_id, None)
+        if known is None or known.decision is None:
+            return
+        decision = known.decision
+        if running.first_token_s >= decision.at_s:
+            decision.ttft_s = running.first_token_s - decision.at_s
+            decision.completion_s = running.last_token_s - decision.at_s
+            self._on_outcome(decision)
+        if running.session.state is State.DONE:
+            self._finished(running, decision.plan.decode)
+
+    def _finished(self, running: Running, decode: Node) -> None:
+        job, count = running.job, len(running.session.delivered)
+        mean = self._answer_tokens.get(job.model, float(count))
+        self._answer_tokens[job.model] = mean + _SMOOTHING * (count - mean)
+        if job.cache_prompt:
+            # the last token was drawn, never evaluated; elsewhere than at level exact only prompts are kept
+            whole = decode.status.level == "exact"
+            self._keep(
+                decode, running, ((*job.prompt_ids, *running.session.delivered) if whole else job.prompt_ids)[:-1]
+            )
+
+    def _correct(self, running: Running, known: _Known, node: Node, found: int) -> None:
+        chain = self._chain(running, known, node.status.chunk_tokens)
+        if self._affinity.held(node.worker, chain) > found:
+            self._affinity.correct(node.worker, chain, found)
+
+    def _keep(self, node: Node, running: Running, ids: Sequence[int]) -> None:
+        self._affinity.keep(node.worker, chain_of(running.job.tenant, ids, node.status.chunk_tokens))
+
+    # -- what is known of workers
+
+    def on_view(self, view: ClusterView) -> None:
+        """Read what new statuses show."""
+        for node in view.nodes:
+            if self._seen_s.get(node.worker) != node.seen_s:
+                self._seen_s[node.worker] = node.seen_s
+                self._affinity.meet(node.worker, node.life, _chunks_kept(node))
+                self._book.seen(node.status)
+        now_s = self._clock()
+        if now_s - self._observed_s >= OBSERVE_S:
+            self._observed_s = now_s
+            for event in self._pools.observe([self._standing(node, now_s) for node in view.nodes], now_s):
+                _tell(event)
+
+    def works(self, view: ClusterView) -> Mapping[str, Work]:
+        """What each worker has to do, as far as is known here."""
+        now_s = self._clock()
+        return {node.worker: self._book.work(node.worker, now_s) for node in view.nodes}
+
+    def booked(self, view: ClusterView) -> dict[str, Work]:
+        """The same of those that have something to do."""
+        return {worker: work for worker, work in self.works(view).items() if work != Work()}
+
+    @property
+    def decisions(self) -> list[dict[str, Any]]:
+        """The last ones, the newest first."""
+        now_s = self._clock()
+        return [decision.entry(now_s) for decision in reversed(self._decisions)]
+
+    @property
+    def pool_events(self) -> tuple[PoolEvent, ...]:
+        """The last ones, the newest first."""
+        return tuple(reversed(self._pools.events))
+
+    def pool_of(self, node: Node) -> str:
+        """Where a node stands now, whatever its role."""
+        return self._pools.of(node.worker, node.status.role)
+
+    def _standing(self, node: Node, now_s: float) -> Standing:
+        work, status = self._book.work(node.worker, now_s), node.status
+        return Standing(
+            node.worker,
+            status.role,
+            prompt_work=float(min(1, len(work.prompts))),
+            prompt_room=float(node.prefills and status.is_ready),
+            token_work=float(work.sequences),
+            token_room=float(status.slots if status.is_ready else 0),
+        )
+
+
+def _tell(event: PoolEvent) -> None:
+    log.info("pool", kind=event.kind, worker=event.worker, born=event.born, to=event.to, why=event.why)
+
+
+def _chunks_kept(node: Node) -> int:
+    """Whole chunks that a worker may keep."""
+    chunk_bytes = node.status.kv_bytes_per_token * node.status.chunk_tokens
+    return node.status.load.prefix_limit_bytes // chunk_bytes if chunk_bytes else 0
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)

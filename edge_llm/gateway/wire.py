@@ -1,0 +1,112 @@
+"""HTTP/1.1 as strangers may send it: the head of a request is bounded in bytes and in time.
+
+uvicorn takes a head of any size and waits for it for ever; a few thousand half-sent ones would take all memory and file
+descriptors. Owns only that; bodies are read by edge.py. Refuses to know routes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from socket import IPPROTO_TCP, SO_SNDBUF, SOL_SOCKET, TCP_USER_TIMEOUT, socket
+from typing import ClassVar, Final
+
+import orjson
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from edge_llm.errors import BodyTooSlow, EdgeLLMError, HeadTooLarge, InvalidRequest
+from edge_llm.gateway.edge import SECURITY
+from edge_llm.gateway.openai import error_body
+
+# The kernel lets a send buffer grow to megabytes; an answer of a few thousand tokens would vanish in it unread.
+SEND_BUFFER_BYTES: Final = 64 << 10
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """One connection. `_awaits_head` while the next request's head is not whole."""
+
+    max_head_bytes: ClassVar[int]
+    head_s: ClassVar[float]
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._awaits_head, self._head_bytes, self._parsed_bytes = True, 0, 0
+        self._error: EdgeLLMError = InvalidRequest("what came is not HTTP/1.1")
+        self._timer: asyncio.TimerHandle | None = self.loop.call_later(self.head_s, self._too_slow)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._awaits_head and self._timer is None:
+            self._timer = self.loop.call_later(self.head_s, self._too_slow)
+        self._head_bytes += len(data)
+        super().data_received(data)
+        if self._awaits_head and self._head_bytes > self.max_head_bytes and not self.transport.is_closing():
+            self._refuse(self._too_large())
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._parsed_bytes = 0
+
+    def on_url(self, url: bytes) -> None:
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count(len(name) + len(value))
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._awaits_head = False
+        self._stop_timer()
+        super().on_headers_complete()
+
+    def on_response_complete(self) -> None:
+        self._awaits_head, self._head_bytes = True, 0
+        super().on_response_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """What the parser, or we in its callbacks, did not accept."""
+        self._refuse(self._error)
+
+    def _count(self, size: int) -> None:
+        self._parsed_bytes += size
+        if self._parsed_bytes > self.max_head_bytes:
+            self._error = self._too_large()
+            raise self._error
+
+    def _too_large(self) -> HeadTooLarge:
+        return HeadTooLarge(f"request line and headers are larger than {self.max_head_bytes} bytes")
+
+    def _too_slow(self) -> None:
+        self._timer = None
+        if self.transport.is_closing():
+            return
+        if self._head_bytes:
+            self._refuse(BodyTooSlow(f"the request's head did not come within {self.head_s:.0f} s"))
+        else:
+            self.transport.close()
+
+    def _refuse(self, error: EdgeLLMError) -> None:
+        body = orjson.dumps(error_body(error))
+        headers = {**SECURITY, "content-type": "application/json", "content-length": str(len(body))}
+        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        self.transport.write(STATUS_LINE[error.status] + lines.encode() + b"connection: close\r\n\r\n" + body)
+        self.transport.close()
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+def bounded(max_head_bytes: int, head_s: float) -> type[BoundedProtocol]:
+    """The protocol with these bounds, as uvicorn wants it: a class."""
+    return type("Bounded", (BoundedProtocol,), {"max_head_bytes": max_head_bytes, "head_s": head_s})
+
+
+def bound_connections(listening: socket, stall_s: float) -> None:
+    """What connections accepted here inherit: a small send buffer, and an end when the peer takes nothing of it."""
+    listening.setsockopt(SOL_SOCKET, SO_SNDBUF, SEND_BUFFER_BYTES)
+    listening.setsockopt(IPPROTO_TCP, TCP_USER_TIMEOUT, round(1e3 * stall_s))

@@ -1,0 +1,164 @@
+"""What every worker has to do, as this gateway knows it: its own requests there, and what others seem to have there.
+
+Pure: time is an argument. Owns the sums that predictions rest on. Refuses to know sessions, plans and connections.
+
+Other gateways' work is what a worker's status shows beyond our own at that moment. It is believed when two statuses in
+a row show it: a status and an event may cross on their way, and what is over must not count for another second.
+Tokens come all the time and change sums a little: they are added up anew every `REFRESH_S`, everything else at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from edge_llm.cluster.cost import PromptWork, Work, work_of
+from edge_llm.worker.messages import WorkerStatus
+
+REFRESH_S: Final = 0.25
+
+
+@dataclass(slots=True)
+class Booking:
+    """A request at its workers. `reader` computes the prompt: `decode` itself, or another one. Of `prompt_tokens`,
+    `held` were there before; the answer is expected to go on for `answer_tokens`. `delivered` is read, never changed:
+    the tokens so far, `before` of which came from an earlier worker and are part of the prompt."""
+
+    decode: str
+    reader: str
+    prompt_tokens: int
+    max_tokens: int
+    answer_tokens: float
+    held: int
+    delivered: Sequence[int]
+    before: int = 0
+    read_tokens: int = 0
+    is_prompted: bool = False
+
+    @property
+    def workers(self) -> frozenset[str]:
+        return frozenset({self.decode, self.reader})
+
+    @property
+    def prompt_work(self) -> PromptWork:
+        """What of the prompt is still to be computed; the last token is a decode step."""
+        total = self.prompt_tokens - 1
+        start = min(total, max(self.held, self.read_tokens))
+        return PromptWork(total - start, start, is_served=self.reader != self.decode)
+
+
+@dataclass(slots=True)
+class _Desk:
+    bookings: dict[str, Booking] = field(default_factory=dict)
+    foreign: Work = field(default_factory=Work)
+    shown: Work = field(default_factory=Work)
+    sum: Work | None = None
+    summed_s: float = 0.0
+
+
+class WorkBook:
+    """All workers' work."""
+
+    def __init__(self) -> None:
+        self._desks: dict[str, _Desk] = {}
+        self._bookings: dict[str, Booking] = {}
+
+    def book(self, request_id: str, booking: Booking) -> None:
+        """The request is given to its workers."""
+        self.remove(request_id)
+        self._bookings[request_id] = booking
+        for worker in booking.workers:
+            self._desk(worker).bookings[request_id] = booking
+            self._desk(worker).sum = None
+
+    def remove(self, request_id: str) -> None:
+        """Its workers do not have it any more. Idempotent."""
+        booking = self._bookings.pop(request_id, None)
+        for worker in booking.workers if booking else ():
+            del self._desk(worker).bookings[request_id]
+            self._desk(worker).sum = None
+
+    def read(self, request_id: str, tokens: int) -> None:
+        """So many positions of its prompt are computed."""
+        if (booking := self._bookings.get(request_id)) is not None:
+            booking.read_tokens = tokens
+            self._desk(booking.reader).sum = None
+
+    def prompted(self, request_id: str) -> None:
+        """Its prompt is whole: it decodes."""
+        if (booking := self._bookings.get(request_id)) is not None:
+            booking.is_prompted = True
+            for worker in booking.workers:
+                self._desk(worker).sum = None
+
+    def seen(self, status: WorkerStatus) -> None:
+        """A worker said how it is."""
+        desk = self._desk(status.worker)
+        now = _beyond(work_of(status), _sum(status.worker, desk))
+        desk.foreign, desk.shown, desk.sum = _both(now, desk.shown), now, None
+
+    def work(self, worker: str, now_s: float) -> Work:
+        """What it has to do."""
+        desk = self._desk(worker)
+        if desk.sum is None or now_s - desk.summed_s > REFRESH_S:
+            desk.sum, desk.summed_s = _joined(desk.foreign, _sum(worker, desk)), now_s
+        return desk.sum
+
+    def _desk(self, worker: str) -> _Desk:
+        desk = self._desks.get(worker)
+        if desk is None:
+            desk = self._desks[worker] = _Desk()
+        return desk
+
+
+def _sum(worker: str, desk: _Desk) -> Work:
+    """Our own requests at one worker."""
+    sequences = decoding = cells = reserved = 0
+    left, prompts = 0.0, list[PromptWork]()
+    for booking in desk.bookings.values():
+        if booking.decode == worker:
+            sequences += 1
+            reserved += booking.prompt_tokens + booking.max_tokens
+            if booking.is_prompted:
+                generated = len(booking.delivered) - booking.before
+                decoding += 1
+                cells += booking.prompt_tokens + generated
+                left += max(1.0, booking.answer_tokens - generated)
+        if booking.reader == worker and not booking.is_prompted:
+            prompts.append(booking.prompt_work)
+    return Work(sequences, decoding, cells, left, reserved, tuple(prompts))
+
+
+def _beyond(shown: Work, own: Work) -> Work:
+    """What a status shows that is not ours."""
+    sequences = max(0, shown.sequences - own.sequences)
+    tokens = max(0, shown.pending_tokens - own.pending_tokens)
+    prompts = max(0, len(shown.prompts) - len(own.prompts)) if tokens else 0
+    share = sequences / shown.sequences if shown.sequences else 0.0
+    return Work(
+        sequences=sequences,
+        decoding=sequences,
+        cells=int(shown.cells * share),
+        tokens_left=shown.tokens_left * share,
+        reserved_cells=int(shown.reserved_cells * share),
+        prompts=tuple(PromptWork(tokens // prompts, is_served=shown.prompts[0].is_served) for _ in range(prompts)),
+    )
+
+
+def _both(now: Work, before: Work) -> Work:
+    """What two statuses agree on."""
+    fewer = now if now.sequences <= before.sequences else before
+    prompts = min(now.prompts, before.prompts, key=len)
+    return Work(fewer.sequences, fewer.decoding, fewer.cells, fewer.tokens_left, fewer.reserved_cells, prompts)
+
+
+def _joined(a: Work, b: Work) -> Work:
+    return Work(
+        a.sequences + b.sequences,
+        a.decoding + b.decoding,
+        a.cells + b.cells,
+        a.tokens_left + b.tokens_left,
+        a.reserved_cells + b.reserved_cells,
+        (*a.prompts, *b.prompts),
+    )
