@@ -23,7 +23,7 @@ import aiohttp
 
 from edge_llm.errors import RemoteProtocolError, Unauthorized, WorkerUnreachable
 from edge_llm.kv.frames import NEED_DATA, Chunk, Event, FrameDecoder, Header, Progress
-from edge_llm.worker.client import CONNECT_S, error_of
+from edge_llm.worker.client import CONNECT_S, SILENCE_S, error_of
 from edge_llm.worker.links import Links, Meter
 from edge_llm.worker.messages import ErrorReply, PrefillCandidate, PrefillRequest, decode, encode
 from edge_llm.worker.offload import off_loop
@@ -37,7 +37,7 @@ _READ_BYTES: Final = 1 << 20
 class Patience:
     """How long a sender may say nothing, and how long it may talk without getting further."""
 
-    stall_s: float = 10.0
+    stall_s: float = SILENCE_S
     # A prompt may stand behind another one on a slow board: 4,096 tokens at 40 tokens/s are 102 s.
     advance_s: float = 120.0
 
