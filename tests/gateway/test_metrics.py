@@ -255,3 +255,22 @@ async def test_the_cluster_shows_load_rates_boards_and_what_is_booked(service: S
         assert node["load"]["links"] == [] or node["worker"] == "d1"
         assert 0 <= node["seen_ago_s"] < 5
     assert "token_ids" not in str(body)
+
+
+async def test_the_cluster_shows_each_decision_with_what_it_promised_and_what_came(service: Service) -> None:
+    await service.start("prefill", "p1")
+    await service.start("decode", "d1", SLOW)
+    first = await service.post(COMPLETIONS, asking(PROMPT, "split"))
+    await service.post(COMPLETIONS, asking(PROMPT, "local"))
+    second, decision = (await service.get("/cluster")).body["decisions"]
+    assert (second["mode"], second["reason"]) == ("local", "asked"), "the newest comes first"
+    assert (decision["mode"], decision["reason"], decision["prompt_tokens"]) == ("split", "asked", len(PROMPT))
+    assert (decision["prefill_node"], decision["decode_node"]) == ("p1", "d1")
+    assert 0 < decision["measured"]["ttft_s"] <= first.own["ttft_ms"] / 1e3 + 1e-4
+    assert decision["measured"]["completion_s"] > decision["measured"]["ttft_s"]
+    judged = [entry["ttft_error_ratio"] for entry in (decision, second) if entry["ttft_error_ratio"] is not None]
+    families = await scraped(service)
+    assert value(families, "prediction_error_ratio_count", kind="ttft") == len(judged) > 0
+    assert value(families, "prediction_error_ratio_sum", kind="ttft") == pytest.approx(sum(judged), rel=1e-3)
+    assert value(families, "route_decisions_total", mode="split", reason="asked") == 1
+    assert value(families, "route_decisions_total", mode="local", reason="asked") == 1
