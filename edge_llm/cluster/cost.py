@@ -237,4 +237,4 @@ def _decoding(
 
 
 def _with(rates: Rates, **changes: float) -> Rates:
-    return Rates(**({name: getattr(rates, name) for name in rates.__struct_fields__} | changes))  # type: ignore[arg-type]
+    return Rates(**({name: getattr(rates, name) for name in rates.__struct_fields__} | changes))

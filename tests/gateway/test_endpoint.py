@@ -139,9 +139,15 @@ async def test_timings_count_tokens_in_the_way_of_llama_cpp(service: Service) ->
     assert timings["predicted_per_second"] == pytest.approx(8e3 / timings["predicted_ms"], rel=0.01)
 
 
-async def test_auto_splits_prompts_longer_than_a_chunk_and_the_header_beats_the_body(service: Service) -> None:
-    assert (await service.post(COMPLETIONS, asking(prompt_of(CHUNK)))).own["mode"] == "local"
-    assert (await service.post(COMPLETIONS, asking(prompt_of(CHUNK + 1)))).own["mode"] == "split"
+async def test_auto_decides_by_prediction_and_the_header_beats_the_body(service: Service) -> None:
+    own = (await service.post(COMPLETIONS, asking(LONG, "auto"))).own
+    (decision,) = (await service.get("/cluster")).body["decisions"][:1]
+    assert (decision["mode"], decision["decode_node"]) == (own["mode"], own["decode_node"])
+    assert decision["reason"] in ("sooner", "less_harm")
+    assert decision["predicted"]["ttft_s"] > 0
+    assert decision["measured"]["ttft_s"] == pytest.approx(
+        decision["ttft_error_ratio"] * decision["predicted"]["ttft_s"], rel=0.05, abs=1e-3
+    )
     header = {"x-edge-llm-mode": "local"}
     assert (await service.post(COMPLETIONS, asking(LONG, "split"), header)).own["mode"] == "local"
 
