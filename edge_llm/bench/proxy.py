@@ -126,6 +126,7 @@ class FaultProxy:
         """The address that clients of `worker`, which listens on `port`, are to be told. Inside a running loop."""
         bound = socket.socket()
         bound.bind((LOOPBACK, 0))
+        bound.listen()
         self._targets[worker] = port
         serving = asyncio.start_server(lambda reader, writer: self._accept(worker, reader, writer), sock=bound)
         self._starting.append(asyncio.create_task(serving, name=f"front of {worker}"))
@@ -167,6 +168,12 @@ class FaultProxy:
         assert task is not None
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        # cancelled only when the proxy ends; asyncio's own callback would take that for an error
+        with suppress(asyncio.CancelledError):
+            await self._connect(worker, reader, writer)
+
+    async def _connect(self, worker: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection to its end. What its first request is decides where it leads."""
         try:
             first = await reader.read(_READ_BYTES)
             port = self._diverted.get((worker, _route(first)), self._targets[worker])
