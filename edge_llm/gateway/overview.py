@@ -1,7 +1,8 @@
 """GET /cluster: what this gateway believes of its workers and what it has decided, as JSON for people and tools.
 
 Owns the shape of that answer (README, "Watching it"). Refuses to compute anything: it shows what is at hand (about 1 ms
-of an x86 core with 8 workers and 200 decisions), so that it can be asked every second. It has numbers, names and addresses; no key, no prompt, no text of a request.
+of an x86 core with 8 workers and 200 decisions), so that it can be asked every second. It has numbers, names and
+addresses; no key, no prompt, no text of a request.
 """
 
 from __future__ import annotations
