@@ -97,6 +97,7 @@ class Kind:
     strike: Callable[[Scene], Awaitable[Blow]]
     proof: Callable[[Scene, Blow], str]
     needs_strangers: bool = False
+    needs_all: bool = False
 
 
 async def wait_for_moment(scene: Scene, moment: Moment) -> None:
@@ -311,7 +312,14 @@ _ALL: Final = (
         "kill_prefill_transfer", "kill -9, sending KV", "transfer", by_ending("prefill", signal.SIGKILL), prompt_changed
     ),
     Kind("stop_decode", "SIGSTOP, SIGCONT 8 s later", "middle", asleep("decode"), sent_again),
-    Kind("stop_decode_unnoticed", "SIGSTOP, then the request", "before", asleep_unnoticed, taken_from_victim),
+    Kind(
+        "stop_decode_unnoticed",
+        "SIGSTOP, then the request",
+        "before",
+        asleep_unnoticed,
+        taken_from_victim,
+        needs_all=True,
+    ),
     Kind("stop_prefill", "SIGSTOP, SIGCONT 8 s later", "transfer", asleep("prefill"), prompt_changed),
     Kind("reset_transfer", "TCP reset in the KV", "before", by_rule(lambda s: transfer(s, "reset")), rule_touched),
     Kind(
@@ -353,6 +361,6 @@ _ALL: Final = (
     Kind("oom_decode", "killed for its memory (cgroup)", "middle", out_of_memory, sent_again),
     Kind("drain_decode", "SIGTERM", "middle", by_ending("decode", signal.SIGTERM), went_on),
     Kind("drain_prefill", "SIGTERM while sending KV", "transfer", by_ending("prefill", signal.SIGTERM), went_on),
-    Kind("rolling_restart", "SIGTERM to every worker in turn", "middle", rolling_restart, went_on),
+    Kind("rolling_restart", "SIGTERM to every worker in turn", "middle", rolling_restart, went_on, needs_all=True),
 )
 KINDS: Final[Mapping[str, Kind]] = {kind.name: kind for kind in _ALL}

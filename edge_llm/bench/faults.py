@@ -29,6 +29,8 @@ from edge_llm.bench.run import Run
 from edge_llm.bench.streams import prompt_ids
 
 PLACES: Final = {"prefill": 2, "decode": 3}
+# So many must be there for the next blow; the others may still be starting after the last one.
+ENOUGH: Final = {"prefill": 2, "decode": 2}
 READY_S: Final = 60.0
 # The longest that a stream may be disturbed is a few detections of 6 s, one after another.
 STREAM_S: Final = 120.0
@@ -98,20 +100,20 @@ class _Stage:
                 self.pulse.clear()
                 await self.pulse.wait()
 
-    async def pids(self) -> dict[str, int]:
-        """Process ids by worker once all are ready and idle. Raises MeasureFailed."""
-        wanted = sum(PLACES.values())
+    async def pids(self, enough: Mapping[str, int] = PLACES) -> dict[str, int]:
+        """Process ids of the workers that are ready, by name, once there are enough. Raises MeasureFailed."""
         deadline_s = time.monotonic() + READY_S
         nodes: list[dict[str, Any]] = []
         while time.monotonic() < deadline_s:
             async with self.session.get("/cluster") as reply:
                 nodes = (await reply.json())["nodes"]
             pids = {node["worker"]: int(node["pid"]) for node in nodes if node["is_ready"]}
-            if len(pids) == wanted and not self.ended & set(pids.values()):
+            pids = {worker: pid for worker, pid in pids.items() if pid not in self.ended}
+            if all(sum(worker.startswith(role) for worker in pids) >= count for role, count in enough.items()):
                 return pids
             await asyncio.sleep(_POLL_S)
         there = ", ".join(node["worker"] for node in nodes if node["is_ready"]) or "none"
-        raise MeasureFailed(f"not all workers came back within {READY_S:.0f} s; ready are: {there}")
+        raise MeasureFailed(f"not enough workers came back within {READY_S:.0f} s; ready are: {there}")
 
 
 async def measure(plan: Plan, launch: PlacedLaunch, tally: Tally, run: Run, progress: Progress) -> dict[str, Any]:
@@ -181,7 +183,7 @@ async def _one(stage: _Stage, kind: Kind, number: int, tally: Tally, run: Run) -
 async def _trial(stage: _Stage, kind: Kind, name: str) -> Outcome:
     """Streams, one blow, the comparison. Raises NotStruck when the blow met nothing, NoCgroup."""
     plan = stage.plan
-    pids = await stage.pids()
+    pids = await stage.pids(PLACES if kind.needs_all else ENOUGH)
     stage.proxy.forget()
     bodies = [_body(stage, f"{name}.{place}", place) for place in range(plan.streams)]
     streams = [Followed(f"{name}.{place}") for place in range(plan.streams)]
