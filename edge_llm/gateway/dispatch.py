@@ -212,7 +212,7 @@ class Dispatcher:
         running.plan, running.report = plan, None
         running.notes = [plan.note] if plan.note else []
         running.session.on(Event.PLANNED)
-        self._metrics.planned(job.model, plan.mode, plan.reason)
+        self._metrics.planned(job.model, plan)
         return plan
 
     def _decode_request(self, running: Running, plan: Plan) -> DecodeRequest:

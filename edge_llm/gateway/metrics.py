@@ -22,6 +22,7 @@ from prometheus_client.registry import Collector
 from edge_llm.cluster.view import ClusterView, Node
 from edge_llm.exposition import GAP_SECONDS, LABELS, RATIOS, SECONDS, TOKENS
 from edge_llm.gateway.running import Running
+from edge_llm.gateway.scheduler import Plan
 from edge_llm.gateway.session import State
 from edge_llm.worker.messages import PromptReport
 
@@ -68,6 +69,9 @@ class GatewayMetrics:
             registry=registry,
         )
         self._decisions = self._counter("route_decisions", "Plans, and why they are as they are.", "mode", "reason")
+        self._spills = self._counter(
+            "spills", "Nodes that were planned with for the other pool, by whose work.", "pool"
+        )
         self._replans = self._counter("replans", "Requests planned again after a worker failed them.", "reason")
         self._dropped = self._counter("stale_tokens", "Tokens that came for an older plan and were dropped.")
         self._prediction = self._histogram(
@@ -92,9 +96,11 @@ class GatewayMetrics:
 
     # -- per request
 
-    def planned(self, model: str, mode: str, reason: str) -> None:
-        """`reason` is one of few words, never text made for a person."""
-        self._decisions.labels(model, ROLE, self._gateway, mode, reason).inc()
+    def planned(self, model: str, plan: Plan) -> None:
+        """A request has workers."""
+        self._decisions.labels(model, ROLE, self._gateway, plan.mode, plan.reason).inc()
+        for _, pool in plan.spills:
+            self._spills.labels(model, ROLE, self._gateway, pool).inc()
 
     def predicted(self, model: str, kind: Literal["ttft"], predicted_s: float, actual_s: float) -> None:
         """A prediction can be judged now."""

@@ -274,3 +274,14 @@ async def test_the_cluster_shows_each_decision_with_what_it_promised_and_what_ca
     assert value(families, "prediction_error_ratio_sum", kind="ttft") == pytest.approx(sum(judged), rel=1e-3)
     assert value(families, "route_decisions_total", mode="split", reason="asked") == 1
     assert value(families, "route_decisions_total", mode="local", reason="asked") == 1
+
+
+async def test_a_node_that_does_the_other_pools_work_is_a_spill(service: Service) -> None:
+    await service.start("prefill", "p1", replace(settings_of("prefill"), slots=1))
+    reply = await service.post(COMPLETIONS, asking(PROMPT))
+    assert reply.own["decode_node"] == "p1"
+    body, families = (await service.get("/cluster")).body, await scraped(service)
+    assert body["decisions"][0]["spills"] == ["p1"]
+    assert body["pool_events"][0]["worker"] == "p1"
+    assert value(families, "spills_total", pool="token") == 1
+    assert value(families, "spills_total", pool="prompt") == 0
