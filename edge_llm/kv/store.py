@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -60,7 +60,7 @@ class PrefixStore:
     """Pieces of one model and geometry, for all tenants, up to `limit_bytes` (0 keeps nothing)."""
 
     def __init__(self, geometry: Geometry, v_layout: VLayout, chunk_tokens: int, limit_bytes: int) -> None:
-        self._geometry, self._chunk_tokens = geometry, chunk_tokens
+        self._geometry, self.chunk_tokens = geometry, chunk_tokens
         self.v_layout, self.limit_bytes, self.used_bytes = v_layout, limit_bytes, 0
         self._kept: OrderedDict[bytes, _Kept] = OrderedDict()  # least recently used first
         self._next: dict[bytes, set[bytes]] = {}  # keys of the pieces behind a piece
@@ -72,7 +72,7 @@ class PrefixStore:
         """The longest kept beginning of `ids`. `only_chunks` stops at the last border: at level same-plan the same
         text must have been computed in the same pieces. What is found counts as used."""
         key, pieces, used = _root(tenant), list[Piece](), list[bytes]()
-        for p0, p1 in pairwise(range(0, len(ids) + 1, self._chunk_tokens)):
+        for p0, p1 in pairwise(range(0, len(ids) + 1, self.chunk_tokens)):
             key = _key(key, ids[p0:p1])
             if (kept := self._kept.get(key)) is None:
                 break
@@ -83,20 +83,17 @@ class PrefixStore:
         self._touch(used)
         return Match(tuple(pieces))
 
+    def chain(self, tenant: str) -> Chain:
+        """Begin to keep a sequence, piece by piece as it is computed."""
+        return Chain(self, _root(tenant))
+
     def keep(self, tenant: str, ids: Sequence[int], pieces: Iterable[Piece]) -> int:
         """Keep consecutive pieces of `ids` from position 0 on, none over a border; returns how many positions are
         kept now. A piece that is known costs nothing."""
-        key, done, used = _root(tenant), 0, list[bytes]()
-        for piece in self._whole(pieces):
-            part = tuple(ids[piece.p0 : piece.p1])
-            parent, key = key, _key(key, part)
-            self._touch(used)
-            if not self._add(key, _Kept(parent, part, piece.payload), used):
-                break
-            used.append(key)
-            done = piece.p1
-        self._touch(used)
-        return done
+        chain = self.chain(tenant)
+        for piece in pieces:
+            chain.add(ids[piece.p0 : piece.p1], piece)
+        return chain.finish()
 
     def forget(self) -> None:
         """Drop everything."""
@@ -105,21 +102,6 @@ class PrefixStore:
         self.used_bytes = 0
 
     # -- pieces
-
-    def _whole(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
-        """Pieces of the same chunk joined; nothing behind a gap."""
-        begun: list[Piece] = []
-        done = 0
-        for piece in pieces:
-            if piece.p0 != done or piece.p0 // self._chunk_tokens != (piece.p1 - 1) // self._chunk_tokens:
-                break
-            begun.append(piece)
-            done = piece.p1
-            if done % self._chunk_tokens == 0:
-                yield self._joined(begun)
-                begun = []
-        if begun:
-            yield self._joined(begun)
 
     def _joined(self, pieces: Sequence[Piece]) -> Piece:
         if len(pieces) == 1:
@@ -131,7 +113,7 @@ class PrefixStore:
         """Append what a piece that goes on otherwise has in common with `ids`."""
         behind = used[-1] if used else _root(tenant)
         p0 = pieces[-1].p1 if pieces else 0
-        rest = np.fromiter(ids[p0 : p0 + self._chunk_tokens], np.int64)
+        rest = np.fromiter(ids[p0 : p0 + self.chunk_tokens], np.int64)
         best, length = b"", 0
         for key in self._next.get(behind, ()):
             common = _common(self._kept[key].ids, rest)
@@ -143,11 +125,15 @@ class PrefixStore:
             pieces.append(Piece(p0, p0 + length, payload))
             used.append(best)
 
-    def _add(self, key: bytes, kept: _Kept, in_use: Sequence[bytes]) -> bool:
-        """Room first, then the piece. False when there is none without dropping what `in_use` names."""
+    def put(self, key: bytes, parent: bytes, ids: Sequence[int], pieces: Sequence[Piece], in_use: list[bytes]) -> bool:
+        """For Chain: keep `pieces`, joined, as one. Room first; False when there is none without dropping `in_use`,
+        which is what the chain holds already."""
+        if in_use and in_use[-1] not in self._kept:
+            return False  # another chain needed its room: nothing behind it could be found
+        self._touch([*in_use, key])
         if key in self._kept:
             return True
-        size = len(kept.payload)
+        size = sum(len(piece.payload) for piece in pieces)
         if size > self.limit_bytes:
             return False
         while self.used_bytes + size > self.limit_bytes:
@@ -155,9 +141,10 @@ class PrefixStore:
             if oldest in in_use:
                 return False
             self._drop(oldest)
-        self._kept[key] = kept
-        self._next.setdefault(kept.parent, set()).add(key)
+        self._kept[key] = _Kept(parent, tuple(ids), self._joined(pieces).payload)
+        self._next.setdefault(parent, set()).add(key)
         self.used_bytes += size
+        self._touch([*in_use, key])
         return True
 
     def _drop(self, key: bytes) -> None:
@@ -171,7 +158,49 @@ class PrefixStore:
     def _touch(self, chain: Sequence[bytes]) -> None:
         """Most recently used, its beginning last: the end of a chain is dropped first."""
         for key in reversed(chain):
-            self._kept.move_to_end(key)
+            if key in self._kept:
+                self._kept.move_to_end(key)
+
+
+class Chain:
+    """A sequence that is being kept: pieces in order, from position 0 on. What has no room ends it."""
+
+    def __init__(self, store: PrefixStore, root: bytes) -> None:
+        self._store, self._key = store, root
+        self._begun: list[Piece] = []
+        self._ids: list[int] = []
+        self._used: list[bytes] = []
+        self._is_open = True
+        self._seen = 0
+        self.kept_to = 0
+
+    def add(self, ids: Sequence[int], piece: Piece) -> None:
+        """Keep a piece with its own ids; a gap, or a piece over a border, ends the chain."""
+        size = self._store.chunk_tokens
+        is_next = piece.p0 == self._seen and piece.p0 // size == (piece.p1 - 1) // size
+        self._is_open &= is_next
+        if not self._is_open:
+            return
+        self._begun.append(piece)
+        self._ids += ids
+        self._seen = piece.p1
+        if piece.p1 % size == 0:
+            self._close_chunk()
+
+    def finish(self) -> int:
+        """Keep what is shorter than a chunk too; returns how many positions are kept."""
+        if self._is_open and self._begun:
+            self._close_chunk()
+        self._is_open = False
+        return self.kept_to
+
+    def _close_chunk(self) -> None:
+        parent, self._key = self._key, _key(self._key, self._ids)
+        self._is_open = self._store.put(self._key, parent, self._ids, self._begun, self._used)
+        if self._is_open:
+            self._used.append(self._key)
+            self.kept_to = self._seen
+        self._begun, self._ids = [], []
 
 
 def _root(tenant: str) -> bytes:

@@ -7,7 +7,7 @@ Life of a request in this role:
 3. The rest is computed, one prompt at a time; one more may wait here (frames keep it alive), a third is refused (503),
    so that the decode worker tries its next candidate. After each chunk Progress, then Chunk; Progress reaches its total
    before the last Chunk leaves, so the receiver knows when computing ended. Every HEARTBEAT_S something is sent. End
-   closes the stream, and the prompt's pieces are kept.
+   closes the stream. What was computed is kept, also of a prompt that is given up.
 4. A receiver that is slow fills the outbox: with MAX_CHUNKS_OUT chunks not yet sent the engine thread holds the
    prompt before its next step; running streams are not held.
 5. It dies by: the receiver hanging up (aborted within one micro-batch), the receiver reading nothing for long
@@ -44,7 +44,7 @@ from edge_llm.errors import (
 from edge_llm.kv.codec import StateBlob
 from edge_llm.kv.frames import Buffer, Chunk, Error, FrameEncoder, Header, Progress
 from edge_llm.kv.snapshot import ids_digest
-from edge_llm.kv.store import Match, Piece
+from edge_llm.kv.store import Chain, Match, Piece
 from edge_llm.worker.loop import EngineLoop
 from edge_llm.worker.messages import HEARTBEAT_S, PrefillRequest
 from edge_llm.worker.offload import off_loop
@@ -70,7 +70,7 @@ class _Transfer:
     known: Match
     deadline_s: float
     outbox: asyncio.Queue[_Item] = field(default_factory=asyncio.Queue)
-    computed: list[Piece] = field(default_factory=list)
+    kept: Chain | None = None
     chunks_out: int = 0
     done: int = 0
     sent: int = 0
@@ -80,6 +80,11 @@ class _Transfer:
     @property
     def total(self) -> int:
         return len(self.request.ids) - 1
+
+    def keep(self, piece: Piece) -> None:
+        """For later prompts, piece by piece: a transfer holds its chunks, the store no more than its cap."""
+        if self.kept is not None:
+            self.kept.add(self.request.ids[piece.p0 : piece.p1], piece)
 
     @property
     def missing(self) -> int:
@@ -182,7 +187,10 @@ class PrefillRole:
         if request.cache_prompt or request.only_stored:
             known = self._prefixes.match(request.tenant, request.ids[:-1], is_moving=request.only_stored)
         deadline_s = self._clock() + request.time_left_s if request.time_left_s else math.inf
-        return _Transfer(request, f"{request.request_id}#{next(self._numbers)}", known, deadline_s, sent=request.start)
+        transfer = _Transfer(request, f"{request.request_id}#{next(self._numbers)}", known, deadline_s)
+        transfer.sent = request.start
+        transfer.kept = self._prefixes.chain(request.tenant) if request.cache_prompt else None
+        return transfer
 
     def _check_room(self, request: PrefillRequest) -> None:
         if request.only_stored:
@@ -292,6 +300,7 @@ class PrefillRole:
     ) -> AsyncGenerator[bytes | memoryview, None]:
         await self._start(transfer, loop)
         for piece in transfer.known.pieces:
+            transfer.keep(piece)
             for part in await self._send_piece(transfer, encoder, piece):
                 yield part
         while transfer.sent < transfer.total or transfer.done < transfer.total:
@@ -305,15 +314,14 @@ class PrefillRole:
                     yield part
                 continue
             piece = Piece(item.p0, item.p1, item.payload)
-            transfer.computed.append(piece)
+            transfer.keep(piece)
             for part in await self._send_piece(transfer, encoder, piece):
                 yield part
             loop.post(lambda engine: self._chunk_left(engine, transfer))
         for part in _wire(encoder.end(transfer.total)):
             yield part
-        request, pieces = transfer.request, [*transfer.known.pieces, *transfer.computed]
-        if request.cache_prompt:
-            self._prefixes.keep_prompt(request.tenant, request.ids[:-1], pieces)
+        if transfer.kept is not None:
+            transfer.kept.finish()
 
     async def _send_piece(self, transfer: _Transfer, encoder: FrameEncoder, piece: Piece) -> list[bytes | memoryview]:
         """The frame of a piece, or of the part of it that the receiver does not have."""

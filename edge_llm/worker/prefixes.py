@@ -16,7 +16,7 @@ from itertools import pairwise
 from edge_llm.engine.engine import EngineFacts, KeptKV
 from edge_llm.kv.codec import BlobLayout, StateBlob
 from edge_llm.kv.payload import slice_payload
-from edge_llm.kv.store import Match, Piece, PrefixStore
+from edge_llm.kv.store import Chain, Match, Piece, PrefixStore
 from edge_llm.worker.offload import off_loop
 
 
@@ -65,10 +65,9 @@ class Prefixes:
         count = piece.p1 - piece.p0
         return slice_payload(layout.geometry, self._facts.v_layout, piece.payload, count, p0 - piece.p0, count)
 
-    def keep_prompt(self, tenant: str, ids: Sequence[int], pieces: Sequence[Piece]) -> None:
-        """Pieces of a prompt that was computed here, from position 0 on."""
-        if self._store is not None:
-            self._store.keep(tenant, ids, pieces)
+    def chain(self, tenant: str) -> Chain | None:
+        """Begin to keep a prompt while it is computed here; None where nothing is kept."""
+        return self._store.chain(tenant) if self._store is not None and self._store.limit_bytes else None
 
     async def keep_answer(self, tenant: str, prompt_tokens: int, kept: KeptKV, *, is_moving: bool = False) -> None:
         """A sequence that ended, or leaves in the middle: prompt and answer, as far as the level allows."""

@@ -116,6 +116,20 @@ def test_a_piece_larger_than_the_cap_is_not_kept_and_drops_nothing() -> None:
     assert store.match("a", [1]).n_tokens == 1
 
 
+def test_two_sequences_kept_at_the_same_time_never_hold_more_than_the_cap_or_leave_a_gap() -> None:
+    store = store_of(10 * ROW)
+    texts = [[0] * 12, [1] * 12]
+    chains = [store.chain("a") for _ in texts]
+    for at in range(3):
+        for chain, ids in zip(chains, texts, strict=True):
+            piece = pieces_of(ids)[at]
+            chain.add(ids[piece.p0 : piece.p1], piece)
+            assert store.used_bytes <= 10 * ROW
+    for chain, ids in zip(chains, texts, strict=True):
+        chain.finish()
+        check_right(store.match("a", ids), ids)
+
+
 def test_pieces_behind_a_gap_are_not_kept() -> None:
     ids = [1] * 8
     store = store_of()
