@@ -140,7 +140,7 @@ class KeysFile:
 def identify(keys: Sequence[ApiKey], credential: str, now_s: float) -> ApiKey:
     """Compares with all of `keys`, whichever matches. Raises InvalidApiKey, the same for none and for a wrong one,
     or ExpiredApiKey."""
-    digest = hashlib.sha256(credential[: MAX_KEY_CHARS + 1].encode("utf-8", "surrogateescape")).digest()
+    digest = hashlib.sha256(credential[: MAX_KEY_CHARS + 1].encode("utf-8", "surrogatepass")).digest()
     found = [key for key in keys if hmac.compare_digest(key.sha256, digest)]
     if not found or len(credential) > MAX_KEY_CHARS:
         raise InvalidApiKey("this endpoint needs an API key: send `Authorization: Bearer KEY` or `x-api-key: KEY`")

@@ -28,6 +28,13 @@ from edge_llm.errors import EdgeLLMError, InvalidRequest, Overloaded
 from edge_llm.request import SamplingParams, check_stop
 
 DONE: Final = b"data: [DONE]\n\n"
+_TYPES: Final = {
+    401: "authentication_error",
+    403: "permission_error",
+    429: "rate_limit_error",
+    503: "unavailable_error",
+    504: "timeout_error",
+}
 MAX_DEADLINE_S: Final = 86_400.0
 ROLES: Final = ("system", "user", "assistant", "tool", "developer")
 _MAX_SEED: Final = (1 << 63) - 1
@@ -369,13 +376,8 @@ def comment(text: str) -> bytes:
 
 def error_body(error: EdgeLLMError) -> dict[str, Any]:
     """OpenAI's error object."""
-    kind = (
-        "invalid_request_error"
-        if error.status < 500
-        else "unavailable_error"
-        if error.status == 503
-        else "server_error"
-    )
+    fallback = "invalid_request_error" if error.status < 500 else "server_error"
+    kind = _TYPES.get(error.status, fallback)
     return {"error": {"message": error.message, "type": kind, "code": error.code, "param": error.param}}
 
 

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import aiohttp
 import pytest
+from fastapi import FastAPI
 
 from edge_llm.cluster.view import Place
 from edge_llm.config import GatewayConfig
@@ -127,6 +128,7 @@ class Service:
     discovery: Written
     client: aiohttp.ClientSession
     url: str
+    app: FastAPI
 
     async def start(
         self,
@@ -153,6 +155,10 @@ class Service:
         sent = {"content-type": "application/json", **(headers or {})}
         async with self.client.post(path, data=data, headers=sent) as reply:
             return Reply(reply.status, reply.headers, await reply.json())
+
+    async def post_text(self, path: str, body: object, headers: Mapping[str, str] | None = None) -> str:
+        async with self.client.post(path, json=body, headers=headers) as reply:
+            return await reply.text()
 
     async def get(self, path: str) -> Reply:
         async with self.client.get(path) as reply:
@@ -181,10 +187,11 @@ async def serving(cluster: Cluster, credentials: Credentials = NO_KEYS, **config
     discovery = Written()
     gateway = Gateway(GatewayConfig(**{"name": "gateway", "probe_s": PROBE_S, **config}), KEYS, discovery, credentials)
     timeout = aiohttp.ClientTimeout(total=DEADLINE_S)
-    async with listening(create_app(gateway)) as (address, _):
+    app = create_app(gateway)
+    async with listening(app) as (address, _):
         url = f"http://{address}"
         async with aiohttp.ClientSession(url, timeout=timeout) as client:
-            yield Service(gateway, cluster, discovery, client, url)
+            yield Service(gateway, cluster, discovery, client, url, app)
 
 
 @pytest.fixture
