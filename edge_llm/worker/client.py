@@ -48,7 +48,7 @@ from edge_llm.worker.tickets import Claims, KeyRing, Operation, authorization, b
 
 CONNECT_S: Final = 3.0
 CALL_S: Final = 30.0
-STATUS_S: Final = 3.0
+STATUS_S: Final = 1.5
 SILENCE_S: Final = 3 * HEARTBEAT_S
 MAX_REPLY_BYTES: Final = 64 << 20
 _ERRORS: Final[Mapping[str, type[EdgeLLMError]]] = {

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import gc
 
+import structlog
+
 from edge_llm.config import WorkerConfig, levels_dir
 from edge_llm.engine.engine import Engine, Vocabulary
 from edge_llm.errors import ConfigError
 from edge_llm.machine import available_memory_bytes, usable_cores
 from edge_llm.serving import Server, bind, read_keys
 from edge_llm.worker.app import Worker, create_app
+
+log = structlog.get_logger()
 
 
 def run_worker(config: WorkerConfig) -> None:
@@ -35,31 +39,54 @@ def run_worker(config: WorkerConfig) -> None:
 
 
 def _loaded(config: WorkerConfig) -> tuple[Engine, Vocabulary]:
+    """The engine, with what it keeps for the other role's work unless there is no memory for that."""
     from edge_llm.catalogue.resolve import resolve
     from edge_llm.engine.load import LlamaSettings, load
 
     model = resolve(config.model)
-    return load(
-        LlamaSettings(
-            model_path=model.path,
-            model_name=model.name,
-            model_sha256=model.sha256,
-            n_ctx=config.n_ctx,
-            slots=0 if config.role == "prefill" else config.slots,
-            serves_prompts=config.role != "decode",
-            chunk_tokens=config.chunk_tokens,
-            k_type=config.k_type,
-            v_type=config.v_type,
-            policy=config.policy,
-            flash_attention=config.flash_attention,
-            threads=config.threads or usable_cores(),
-            threads_batch=config.threads_batch or usable_cores(),
-            prefix_cache_bytes=config.prefix_cache_bytes,
-            level_cap=config.level_cap,
-            levels_dir=levels_dir(),
-            available_bytes=config.memory_limit_bytes or available_memory_bytes(),
+
+    def loaded(slots: int, serves_prompts: bool) -> tuple[Engine, Vocabulary]:
+        return load(
+            LlamaSettings(
+                model_path=model.path,
+                model_name=model.name,
+                model_sha256=model.sha256,
+                n_ctx=config.n_ctx,
+                slots=slots,
+                serves_prompts=serves_prompts,
+                chunk_tokens=config.chunk_tokens,
+                k_type=config.k_type,
+                v_type=config.v_type,
+                policy=config.policy,
+                flash_attention=config.flash_attention,
+                threads=config.threads or usable_cores(),
+                threads_batch=config.threads_batch or usable_cores(),
+                prefix_cache_bytes=config.prefix_cache_bytes,
+                level_cap=config.level_cap,
+                levels_dir=levels_dir(),
+                available_bytes=config.memory_limit_bytes or available_memory_bytes(),
+            )
         )
-    )
+
+    own, whole = (_slots(config, 0), config.role != "decode"), (_slots(config), _serves_prompts(config))
+    try:
+        return loaded(*whole)
+    except ConfigError as error:
+        # the sum is checked before anything is loaded; a board that has room for one role is still a worker
+        if own == whole:
+            raise
+        log.warning("no memory to help out in the other role", role=config.role, message=error.message.split("\n")[0])
+        return loaded(*own)
+
+
+def _slots(config: WorkerConfig, spare: int | None = None) -> int:
+    if config.role != "prefill":
+        return config.slots
+    return config.spare_slots if spare is None else spare
+
+
+def _serves_prompts(config: WorkerConfig) -> bool:
+    return config.role != "decode" or config.spare_prompts
 
 
 def _simulated(config: WorkerConfig) -> tuple[Engine, Vocabulary]:
@@ -68,8 +95,8 @@ def _simulated(config: WorkerConfig) -> tuple[Engine, Vocabulary]:
     rate = config.simulated_prompt_tokens_per_s
     settings = SimulatedSettings(
         n_ctx=config.n_ctx,
-        slots=0 if config.role == "prefill" else config.slots,
-        serves_prompts=config.role != "decode",
+        slots=_slots(config),
+        serves_prompts=_serves_prompts(config),
         chunk_tokens=config.chunk_tokens,
         model_name=config.model if "model" in config.model_fields_set else MODEL,
         prompt_token_s=1 / rate if rate else 0.0,

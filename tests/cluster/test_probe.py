@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 from fastapi import FastAPI, Response
 
-from edge_llm.cluster.probe import MISSES, Prober
+from edge_llm.cluster.probe import LEASE_S, MISSES, Prober
 from edge_llm.cluster.view import ClusterView, Node, Place
 from edge_llm.errors import ConfigError
 from edge_llm.worker.client import WorkerClient
@@ -29,12 +29,20 @@ class StatusOnly:
     status: WorkerStatus | None
     place: Place = field(init=False)
     server: LoopbackServer = field(init=False)
+    answers: asyncio.Event = field(default_factory=asyncio.Event)
+    is_hanging_up: bool = False
+    asked: int = 0
 
     def app(self) -> FastAPI:
         app = FastAPI()
 
         @app.get("/status")
         async def status() -> Response:
+            self.asked += 1
+            await self.answers.wait()
+            if self.is_hanging_up:
+                for connection in self.server.server_state.connections.copy():
+                    connection.transport.abort()
             if self.status is None:
                 return Response(encode(ErrorReply(code="worker_failed", message="out of order")), 503)
             return Response(encode(self.status))
@@ -75,6 +83,7 @@ class Scene:
     async def start(self, node: Node) -> StatusOnly:
         """A worker with this status; its place is written down."""
         worker = StatusOnly(node.status)
+        worker.answers.set()
         address, worker.server = await self._stack.enter_async_context(listening(worker.app()))
         worker.place = Place(node.worker, address)
         self.discovery.written += (worker.place,)
@@ -147,6 +156,36 @@ async def test_a_worker_that_nobody_listens_for_any_more_leaves_at_once(scene: S
     assert await scene.probed() == ["d1", "d2"]
     worker.server.die()
     assert await scene.probed() == ["d2"]
+
+
+async def test_a_worker_that_has_been_silent_for_its_lease_leaves_at_the_next_miss(scene: Scene) -> None:
+    worker = await scene.start(node_of("d1", "decode"))
+    await scene.probed()
+    worker.status = None
+    scene.now_s += LEASE_S - 0.1
+    assert await scene.probed() == ["d1"]
+    scene.now_s += 0.1
+    assert await scene.probed() == []
+
+
+async def test_a_worker_whose_connection_is_reset_leaves_at_once(scene: Scene) -> None:
+    worker = await scene.start(node_of("d1", "decode"))
+    await scene.probed()
+    worker.is_hanging_up = True
+    assert await scene.probed() == []
+    worker.is_hanging_up = False
+    assert await scene.probed() == ["d1"]
+
+
+async def test_a_silent_worker_holds_up_nobody(scene: Scene) -> None:
+    silent, other = await scene.start(node_of("d1", "decode")), await scene.start(node_of("d2", "decode"))
+    await scene.probed()
+    silent.answers.clear()
+    async with probing(scene):
+        asked = other.asked
+        await until(lambda: other.asked > asked + 5)
+        assert silent.asked == 2, "it is not asked again while its answer is awaited"
+        silent.answers.set()
 
 
 async def test_a_worker_under_another_name_is_not_the_one_that_was_meant(scene: Scene) -> None:
