@@ -81,7 +81,7 @@ def test_a_file_that_says_nothing_changes_nothing(home: Path, text: str) -> None
     ("text", "words"),
     [
         ("wroker: {slots: 1}\n", ["wroker", "worker, gateway, up, catalogue"]),
-        ("worker: {slotz: 1}\n", ["section worker", "slotz", "n_ctx, slots, threads"]),
+        ("worker: {slotz: 1}\n", ["section worker", "slotz", "n_ctx, slots, spare_slots"]),
         ("worker: {1: 1}\n", ["section worker", "unknown: 1"]),
         ("worker: 7\n", ["section worker", "no keys"]),
         ("worker: []\n", ["section worker", "no keys"]),
