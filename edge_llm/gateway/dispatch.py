@@ -49,6 +49,8 @@ from edge_llm.worker.messages import (
 )
 
 REFUSED_S: Final = 0.1
+# A worker that has not tokenized by then may be stopped or cut off: another one is asked as well.
+TOKENIZE_S: Final = 1.0
 # What a worker is told at least: to it, no time left means no deadline.
 MIN_TIME_S: Final = 0.001
 # How long the end of a gateway waits for its last cancellations to arrive; a lease frees what they did not reach.
@@ -116,17 +118,30 @@ class Dispatcher:
     async def tokenize(
         self, model: str | None, request: TokenizeRequest, trace: str = ""
     ) -> tuple[Node, TokenizeReply]:
-        """Token ids by any ready worker of the model; the next one is asked when one fails."""
+        """Token ids by any ready worker of the model; the next one is asked when one fails or keeps us waiting."""
         nodes = self.view.ready(model)
         if model is not None and not nodes:
             decide(Wish(model, 0, 0), self.view, Situation())
         failure: EdgeLLMError = Overloaded("no worker is ready yet", retry_after_s=2.0)
         # the least busy first; prefill workers are as good as others: tokenizing has its own thread
-        for node in sorted(nodes, key=lambda n: (n.status.load.sequences_running, n.worker)):
-            try:
-                return node, await self._client.tokenize(_peer(node), request, trace)
-            except (WorkerError, Overloaded, RemoteProtocolError) as error:
-                failure = error
+        unasked = sorted(nodes, key=lambda n: (n.status.load.sequences_running, n.worker), reverse=True)
+        asked: dict[asyncio.Task[TokenizeReply], Node] = {}
+        try:
+            while unasked or asked:
+                if unasked:
+                    node = unasked.pop()
+                    asked[asyncio.create_task(self._client.tokenize(_peer(node), request, trace))] = node
+                patience_s = TOKENIZE_S if unasked else None
+                done, _ = await asyncio.wait(asked, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    node = asked.pop(task)
+                    try:
+                        return node, task.result()
+                    except (WorkerError, Overloaded, RemoteProtocolError) as error:
+                        failure = error
+        finally:
+            for task in asked:
+                task.cancel()
         raise failure
 
     @asynccontextmanager
@@ -190,7 +205,7 @@ class Dispatcher:
             return
         running.ended.clear()
         try:
-            await self._client.decode(_peer(plan.decode), self._decode_request(running, plan), running.job.trace)
+            await self._send(running, plan)
         except (WorkerError, Overloaded, RemoteProtocolError) as error:
             self.lose(running, error)
             # a refusal comes at once: do not ask the same full worker in a tight loop
@@ -199,6 +214,19 @@ class Dispatcher:
         finally:
             running.sent_s = running.sent_s or self._clock()
         await running.ended.wait()
+
+    async def _send(self, running: Running, plan: Plan) -> None:
+        """Hand the request to its worker. Does not wait for one that is found lost meanwhile."""
+        request = self._decode_request(running, plan)
+        sending = asyncio.create_task(self._client.decode(_peer(plan.decode), request, running.job.trace))
+        lost = asyncio.create_task(running.ended.wait())
+        try:
+            await asyncio.wait({sending, lost}, return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                await sending
+        finally:
+            sending.cancel()
+            lost.cancel()
 
     def _plan(self, running: Running) -> Plan:
         job = running.job
@@ -232,15 +260,23 @@ class Dispatcher:
             cache_prompt=job.cache_prompt,
             tenant=job.tenant,
             time_left_s=self._time_left_s(job) or 0.0,
+            holder=self._holder(running, plan, digest),
         )
 
     def _candidate(self, running: Running, node: Node, digest: str) -> PrefillCandidate:
-        return PrefillCandidate(
-            worker=node.worker,
-            address=node.place.address,
-            ticket=self._client.prefill_ticket(_peer(node), running.job.request_id, digest, running.job.tenant),
-            only_stored=node is running.holder,
-        )
+        job, plan = running.job, running.plan
+        holder = _peer(plan.decode) if plan is not None else None
+        ticket = self._client.prefill_ticket(_peer(node), job.request_id, digest, job.tenant, holder)
+        is_stored = node is running.holder
+        return PrefillCandidate(worker=node.worker, address=node.place.address, ticket=ticket, only_stored=is_stored)
+
+    def _holder(self, running: Running, plan: Plan, digest: str) -> PrefillCandidate | None:
+        """The decode worker itself, as a place where a prefill worker may fetch what only it holds."""
+        if not plan.candidates or not running.job.cache_prompt:
+            return None
+        node, job = plan.decode, running.job
+        ticket = self._client.prefill_ticket(_peer(node), job.request_id, digest, job.tenant)
+        return PrefillCandidate(worker=node.worker, address=node.place.address, ticket=ticket, only_stored=True)
 
     def lose(self, running: Running, error: EdgeLLMError) -> None:
         """The decode worker failed this request: plan again elsewhere, or give up."""
