@@ -7,8 +7,9 @@ After Shreedhar and Varghese, "Efficient fair queuing using deficit round-robin"
 gains `QUANTUM_TOKENS` and spends what its requests cost (prompt + max_tokens). Rounds are counted instead of walked:
 a key whose request needs three more rounds comes after one that needs none, and serving it gives all keys three.
 
-Invariants: requests of one key keep their order; a key never has more to spend than its dearest waiting request costs,
-so being unable to go saves up nothing beyond the right to go first; a key that nobody waits for has nothing.
+Invariants: requests of one key keep their order; a key never has more to spend than its dearest waiting request and one
+quantum, which nobody who can go ever reaches: being unable to go saves up nothing beyond the right to go first; a key
+that nobody waits for has nothing.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class DeficitRoundRobin(Generic[Item]):
         cost = flow.costs[item]
         gain = self._quantum * self._rounds(flow, cost)
         for other in self._flows.values():
-            other.deficit = min(other.deficit + gain, max(other.costs.values()))
+            other.deficit = min(other.deficit + gain, max(other.costs.values()) + self._quantum)
         flow.deficit -= cost
         self.remove(key, item)
         if key in self._flows and self._rounds(flow, next(iter(flow.costs.values()))):

@@ -165,9 +165,11 @@ class Service:
             return Reply(reply.status, reply.headers, await reply.json())
 
     @asynccontextmanager
-    async def streaming(self, path: str, body: Mapping[str, Any]) -> AsyncIterator[Streamed]:
+    async def streaming(
+        self, path: str, body: Mapping[str, Any], headers: Mapping[str, str] | None = None
+    ) -> AsyncIterator[Streamed]:
         """Leaving the block early hangs up."""
-        async with self.client.post(path, json={**body, "stream": True}) as reply:
+        async with self.client.post(path, json={**body, "stream": True}, headers=headers) as reply:
             assert reply.status == 200, await reply.text()
             assert reply.content_type == "text/event-stream"
             yield Streamed(reply)
