@@ -284,7 +284,7 @@ class Planner:
         now_s = self._clock()
         if now_s - self._observed_s >= OBSERVE_S:
             self._observed_s = now_s
-            for event in self._pools.observe([self._standing(node, now_s) for node in view.nodes], now_s):
+            for event in self._pools.observe(self._standings(view, now_s), now_s):
                 _tell(event)
 
     def works(self, view: ClusterView) -> Mapping[str, Work]:
@@ -311,16 +311,29 @@ class Planner:
         """Where a node stands now, whatever its role."""
         return self._pools.of(node.worker, node.status.role)
 
-    def _standing(self, node: Node, now_s: float) -> Standing:
-        work, status = self._book.work(node.worker, now_s), node.status
-        return Standing(
-            node.worker,
-            status.role,
-            prompt_work=float(min(1, len(work.prompts))),
-            prompt_room=float(node.prefills and status.is_ready),
-            token_work=float(work.sequences),
-            token_room=float(status.slots if status.is_ready else 0),
-        )
+    def _standings(self, view: ClusterView, now_s: float) -> list[Standing]:
+        """A prompt that a decode worker computes for itself is work that the prompt pool could not take only while all
+        of that pool is busy; else it was planned there because that is better."""
+        works = {node.worker: self._book.work(node.worker, now_s) for node in view.nodes}
+        readers = [node for node in view.ready() if node.prefills and self.pool_of(node) != "token"]
+        is_all_busy = all(works[node.worker].prompts for node in readers)
+
+        def prompt_work(node: Node) -> float:
+            work = works[node.worker]
+            counts = work.prompts if self.pool_of(node) != "token" or is_all_busy else work.served
+            return 1.0 if counts else 0.0
+
+        return [
+            Standing(
+                node.worker,
+                node.status.role,
+                prompt_work=prompt_work(node),
+                prompt_room=float(node.prefills and node.status.is_ready),
+                token_work=float(works[node.worker].sequences),
+                token_room=float(node.status.slots if node.status.is_ready else 0),
+            )
+            for node in view.nodes
+        ]
 
 
 def _tell(event: PoolEvent) -> None:

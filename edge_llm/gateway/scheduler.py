@@ -5,8 +5,9 @@ is predicted (cluster/cost.py). Refuses to know clients, connections, clocks: th
 
 Rule: of all plans that can be carried out now, the one for which everybody together waits least: the request itself
 until its last token, the streams that run on either node, the prompts that will wait behind it. Local is the plan in
-which the decode node computes the prompt. A node of the other pool (pools.py) must be better by a margin, and so must a
-node of another exactness class: predictions err, and identities and promises are not changed for noise. When a full
+which the decode node computes the prompt. A node of the other pool (pools.py) helps out when its pool is overloaded:
+with tokens when no decode worker has room, with prompts when all prefill workers have one and it is better by a margin.
+So must a node of another exactness class be: predictions err, and promises are not given up for noise. When a full
 node is predicted to serve sooner than the free ones, the request waits for it, but never longer than the free one would
 have taken.
 """
@@ -148,7 +149,12 @@ def decide(wish: Wish, view: ClusterView, situation: Situation) -> Plan:
     decoders = [node for node in able if _has_room(node, wish, situation)]
     if not decoders:
         raise Overloaded(_why_nobody(wish, view, able), retry_after_s=2.0)
+    decoders = [node for node in decoders if situation.pool_of(node) != "prompt"] or decoders
     readers = [node for node in view.ready(wish.model) if node.prefills and node.worker not in wish.avoid]
+    home = [node for node in readers if situation.pool_of(node) != "token"]
+    idle = [node for node in home if not situation.work(node).prompts]
+    if any(_can_feed(reader, decoder, wish, situation) for reader in idle for decoder in decoders):
+        readers = home
     if situation.policy is not None:
         return _by_policy(situation.policy, wish, decoders, readers, situation)
     return _by_prediction(wish, decoders, readers, situation)

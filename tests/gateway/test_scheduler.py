@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, get_args
 
@@ -9,53 +10,102 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_llm.cluster.cost import PromptWork, Work
 from edge_llm.cluster.view import ClusterView, Node
 from edge_llm.errors import Overloaded, UnknownModel
-from edge_llm.gateway.scheduler import MAX_CANDIDATES, Booked, Mode, Plan, Wish, decide
-from edge_llm.worker.messages import Role
+from edge_llm.gateway.policies import LeastBusy, Policy, Random, RoundRobin
+from edge_llm.gateway.pools import Pool
+from edge_llm.gateway.scheduler import MAX_CANDIDATES, SHORTLIST, Mode, Plan, Situation, Wish, decide
+from edge_llm.worker.messages import Link, Rates, Role
 from tests.nodes import load_of, node_of
 
-NOTHING: Final[Mapping[str, Booked]] = {}
-CHUNK: Final = 8
 MODES: Final[tuple[Mode, ...]] = ("auto", "split", "local")
+# 10 ms a token; a step of one row takes 50 ms, each further one 10 ms
+RATES = Rates(run_s=0.04, row_s=0.01, token_s=0.010, prompt_steps=1.5)
+POOLS: Final[Mapping[Role, Pool]] = {"prefill": "prompt", "decode": "token", "mixed": "mixed"}
 
 
-def plan(nodes: Iterable[Node], booked: Mapping[str, Booked] = NOTHING, **wish: Any) -> Plan:
-    """A decision for a prompt of several chunks unless `wish` says otherwise."""
+def node(worker: str, role: Role, rates: Rates = RATES, **changes: Any) -> Node:
+    load = load_of(**{"rates": rates, **changes.pop("load", {})})
+    return node_of(worker, role, **{"load": load, "n_ctx": 4096, **changes})
+
+
+def spare(worker: str, role: Role, **changes: Any) -> Node:
+    """A worker that can do the other role's work too."""
+    return node(worker, role, **{"slots": 2 if role == "prefill" else 4, "serves_prompts": True, **changes})
+
+
+def plan(
+    nodes: Iterable[Node],
+    works: Mapping[str, Work] | None = None,
+    *,
+    situation: Mapping[str, Any] | None = None,
+    **wish: Any,
+) -> Plan:
+    """A decision for a prompt of 100 tokens unless `wish` says otherwise, nodes standing where their roles say."""
     return decide(
-        Wish(**{"model": "m", "prompt_tokens": 100, "max_tokens": 20, **wish}), ClusterView(tuple(nodes)), booked
+        Wish(**{"model": "m", "prompt_tokens": 100, "max_tokens": 20, **wish}),
+        ClusterView(tuple(nodes)),
+        Situation(**{"works": works or {}, "pool_of": lambda node: POOLS[node.status.role], **(situation or {})}),
     )
 
 
 def names(made: Plan) -> tuple[str, list[str]]:
-    return made.decode.worker, [node.worker for node in made.candidates]
+    return made.decode.worker, [candidate.worker for candidate in made.candidates]
 
 
-P1, P2, P3 = (node_of(f"p{number}", "prefill") for number in (1, 2, 3))
-D1, D2 = (node_of(f"d{number}", "decode") for number in (1, 2))
-M1, M2 = (node_of(f"m{number}", "mixed") for number in (1, 2))
+def streams(count: int, left_each: float = 100.0) -> Work:
+    return Work(sequences=count, decoding=count, tokens_left=count * left_each, cells=count * 100)
 
 
-# -- modes
+def reading(*tokens: int) -> Work:
+    """Prompts of others that a prefill worker has."""
+    return Work(prompts=tuple(PromptWork(count, is_served=True) for count in tokens))
 
 
-@pytest.mark.parametrize("mode", ["auto", "split"])
-def test_a_long_prompt_is_split(mode: Mode) -> None:
-    made = plan([P1, D1], mode=mode)
-    assert names(made) == ("d1", ["p1"])
-    assert (made.mode, made.note) == ("split", None)
+P1, P2, P3 = (node(f"p{number}", "prefill") for number in (1, 2, 3))
+D1, D2 = (node(f"d{number}", "decode") for number in (1, 2))
+M1, M2 = (node(f"m{number}", "mixed") for number in (1, 2))
+FULL = streams(4)
 
 
-def test_a_prompt_of_one_chunk_is_split_only_on_request() -> None:
-    assert names(plan([P1, D1], prompt_tokens=CHUNK)) == ("d1", [])
-    assert names(plan([P1, D1], prompt_tokens=CHUNK, mode="split")) == ("d1", ["p1"])
-    assert names(plan([P1, D1], prompt_tokens=CHUNK + 1)) == ("d1", ["p1"])
+# -- split or local
 
 
-def test_local_needs_nobody_else() -> None:
-    made = plan([P1, D1], mode="local")
-    assert names(made) == ("d1", [])
-    assert (made.mode, made.note) == ("local", None)
+def test_on_an_idle_cluster_a_prompt_stays_where_its_answer_is_made() -> None:
+    made = plan([P1, D1])
+    assert (names(made), made.reason) == (("d1", []), "sooner"), "the hand-off costs time and nobody is disturbed"
+
+
+def test_beside_streams_a_prompt_goes_elsewhere() -> None:
+    made = plan([P1, D1], {"d1": streams(3)})
+    assert (names(made), made.mode, made.reason) == (("d1", ["p1"]), "split", "sooner")
+
+
+def test_streams_that_would_lose_much_are_spared_though_the_request_itself_would_be_sooner_local() -> None:
+    slow = node("p1", "prefill", Rates(token_s=0.020))
+    made = plan([slow, D1], {"d1": streams(3)}, prompt_tokens=50)
+    # local: 0.49 s of prompt, 5.44 turns with a step of 70 ms; split: 0.98 s
+    assert (names(made), made.reason) == (("d1", ["p1"]), "less_harm")
+    assert made.prediction is not None
+    local = plan([slow, D1], {"d1": streams(3)}, prompt_tokens=50, mode="local").prediction
+    assert local is not None
+    assert local.completion_s < made.prediction.completion_s
+    assert local.harm_s > made.prediction.harm_s
+
+
+def test_streams_that_are_nearly_done_are_no_reason_to_split() -> None:
+    assert names(plan([P1, D1], {"d1": streams(3, left_each=0.0)})) == ("d1", [])
+
+
+def test_a_queue_at_the_prefill_worker_can_make_local_better() -> None:
+    assert names(plan([P1, D1], {"d1": streams(1), "p1": reading(3000)}, max_tokens=5)) == ("d1", [])
+
+
+def test_a_slow_link_can_make_local_better() -> None:
+    link = Link(peer="p1", bytes_per_s=1e3, round_trip_s=0.001, samples=9)
+    far = node("d1", "decode", load={"links": [link]})
+    assert names(plan([P1, far], {"d1": streams(1)})) == ("d1", [])
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -64,80 +114,87 @@ def test_one_token_has_no_kv_to_fetch(mode: Mode) -> None:
     assert (made.mode, made.note) == ("local", None)
 
 
+def test_who_asks_for_a_mode_gets_it() -> None:
+    assert (names(plan([P1, D1], mode="split")), plan([P1, D1], mode="split").reason) == (("d1", ["p1"]), "asked")
+    assert names(plan([P1, D1], {"d1": streams(3)}, mode="local")) == ("d1", [])
+
+
 def test_split_without_a_prefill_worker_becomes_local_and_says_so() -> None:
     made = plan([D1, D2], mode="split")
-    assert names(made) == ("d1", [])
+    assert (names(made), made.reason) == (("d1", []), "not_possible")
     assert made.note == "not split: no other worker prefills this model"
     assert plan([D1, D2], mode="auto").note is None, "auto promised nothing"
 
 
 def test_split_of_a_model_that_cannot_says_why() -> None:
-    recurrent = node_of("d1", "decode", splits=False, split_reason="recurrent models have no KV rows")
+    recurrent = node("d1", "decode", splits=False, split_reason="recurrent models have no KV rows")
     made = plan([P1, recurrent], mode="split")
     assert (made.candidates, made.note) == ((), "not split: recurrent models have no KV rows")
+
+
+def test_a_plan_carries_its_prediction() -> None:
+    made = plan([D1], answer_tokens=10)
+    assert made.prediction is not None
+    assert made.prediction.ttft_s == pytest.approx(0.99 + 0.05)
+    assert made.prediction.completion_s == pytest.approx(0.99 + 10 * 0.05)
+    assert (made.prediction.harm_s, made.reason) == (0.0, "only_choice")
 
 
 # -- who decodes
 
 
-def test_a_prefill_worker_never_decodes() -> None:
-    with pytest.raises(Overloaded, match=r"no worker that decodes m is ready.*p1 \(prefill\)"):
-        plan([P1])
+def test_the_decode_worker_where_the_answer_is_complete_soonest_is_taken() -> None:
+    assert plan([D1, D2], {"d1": streams(1)}, mode="local").decode.worker == "d2"
+    slow = node("d2", "decode", Rates(run_s=0.4, row_s=0.01, token_s=0.010))
+    assert plan([D1, slow], {"d1": streams(1)}, mode="local").decode.worker == "d1", "busier and still sooner"
 
 
-def test_the_decode_worker_with_the_larger_share_of_free_slots_is_chosen() -> None:
-    busy = node_of("d1", "decode", load=load_of(sequences_running=2))
-    assert plan([busy, D2], mode="local").decode.worker == "d2"
-    assert plan([D1, D2], {"d1": Booked(sequences=1)}, mode="local").decode.worker == "d2"
-    # 3 of 16 is less than 1 of 4
-    large = node_of("d1", "decode", slots=16, load=load_of(sequences_running=3))
-    assert plan([large, D2], {"d2": Booked(sequences=1)}, mode="local").decode.worker == "d1"
-
-
-def test_what_is_booked_and_what_is_reported_are_the_same_sequences() -> None:
-    """A status that already counts what this gateway sent must not count it twice."""
-    half = node_of("d1", "decode", load=load_of(sequences_running=3))
-    assert plan([half], {"d1": Booked(sequences=3)}, mode="local").decode.worker == "d1"
-
-
-def test_prompts_that_wait_on_a_decode_worker_count_against_it() -> None:
-    reading = node_of("d1", "decode", load=load_of(pending_prompt_tokens=1000, prefill_tokens_per_s=500.0))
-    assert plan([reading, D2], mode="local").decode.worker == "d2"
+def test_a_worker_that_holds_the_beginning_of_the_prompt_is_credited_for_it() -> None:
+    assert names(plan([D1, D2], {"d2": streams(1)}, held={"d2": 96}, prompt_tokens=100)) == ("d2", [])
+    assert names(plan([P1, P2, D1], {"d1": streams(3)}, held={"p2": 96})) == ("d1", ["p2", "p1"])
+    assert names(plan([D1, D2], {"d2": streams(3)}, held={"d2": 8}, prompt_tokens=100)) == ("d1", []), "too little"
 
 
 def test_equal_workers_are_taken_by_name_so_that_a_view_has_one_plan() -> None:
-    assert names(plan([D2, P2, D1, P1])) == names(plan([P1, D1, P2, D2])) == ("d1", ["p1", "p2"])
+    assert names(plan([D2, P2, D1, P1], mode="split")) == ("d1", ["p1", "p2"])
+    assert names(plan([P1, D1, P2, D2], mode="split")) == ("d1", ["p1", "p2"])
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_without_a_free_slot_there_is_no_plan_now(mode: Mode) -> None:
-    full = node_of("d1", "decode", load=load_of(sequences_running=4))
     with pytest.raises(Overloaded, match="all slots of all decode workers are taken"):
-        plan([P1, full], mode=mode)
+        plan([P1, D1], {"d1": FULL}, mode=mode)
+    assert plan([P1, D1, D2], {"d1": FULL}, mode=mode).decode.worker == "d2"
+
+
+def test_a_worker_that_nobody_has_counted_is_taken_at_its_word() -> None:
+    full = node("d1", "decode", load={"sequences_running": 4})
     with pytest.raises(Overloaded, match="all slots"):
-        plan([P1, D1], {"d1": Booked(sequences=4)}, mode=mode)
-    assert plan([P1, full, D2], mode=mode).decode.worker == "d2"
+        plan([full])
+    assert plan([full], {"d1": Work()}).decode.worker == "d1"
 
 
-def test_a_request_goes_where_its_prompt_and_answer_fit() -> None:
-    large = node_of("d2", "decode", n_ctx=2048, load=load_of(sequences_running=3))
-    assert plan([D1, large], prompt_tokens=400, max_tokens=112).decode.worker == "d1"
-    assert plan([D1, large], prompt_tokens=400, max_tokens=113).decode.worker == "d2"
-    with pytest.raises(Overloaded, match="context of 2049 tokens"):
-        plan([D1, large], prompt_tokens=2000, max_tokens=49)
+def test_cells_are_reserved_for_prompt_and_longest_answer() -> None:
+    large = node("d2", "decode", n_ctx=8192)
+    assert plan([D1, large], {"d2": streams(3)}, prompt_tokens=4000, max_tokens=96).decode.worker == "d1"
+    assert plan([D1, large], {"d2": streams(3)}, prompt_tokens=4000, max_tokens=97).decode.worker == "d2"
+    with pytest.raises(Overloaded, match="context of 8193 tokens"):
+        plan([D1, large], prompt_tokens=8100, max_tokens=93)
+    reserved = Work(sequences=3, reserved_cells=4 * 4096 - 100)
+    assert plan([D1, D2], {"d1": reserved}).decode.worker == "d2"
 
 
 def test_a_worker_that_is_not_ready_takes_nothing() -> None:
-    leaving = node_of("d1", "decode", is_ready=False, is_draining=True)
-    assert plan([leaving, D2], mode="local").decode.worker == "d2"
+    leaving = node("d1", "decode", is_ready=False, is_draining=True)
+    assert plan([leaving, D2]).decode.worker == "d2"
     with pytest.raises(Overloaded, match="no worker that decodes m is ready"):
         plan([leaving])
-    assert names(plan([node_of("p1", "prefill", is_ready=False), P2, D1])) == ("d1", ["p2"])
+    assert names(plan([node("p1", "prefill", is_ready=False), P2, D1], mode="split")) == ("d1", ["p2"])
 
 
 def test_a_model_that_nobody_serves_is_unknown_and_the_known_ones_are_named() -> None:
     with pytest.raises(UnknownModel, match=r"'other'; served are: m, n") as caught:
-        plan([D1, node_of("d2", "decode", model="n")], model="other")
+        plan([D1, node("d2", "decode", model="n")], model="other")
     assert (caught.value.status, caught.value.param) == (404, "model")
     with pytest.raises(UnknownModel, match="none yet"):
         plan([])
@@ -145,124 +202,226 @@ def test_a_model_that_nobody_serves_is_unknown_and_the_known_ones_are_named() ->
 
 def test_workers_of_another_model_have_no_part_in_a_plan() -> None:
     other = {"model": "n", "model_sha256": "1" * 64}
-    made = plan([node_of("d1", "decode", **other), node_of("p1", "prefill", **other), D2, P2])
+    made = plan([node("d1", "decode", **other), node("p1", "prefill", **other), D2, P2], mode="split")
     assert names(made) == ("d2", ["p2"])
 
 
 def test_workers_that_failed_this_request_are_avoided_in_both_roles() -> None:
-    assert names(plan([P1, P2, D1, D2], avoid=frozenset({"d1", "p1"}))) == ("d2", ["p2"])
+    assert names(plan([P1, P2, D1, D2], avoid=frozenset({"d1", "p1"}), mode="split")) == ("d2", ["p2"])
     with pytest.raises(Overloaded, match="have failed and no other is left"):
         plan([P1, D1], avoid=frozenset({"d1"}))
-    assert plan([P1, D1], avoid=frozenset({"p1"}), mode="split").note is not None
 
 
 # -- who prefills
 
 
 def test_kv_that_the_decode_worker_cannot_adopt_is_never_asked_for() -> None:
-    foreign = node_of("p1", "prefill", compatibility="c" * 64)
+    foreign = node("p1", "prefill", compatibility="c" * 64)
     assert names(plan([foreign, P2, D1], mode="split")) == ("d1", ["p2"])
-    made = plan([foreign, D1], mode="split")
-    assert (made.mode, made.note) == ("local", "not split: no other worker prefills this model")
-
-
-def test_prefill_workers_of_the_same_class_come_first_even_when_they_are_busier() -> None:
-    foreign = node_of("p1", "prefill", exactness_class="c" * 64)
-    busy = node_of("p2", "prefill", load=load_of(pending_prompt_tokens=5000))
-    assert names(plan([foreign, busy, D1])) == ("d1", ["p2", "p1"])
-
-
-def test_a_prefill_worker_that_decodes_too_comes_after_one_that_does_not() -> None:
-    busy = node_of("p1", "prefill", load=load_of(pending_prompt_tokens=500))
-    assert names(plan([D1, M1, busy], {"m1": Booked(sequences=2)})) == ("d1", ["p1", "m1"])
+    assert plan([foreign, D1], mode="split").note == "not split: no other worker prefills this model"
 
 
 def test_the_shortest_wait_is_the_first_candidate_and_the_rate_counts() -> None:
-    slow = node_of("p1", "prefill", load=load_of(pending_prompt_tokens=500, prefill_tokens_per_s=50.0))
-    fast = node_of("p2", "prefill", load=load_of(pending_prompt_tokens=2000, prefill_tokens_per_s=400.0))
-    assert names(plan([slow, fast, D1])) == ("d1", ["p2", "p1"])
-    more = {"p2": Booked(prompts=1, prompt_tokens=3000)}
-    assert names(plan([slow, fast, D1], more)) == ("d1", ["p1", "p2"])
+    slow, fast = node("p1", "prefill", Rates(token_s=0.02)), node("p2", "prefill", Rates(token_s=0.0025))
+    works = {"p1": reading(500), "p2": reading(2000)}
+    assert names(plan([slow, fast, D1], works, mode="split")) == ("d1", ["p2", "p1"])
+    assert names(plan([slow, fast, D1], works | {"p2": reading(5000)}, mode="split")) == ("d1", ["p1", "p2"])
 
 
 def test_there_are_a_few_candidates_not_all() -> None:
-    assert len(plan([P1, P2, P3, D1]).candidates) == MAX_CANDIDATES
+    assert len(plan([P1, P2, P3, D1], mode="split").candidates) == MAX_CANDIDATES
 
 
 def test_a_prefill_worker_whose_context_is_too_short_is_no_candidate() -> None:
-    short = node_of("p1", "prefill", n_ctx=99)
+    short = node("p1", "prefill", n_ctx=99)
     assert names(plan([short, D1], mode="split")) == ("d1", [])
-    assert names(plan([node_of("p1", "prefill", n_ctx=100), D1], mode="split")) == ("d1", ["p1"])
+    assert names(plan([node("p1", "prefill", n_ctx=100), D1], mode="split")) == ("d1", ["p1"])
 
 
 def test_a_mixed_worker_serves_another_but_never_itself() -> None:
     assert names(plan([M1], mode="split")) == ("m1", [])
-    assert names(plan([M1, M2])) == ("m1", ["m2"])
+    assert names(plan([M1, M2], mode="split")) == ("m1", ["m2"])
 
 
-# -- the queue bound of prefill workers
+def test_in_a_large_cluster_the_best_are_still_found() -> None:
+    many = [node(f"p{number:02}", "prefill") for number in range(3 * SHORTLIST)]
+    works = {entry.worker: reading(1000) for entry in many} | {"p11": reading(10)}
+    decoders = [node(f"d{number:02}", "decode") for number in range(3 * SHORTLIST)]
+    works |= {entry.worker: streams(3) for entry in decoders} | {"d07": streams(1)}
+    decode, candidates = names(plan([*many, *decoders], works, mode="split"))
+    assert (decode, candidates[0]) == ("d07", "p11")
+
+
+# -- classes
+
+
+def test_another_class_is_worth_it_only_when_clearly_faster() -> None:
+    foreign = node("p1", "prefill", Rates(token_s=0.0099), exactness_class="c" * 64)
+    assert names(plan([foreign, P2, D1], mode="split")) == ("d1", ["p2", "p1"])
+    fast = node("p1", "prefill", Rates(token_s=0.001), exactness_class="c" * 64)
+    made = plan([fast, P2, D1], mode="split")
+    assert (names(made), made.is_cross_class) == (("d1", ["p1", "p2"]), True)
+    assert not plan([P2, D1], mode="split").is_cross_class
+
+
+def test_never_means_never() -> None:
+    foreign = node("p1", "prefill", Rates(token_s=0.001), exactness_class="c" * 64)
+    never = {"cross_class": "never"}
+    assert names(plan([foreign, P2, D1], mode="split", situation=never)) == ("d1", ["p2"])
+    made = plan([foreign, D1], mode="split", situation=never)
+    assert names(made) == ("d1", [])
+    assert made.note == "not split: the other prefill workers are of another exactness class (setting cross_class)"
+
+
+def test_an_answer_goes_on_in_its_class_if_it_can_and_only_there_if_it_must() -> None:
+    foreign = node("d1", "decode", exactness_class="c" * 64)
+    begun = {"exactness_class": D2.status.exactness_class}
+    assert plan([foreign, D2], {"d2": streams(3)}, **begun).decode.worker == "d2"
+    assert plan([foreign, D2], {"d2": FULL}, **begun).decode.worker == "d1"
+    with pytest.raises(Overloaded, match="all slots"):
+        plan([foreign, D2], {"d2": FULL}, situation={"cross_class": "never"}, **begun)
+    with pytest.raises(Overloaded, match="exactness class"):
+        plan([foreign], situation={"cross_class": "never"}, **begun)
+
+
+# -- full prefill workers, and waiting for them
 
 
 def test_a_prefill_worker_gets_two_prompts_and_no_third() -> None:
-    one, two = {"p1": Booked(prompts=1)}, {"p1": Booked(prompts=2)}
+    one, two = {"p1": reading(10)}, {"p1": reading(10, 10)}
     assert names(plan([P1, D1], one, mode="split")) == ("d1", ["p1"])
     with pytest.raises(Overloaded, match="all prefill workers have a prompt waiting"):
         plan([P1, D1], two, mode="split")
-    assert names(plan([P1, P2, D1], two, mode="split")) == ("d1", ["p2"])
+    assert names(plan([P1, P2, D1], two, mode="split"))[1][0] == "p2"
 
 
-def test_prompts_that_other_gateways_made_wait_count_too() -> None:
-    full = node_of("p1", "prefill", load=load_of(sequences_waiting=2))
+def test_a_request_waits_for_a_full_worker_that_will_still_be_sooner_but_not_for_ever() -> None:
+    works = {"p1": reading(10, 10), "d1": streams(3, left_each=1000)}
+    with pytest.raises(Overloaded, match="p1 has a prompt waiting and will still be sooner"):
+        plan([P1, D1], works, prompt_tokens=1000)
+    assert names(plan([P1, D1], works, prompt_tokens=1000, waited_s=60.0)) == ("d1", [])
+
+
+def test_a_request_does_not_wait_for_a_full_worker_that_would_be_later() -> None:
+    assert names(plan([P1, D1], {"p1": reading(2000, 2000)})) == ("d1", [])
+
+
+# -- pools
+
+
+def test_a_node_of_the_other_pool_helps_only_when_it_is_clearly_better() -> None:
+    helper = spare("d2", "decode")
+    nodes = [P1, helper, D1]
+    idle = plan(nodes, {"d1": streams(3)}, mode="split", avoid=frozenset())
+    assert idle.candidates[0].worker == "p1"
+    only_d1 = {"d1": Work(), "d2": streams(4, left_each=0.0)}
+    busy = plan(nodes, only_d1 | {"p1": reading(900, 900)}, mode="split")
+    assert names(busy)[1][0] == "d2"
+    assert [(node.worker, pool) for node, pool in busy.spills] == [("d2", "prompt")]
+    assert not idle.spills
+
+
+def test_a_prefill_worker_decodes_when_no_decode_worker_can() -> None:
+    helper = spare("p1", "prefill")
+    made = plan([helper, D1], {"d1": FULL})
+    assert (names(made), [(node.worker, pool) for node, pool in made.spills]) == (("p1", []), [("p1", "token")])
+    assert plan([helper], mode="split").decode.worker == "p1", "all decode workers are gone"
+    assert plan([helper, D1], {"d1": streams(3)}).decode.worker == "d1", "not while its pool has room"
+
+
+def test_a_lent_node_is_no_helper() -> None:
+    lent = {"pool_of": lambda _node: "prompt"}
+    made = plan([spare("d2", "decode"), D1], mode="split", situation=lent, avoid=frozenset({"d2x"}))
+    assert "prompt" not in [pool for _, pool in made.spills]
+
+
+# -- policies for comparison
+
+
+def test_round_robin_takes_each_in_turn() -> None:
+    situation = {"policy": RoundRobin()}
+    made = [names(plan([P1, P2, D1, D2], mode="split", situation=situation)) for _ in range(3)]
+    assert [(decode, candidates[0]) for decode, candidates in made] == [("d1", "p1"), ("d2", "p2"), ("d1", "p1")]
+
+
+def test_random_is_repeatable_by_its_seed_and_uses_everybody() -> None:
+    def drawn(seed: int) -> list[str]:
+        situation = {"policy": Random(random.Random(seed))}
+        return [plan([D1, D2], mode="local", situation=situation).decode.worker for _ in range(20)]
+
+    assert drawn(1) == drawn(1) != drawn(2)
+    assert set(drawn(1)) == {"d1", "d2"}
+
+
+def test_least_busy_counts_and_knows_no_rates() -> None:
+    situation = {"policy": LeastBusy()}
+    slow = node("d2", "decode", Rates(run_s=9.0, token_s=9.0))
+    assert plan([D1, slow], {"d1": streams(1)}, situation=situation, mode="local").decode.worker == "d2"
+
+
+@pytest.mark.parametrize("policy", [RoundRobin(), Random(random.Random(0)), LeastBusy()])
+def test_policies_split_what_is_longer_than_a_chunk_and_keep_to_what_is_possible(policy: Policy) -> None:
+    situation = {"policy": policy}
+    chunk = D1.status.chunk_tokens
+    assert names(plan([P1, D1], prompt_tokens=chunk, situation=situation)) == ("d1", [])
+    made = plan([P1, D1], prompt_tokens=chunk + 1, situation=situation)
+    assert (names(made), made.reason) == (("d1", ["p1"]), "policy")
     with pytest.raises(Overloaded, match="prompt waiting"):
-        plan([full, D1], mode="split")
-
-
-def test_when_all_prefill_workers_have_a_queue_auto_computes_where_nobody_is_disturbed() -> None:
-    full = {"p1": Booked(prompts=2)}
-    assert names(plan([P1, D1], full)) == ("d1", [])
-    with pytest.raises(Overloaded, match="prompt waiting"):
-        plan([P1, D1], full | {"d1": Booked(sequences=1)})
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_a_full_prefill_worker_does_not_hold_up_what_needs_none(mode: Mode) -> None:
-    full = {"p1": Booked(prompts=2), "d1": Booked(sequences=1)}
-    assert names(plan([P1, D1], full, mode="local")) == ("d1", [])
-    assert names(plan([P1, D1], full, mode=mode, prompt_tokens=1)) == ("d1", [])
-    assert names(plan([P1, D1], full, mode="auto", prompt_tokens=CHUNK)) == ("d1", [])
+        plan([P1, D1], {"p1": reading(9, 9)}, situation=situation)
+    assert plan([D1], mode="split", situation=situation).note is not None
 
 
 # -- all plans
 
 ROLES: st.SearchStrategy[Role] = st.sampled_from(get_args(Role))
-LOADS = st.builds(load_of, sequences_running=st.integers(0, 5), sequences_waiting=st.integers(0, 3))
-NODES = st.lists(
-    st.tuples(ROLES, LOADS, st.booleans(), st.sampled_from([64, 512]), st.sampled_from("ab")), max_size=6
-).map(
-    lambda rows: [
-        node_of(f"w{at}", role, load=load, is_ready=ready, n_ctx=n_ctx, compatibility=kv * 64)
-        for at, (role, load, ready, n_ctx, kv) in enumerate(rows)
-    ]
+WORKS = st.builds(
+    Work,
+    sequences=st.integers(0, 5),
+    decoding=st.integers(0, 5),
+    tokens_left=st.floats(0, 500),
+    prompts=st.lists(st.builds(PromptWork, st.integers(1, 500), is_served=st.booleans()), max_size=3).map(tuple),
+)
+POLICIES = st.sampled_from([None, RoundRobin(), LeastBusy(), Random(random.Random(0))])
+ROWS = st.lists(
+    st.tuples(ROLES, WORKS, st.booleans(), st.sampled_from([64, 512]), st.sampled_from("ab"), st.booleans()), max_size=6
 )
 
 
-@given(NODES, st.sampled_from(MODES), st.integers(1, 600), st.sets(st.sampled_from(["w0", "w1", "w2"])))
+@given(
+    ROWS, POLICIES, st.sampled_from(MODES), st.integers(1, 600), st.sets(st.sampled_from(["w0", "w1"])), st.booleans()
+)
 def test_whatever_the_view_a_plan_can_be_carried_out(
-    nodes: list[Node], mode: Mode, tokens: int, avoid: set[str]
+    rows: list[tuple[Role, Work, bool, int, str, bool]],
+    policy: Policy | None,
+    mode: Mode,
+    tokens: int,
+    avoid: set[str],
+    never: bool,
 ) -> None:
+    nodes = [
+        node(f"w{at}", role, is_ready=ready, n_ctx=n_ctx, compatibility=kv * 64, exactness_class=kv * 64)
+        if not helps
+        else spare(f"w{at}", role, is_ready=ready, n_ctx=n_ctx, compatibility="a" * 64, exactness_class=kv * 64)
+        for at, (role, _, ready, n_ctx, kv, helps) in enumerate(rows)
+    ]
+    works = {f"w{at}": work for at, (_, work, *_rest) in enumerate(rows)}
+    situation = {"policy": policy, "cross_class": "never" if never else "when_faster"}
     try:
-        made = plan(nodes, mode=mode, prompt_tokens=tokens, avoid=frozenset(avoid))
+        made = plan(nodes, works, situation=situation, mode=mode, prompt_tokens=tokens, avoid=frozenset(avoid))
     except (Overloaded, UnknownModel):
         return
     decode = made.decode
-    assert decode.decodes
-    assert decode.status.load.sequences_running < decode.status.slots
+    assert works[decode.worker].sequences < decode.status.slots
     assert tokens + 20 <= decode.status.n_ctx
-    for node in (decode, *made.candidates):
-        assert node.status.is_ready
-        assert node.worker not in avoid
+    for chosen in (decode, *made.candidates):
+        assert chosen.status.is_ready
+        assert chosen.worker not in avoid
     for candidate in made.candidates:
         assert candidate.prefills
         assert candidate.worker != decode.worker
         assert candidate.status.compatibility == decode.status.compatibility
+        assert not never or candidate.status.exactness_class == decode.status.exactness_class
+    assert len({candidate.worker for candidate in made.candidates}) == len(made.candidates)
     assert len(made.candidates) <= (0 if mode == "local" else MAX_CANDIDATES)
+    if made.candidates:
+        assert works[made.candidates[0].worker].served < 2
