@@ -32,18 +32,14 @@ from edge_llm.errors import (
 from edge_llm.gateway import queue
 from edge_llm.gateway.listen import Listener
 from edge_llm.gateway.metrics import GatewayMetrics
+from edge_llm.gateway.orders import Orders, peer_of
 from edge_llm.gateway.planner import Planner
 from edge_llm.gateway.running import Finish, Job, Running
 from edge_llm.gateway.scheduler import Plan, Situation, Wish, decide
 from edge_llm.gateway.session import Event, Session, State
-from edge_llm.kv.snapshot import ids_digest
-from edge_llm.request import SamplingParams
-from edge_llm.worker import messages
-from edge_llm.worker.client import Peer, WorkerClient
+from edge_llm.worker.client import WorkerClient
 from edge_llm.worker.messages import (
     CancelRequest,
-    DecodeRequest,
-    PrefillCandidate,
     TokenizeReply,
     TokenizeRequest,
 )
@@ -73,7 +69,7 @@ class Dispatcher:
         buffer_bytes: int = 256 << 10,
     ) -> None:
         """`buffer_bytes`: what a client may leave unread of one answer."""
-        self._client, self._gateway, self._metrics = client, gateway, metrics
+        self._client, self._metrics, self._orders = client, metrics, Orders(client, gateway)
         self._queue_wait_s, self._replan_limit, self._clock = bounds.wait_s, replan_limit, clock
         self._planner = planner
         self._running: dict[str, Running] = {}
@@ -130,7 +126,7 @@ class Dispatcher:
             while unasked or asked:
                 if unasked:
                     node = unasked.pop()
-                    asked[asyncio.create_task(self._client.tokenize(_peer(node), request, trace))] = node
+                    asked[asyncio.create_task(self._client.tokenize(peer_of(node), request, trace))] = node
                 patience_s = TOKENIZE_S if unasked else None
                 done, _ = await asyncio.wait(asked, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
@@ -217,8 +213,8 @@ class Dispatcher:
 
     async def _send(self, running: Running, plan: Plan) -> None:
         """Hand the request to its worker. Does not wait for one that is found lost meanwhile."""
-        request = self._decode_request(running, plan)
-        sending = asyncio.create_task(self._client.decode(_peer(plan.decode), request, running.job.trace))
+        request = self._orders.decode_request(running, plan, self._time_left_s(running.job) or 0.0)
+        sending = asyncio.create_task(self._client.decode(peer_of(plan.decode), request, running.job.trace))
         lost = asyncio.create_task(running.ended.wait())
         try:
             await asyncio.wait({sending, lost}, return_when=asyncio.FIRST_COMPLETED)
@@ -242,41 +238,6 @@ class Dispatcher:
         running.session.on(Event.PLANNED)
         self._metrics.planned(job.model, plan)
         return plan
-
-    def _decode_request(self, running: Running, plan: Plan) -> DecodeRequest:
-        job, session = running.job, running.session
-        digest = ids_digest((*job.prompt_ids, *session.delivered))
-        return DecodeRequest(
-            request_id=job.request_id,
-            epoch=session.epoch,
-            gateway=self._gateway,
-            prompt_ids=list(job.prompt_ids),
-            delivered_ids=session.delivered,
-            max_tokens=job.max_tokens,
-            sampling=_sampling(job.sampling),
-            stop=list(job.stop),
-            stop_ids=list(job.stop_ids),
-            candidates=[self._candidate(running, node, digest) for node in _sources(running, plan)],
-            cache_prompt=job.cache_prompt,
-            tenant=job.tenant,
-            time_left_s=self._time_left_s(job) or 0.0,
-            holder=self._holder(running, plan, digest),
-        )
-
-    def _candidate(self, running: Running, node: Node, digest: str) -> PrefillCandidate:
-        job, plan = running.job, running.plan
-        holder = _peer(plan.decode) if plan is not None else None
-        ticket = self._client.prefill_ticket(_peer(node), job.request_id, digest, job.tenant, holder)
-        is_stored = node is running.holder
-        return PrefillCandidate(worker=node.worker, address=node.place.address, ticket=ticket, only_stored=is_stored)
-
-    def _holder(self, running: Running, plan: Plan, digest: str) -> PrefillCandidate | None:
-        """The decode worker itself, as a place where a prefill worker may fetch what only it holds."""
-        if not plan.candidates or not running.job.cache_prompt:
-            return None
-        node, job = plan.decode, running.job
-        ticket = self._client.prefill_ticket(_peer(node), job.request_id, digest, job.tenant)
-        return PrefillCandidate(worker=node.worker, address=node.place.address, ticket=ticket, only_stored=True)
 
     def lose(self, running: Running, error: EdgeLLMError) -> None:
         """The decode worker failed this request: plan again elsewhere, or give up."""
@@ -349,7 +310,7 @@ class Dispatcher:
             if task is not None:
                 await asyncio.wait({task})
             try:
-                await self._client.cancel(_peer(plan.decode), request)
+                await self._client.cancel(peer_of(plan.decode), request)
             except EdgeLLMError as error:
                 log.info("cancel not delivered", request_id=request.request_id, code=error.code)
 
@@ -425,27 +386,3 @@ def _lane(running: Running) -> queue.Lane:
 def _goes_on_the_same(before: Node, after: Node) -> bool:
     """Whether tokens that `after` adds to those of `before` are the ones that `before` would have made."""
     return before.status.exactness_class == after.status.exactness_class and after.status.level != "same-plan"
-
-
-def _sources(running: Running, plan: Plan) -> tuple[Node, ...]:
-    """Where the decode worker may get KV: first from a draining worker that holds all of it."""
-    return (running.holder, *plan.candidates) if running.holder is not None else plan.candidates
-
-
-def _peer(node: Node) -> Peer:
-    return Peer(node.worker, node.place.address)
-
-
-def _sampling(params: SamplingParams) -> messages.Sampling:
-    return messages.Sampling(
-        temperature=params.temperature,
-        top_k=params.top_k,
-        top_p=params.top_p,
-        min_p=params.min_p,
-        repeat_penalty=params.repeat_penalty,
-        frequency_penalty=params.frequency_penalty,
-        presence_penalty=params.presence_penalty,
-        penalty_last_n=params.penalty_last_n,
-        seed=str(params.seed),
-        logit_bias={str(token): bias for token, bias in params.logit_bias.items()},
-    )

@@ -100,6 +100,7 @@ class Wanted:
     known: Match = field(default_factory=Match)
     tenant: str = ""
     cache_prompt: bool = True
+    holder: PrefillCandidate | None = None
     time_left_s: Callable[[], float] = field(default=lambda: 0.0, repr=False)
 
     @property
@@ -226,6 +227,7 @@ class Adopter:
             tenant=wanted.tenant,
             cache_prompt=wanted.cache_prompt,
             only_stored=candidate.only_stored,
+            holder=wanted.holder if wanted.known.n_tokens and facts.level == "exact" else None,
             time_left_s=wanted.time_left_s(),
         )
         expected = Expected(facts.kv_bytes_per_token, wanted.total, request.start, ids_digest(wanted.ids))

@@ -35,6 +35,7 @@ from edge_llm.errors import (
 )
 from edge_llm.exposition import CONTENT_TYPE, Exposition
 from edge_llm.worker.decode import DecodeRole
+from edge_llm.worker.holders import Holders
 from edge_llm.worker.links import Links
 from edge_llm.worker.loop import EngineLoop
 from edge_llm.worker.messages import (
@@ -96,7 +97,7 @@ class Worker:
         self._tokenizer = ThreadPoolExecutor(1, "tokenize")
         self._tokenizing = 0
         self.prefixes = Prefixes(engine.facts, config.prefix_cache_bytes)
-        self.prefill = PrefillRole(lambda: self.facts, self.prefixes, monotonic)
+        self.prefill = PrefillRole(lambda: self.facts, self.prefixes, config.allowed_peers, monotonic)
         self.loop = EngineLoop(engine, self.prefill.watch)
         self.exposition = Exposition(config.metrics_alias)
         self.metrics = WorkerMetrics(self.exposition.registry, Readings(self._labels, self.status, self._computing))
@@ -125,6 +126,7 @@ class Worker:
     async def running(self) -> AsyncIterator[None]:
         """Start the engine thread and the sweeper; stop both."""
         async with Puller(self._monotonic, self._patience, self.links) as puller:
+            self.prefill.holders = Holders(puller, self.keys, lambda: self.facts, self.links)
             if self.facts.slots:
                 self.decode = DecodeRole(
                     self.loop,

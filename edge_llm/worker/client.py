@@ -113,10 +113,20 @@ class WorkerClient:
         ):
             return decode(WorkerStatus, await _body(peer, reply))
 
-    def prefill_ticket(self, peer: Peer, request_id: str, ids_sha256: str, tenant: str = "") -> str:
-        """The right to have one prompt computed by `peer`; the decode worker carries it there."""
+    def prefill_ticket(
+        self, peer: Peer, request_id: str, ids_sha256: str, tenant: str = "", holder: Peer | None = None
+    ) -> str:
+        """The right to get one prompt's KV from `peer`; another worker carries it there. `holder` is where `peer` may
+        fetch the beginning from."""
         claims = Claims(
-            peer.worker, "prefill", request_id, self._clock(), self._nonce(), ids_sha256=ids_sha256, tenant=tenant
+            peer.worker,
+            "prefill",
+            request_id,
+            self._clock(),
+            self._nonce(),
+            ids_sha256=ids_sha256,
+            tenant=tenant,
+            peers={holder.worker: holder.address} if holder is not None else {},
         )
         return self._keys.sign(claims)
 

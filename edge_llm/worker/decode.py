@@ -255,6 +255,7 @@ class DecodeRole:
             known,
             request.tenant,
             request.cache_prompt,
+            request.holder,
             lambda: max(0.001, alarm.when() - clock()) if alarm is not None else 0.0,
         )
 

@@ -97,7 +97,8 @@ class DecodeRequest(Message, frozen=True, kw_only=True):
     """Generate. `candidates` in order of preference; empty means compute the prompt here (mode local).
 
     tenant: whose kept KV may be used. cache_prompt False: nothing kept is used and nothing is kept (measurements).
-    time_left_s: the work is dropped when it is not done by then; 0 = no deadline.
+    time_left_s: the work is dropped when it is not done by then; 0 = no deadline. holder: this worker itself, for a
+    prefill worker that would rather fetch the beginning of the prompt from here than compute it again.
     """
 
     protocol: Literal[1] = 1
@@ -114,6 +115,7 @@ class DecodeRequest(Message, frozen=True, kw_only=True):
     tenant: Tenant = ""
     cache_prompt: bool = True
     time_left_s: Seconds = 0.0
+    holder: PrefillCandidate | None = None
 
 
 class DecodeReply(Message, frozen=True, kw_only=True):
@@ -133,8 +135,9 @@ class CancelReply(Message, frozen=True, kw_only=True):
 
 
 class PrefillRequest(Message, frozen=True, kw_only=True):
-    """From a decode worker: compute ids[:-1], ship KV from position `start` on, in frames. The other fields are those
-    of DecodeRequest and PrefillCandidate."""
+    """From a decode worker: compute ids[:-1], ship KV from position `start` on, in frames. `holder` has what is before
+    `start`. From a prefill worker to a holder: `only_stored`, up to `end` (0: all). The other fields are those of
+    DecodeRequest and PrefillCandidate."""
 
     protocol: Literal[1] = 1
     request_id: Id
@@ -145,6 +148,8 @@ class PrefillRequest(Message, frozen=True, kw_only=True):
     cache_prompt: bool = True
     only_stored: bool = False
     time_left_s: Seconds = 0.0
+    end: Count = 0
+    holder: PrefillCandidate | None = None
 
 
 class PromptReport(Message, frozen=True, kw_only=True):

@@ -45,10 +45,12 @@ from edge_llm.kv.codec import StateBlob
 from edge_llm.kv.frames import Buffer, Chunk, Error, FrameEncoder, Header, Progress
 from edge_llm.kv.snapshot import ids_digest
 from edge_llm.kv.store import Chain, Match, Piece
+from edge_llm.worker.holders import Holders
 from edge_llm.worker.loop import EngineLoop
 from edge_llm.worker.messages import HEARTBEAT_S, PrefillRequest
 from edge_llm.worker.offload import off_loop
 from edge_llm.worker.prefixes import Prefixes, state_of
+from edge_llm.worker.pull import check_address
 from edge_llm.worker.tickets import Claims
 
 MAX_CHUNKS_OUT: Final = 2
@@ -79,7 +81,7 @@ class _Transfer:
 
     @property
     def total(self) -> int:
-        return len(self.request.ids) - 1
+        return self.request.end or len(self.request.ids) - 1
 
     def keep(self, piece: Piece) -> None:
         """For later prompts, piece by piece: a transfer holds its chunks, the store no more than its cap."""
@@ -99,8 +101,15 @@ class _Transfer:
 class PrefillRole:
     """All prompts served by this worker. `on_step` must be called with every step of the engine, `watch` as well."""
 
-    def __init__(self, facts: Callable[[], EngineFacts], prefixes: Prefixes, clock: Callable[[], float]) -> None:
-        self._facts_of, self._prefixes, self._clock = facts, prefixes, clock
+    def __init__(
+        self,
+        facts: Callable[[], EngineFacts],
+        prefixes: Prefixes,
+        allowed_peers: tuple[str, ...],
+        clock: Callable[[], float],
+    ) -> None:
+        self._facts_of, self._prefixes, self._allowed_peers, self._clock = facts, prefixes, allowed_peers, clock
+        self.holders: Holders | None = None
         self._turn = asyncio.Lock()
         self._numbers = count()
         self._current: _Transfer | None = None
@@ -128,8 +137,13 @@ class PrefillRole:
             raise WorkerError(f"this worker ships no KV: {facts.split_reason or 'its role is decode'}")
         if request.compatibility != facts.identity.compatibility:
             raise IncompatibleKV("this worker runs another model, cache type or geometry")
-        if request.start >= len(request.ids):
-            raise InvalidRequest(f"start {request.start} is behind the prompt of {len(request.ids)} tokens")
+        if request.start >= len(request.ids) or request.end >= len(request.ids):
+            raise InvalidRequest(
+                f"positions {request.start} to {request.end} are behind the prompt of {len(request.ids)} tokens"
+            )
+        if request.end and not request.start < request.end:
+            raise InvalidRequest(f"nothing lies between positions {request.start} and {request.end}")
+        self._check_holder(request, claims)
         if max(request.ids) >= facts.vocab_size:
             raise InvalidRequest(f"token id {max(request.ids)} is outside the vocabulary of {facts.vocab_size}")
         self._check_room(request)
@@ -185,12 +199,22 @@ class PrefillRole:
     def _transfer(self, request: PrefillRequest) -> _Transfer:
         known = Match()
         if request.cache_prompt or request.only_stored:
-            known = self._prefixes.match(request.tenant, request.ids[:-1], is_moving=request.only_stored)
+            end = request.end or len(request.ids) - 1
+            known = self._prefixes.match(request.tenant, request.ids[:end], is_moving=request.only_stored)
         deadline_s = self._clock() + request.time_left_s if request.time_left_s else math.inf
         transfer = _Transfer(request, f"{request.request_id}#{next(self._numbers)}", known, deadline_s)
         transfer.sent = request.start
         transfer.kept = self._prefixes.chain(request.tenant) if request.cache_prompt else None
         return transfer
+
+    def _check_holder(self, request: PrefillRequest, claims: Claims) -> None:
+        """Addresses come out of signed tickets, and lie where peers may be."""
+        holder = request.holder
+        if holder is None:
+            return
+        if claims.peers.get(holder.worker) != holder.address:
+            raise Unauthorized(f"the ticket does not name holder {holder.worker} at that address")
+        check_address(holder.address, self._allowed_peers)
 
     def _check_room(self, request: PrefillRequest) -> None:
         if request.only_stored:
@@ -286,7 +310,7 @@ class PrefillRole:
             exactness_class=facts.identity.exactness_class,
             v_layout=facts.v_layout,
             chunk_tokens=facts.chunk_tokens,
-            n_tokens=len(request.ids) - 1,
+            n_tokens=transfer.total,
             start=request.start,
             ids_sha256=ids_digest(request.ids),
             request_id=request.request_id,
@@ -344,6 +368,8 @@ class PrefillRole:
     async def _start(self, transfer: _Transfer, loop: EngineLoop) -> None:
         """Hand the prompt to the engine, behind what is kept of it; all of it when the engine does not take that."""
         layout = self._facts_of().prompt_layout
+        if self.holders is not None:
+            transfer.known = await self.holders.extend(transfer.request, transfer.known, self.prompt_token_s)
         state = await state_of(transfer.known, layout) if layout is not None else None
         try:
             await loop.call(lambda engine: self._serve_on(engine, transfer, state))

@@ -1,0 +1,88 @@
+"""Fetching the beginning of a prompt from the decode worker that holds its conversation (the reverse hand-off).
+
+Only a decode worker holds the KV of what it generated. When a long next turn is prefilled elsewhere, that KV is either
+fetched from there or computed again, whichever is predicted sooner. Owns that choice and the fetch. Refuses to know
+turns, engines and what is computed afterwards. Whatever goes wrong here costs time and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import aclosing
+from typing import Final
+
+import structlog
+
+from edge_llm.engine.engine import EngineFacts
+from edge_llm.errors import EdgeLLMError, IncompatibleKV
+from edge_llm.kv.frames import Chunk, Error, Header
+from edge_llm.kv.snapshot import Identity, ids_digest
+from edge_llm.kv.store import Match, Piece
+from edge_llm.worker.client import error_of
+from edge_llm.worker.links import Links
+from edge_llm.worker.messages import ErrorReply, PrefillCandidate, PrefillRequest
+from edge_llm.worker.pull import Expected, Puller
+from edge_llm.worker.tickets import KeyRing
+
+# A gigabit link's payload: what an unmeasured way is taken for.
+UNMEASURED_BYTES_PER_S: Final = 117e6
+UNMEASURED_ROUND_TRIP_S: Final = 0.005
+log = structlog.get_logger()
+
+
+class Holders:
+    """Other workers' KV, for one prefill worker."""
+
+    def __init__(self, puller: Puller, keys: KeyRing, facts: Callable[[], EngineFacts], links: Links) -> None:
+        self._puller, self._keys, self._facts, self._links = puller, keys, facts, links
+
+    async def extend(self, request: PrefillRequest, known: Match, prompt_token_s: float) -> Match:
+        """`known`, then what `request.holder` has up to `request.start`, where that is sooner than computing it."""
+        holder, missing = request.holder, request.start - known.n_tokens
+        if holder is None or missing <= 0 or not self._is_sooner(holder, missing, prompt_token_s):
+            return known
+        try:
+            pieces = await self._fetch(holder, request, known.n_tokens)
+        except EdgeLLMError as error:
+            log.warning("holder failed", request_id=request.request_id, worker=holder.worker, code=error.code)
+            return known
+        log.info("fetched from holder", request_id=request.request_id, worker=holder.worker, tokens=missing)
+        return Match((*known.pieces, *pieces))
+
+    def _is_sooner(self, holder: PrefillCandidate, missing: int, prompt_token_s: float) -> bool:
+        way = next((link for link in self._links.published if link.peer == holder.worker), None)
+        rate = way.bytes_per_s if way is not None and way.bytes_per_s else UNMEASURED_BYTES_PER_S
+        round_trip_s = way.round_trip_s if way is not None else UNMEASURED_ROUND_TRIP_S
+        return round_trip_s + missing * self._facts().kv_bytes_per_token / rate < missing * prompt_token_s
+
+    async def _fetch(self, holder: PrefillCandidate, request: PrefillRequest, start: int) -> list[Piece]:
+        facts = self._facts()
+        asked = PrefillRequest(
+            request_id=request.request_id,
+            ids=request.ids,
+            start=start,
+            end=request.start,
+            compatibility=request.compatibility,
+            tenant=request.tenant,
+            only_stored=True,
+        )
+        expected = Expected(facts.kv_bytes_per_token, request.start, start, ids_digest(request.ids))
+        pieces: list[Piece] = []
+        key = self._keys.transfer_key(holder.ticket)
+        async with aclosing(self._puller.pull(holder, asked, key, expected)) as events:
+            async for event in events:
+                match event:
+                    case Header():
+                        self._check(event)
+                    case Chunk():
+                        pieces.append(Piece(event.p0, event.p1, bytes(event.payload)))
+                    case Error():
+                        raise error_of(ErrorReply(code=event.code, message=event.message), holder.worker)
+        return pieces
+
+    def _check(self, header: Header) -> None:
+        """Bits of another class are not mixed into what is shipped as this worker's own."""
+        facts = self._facts()
+        theirs = (Identity(header.compatibility, header.exactness_class), header.v_layout)
+        if theirs != (facts.identity, facts.v_layout):
+            raise IncompatibleKV("the holder's KV is of another kind; computing it here")
