@@ -209,9 +209,15 @@ class Gateway:
         await asyncio.gather(*self._listeners.values(), return_exceptions=True)
 
     def candidate(
-        self, peer: Peer, request_id: str, ids: Sequence[int], tenant: str = "", only_stored: bool = False
+        self,
+        peer: Peer,
+        request_id: str,
+        ids: Sequence[int],
+        tenant: str = "",
+        only_stored: bool = False,
+        holder: Peer | None = None,
     ) -> PrefillCandidate:
-        ticket = self.client.prefill_ticket(peer, request_id, ids_digest(ids), tenant)
+        ticket = self.client.prefill_ticket(peer, request_id, ids_digest(ids), tenant, holder)
         return PrefillCandidate(worker=peer.worker, address=peer.address, ticket=ticket, only_stored=only_stored)
 
     async def ask(
@@ -230,8 +236,10 @@ class Gateway:
         only_stored: bool = False,
         time_left_s: float = 0.0,
         candidates: Sequence[PrefillCandidate] = (),
+        holder: Peer | None = None,
     ) -> Answer:
-        """POST /decode; `via` are the prefill candidates in order, or `candidates` with tickets of the test's own."""
+        """POST /decode; `via` are the prefill candidates in order, or `candidates` with tickets of the test's own.
+        `holder` (`peer` itself) is where they may fetch what is before."""
         request_id = request_id or f"r{next(self._numbers)}"
         context = [*prompt_ids, *delivered]
         answer = self._answers[request_id, epoch] = Answer(request_id)
@@ -244,7 +252,8 @@ class Gateway:
             max_tokens=max_tokens,
             sampling=_on_the_wire(sampling),
             candidates=list(candidates)
-            or [self.candidate(prefill, request_id, context, tenant, only_stored) for prefill in via],
+            or [self.candidate(prefill, request_id, context, tenant, only_stored, peer) for prefill in via],
+            holder=self.candidate(holder or peer, request_id, context, tenant, True),
             tenant=tenant,
             cache_prompt=cache_prompt,
             time_left_s=time_left_s,

@@ -6,6 +6,7 @@ import pytest
 
 from edge_llm.engine.simulated import SimulatedBackend, SimulatedSettings
 from edge_llm.errors import Unauthorized
+from edge_llm.worker.client import Peer
 from tests.loopback import CHUNK, SAMPLED, Cluster, Node, prompt_of, settings_of, undisturbed, until
 
 pytestmark = pytest.mark.anyio
@@ -137,6 +138,68 @@ async def test_below_exact_only_whole_chunks_of_prompts_are_used(cluster: Cluste
     await kept(decode, 2 * CHUNK)
     again = await (await cluster.gateway.ask(decode.peer, [*prompt, *answer.ids, 5])).over()
     assert again.report.cached_tokens == 2 * CHUNK
+
+
+# -- the reverse hand-off
+
+
+SLOW_PREFILL = SimulatedSettings(n_ctx=512, slots=0, chunk_tokens=CHUNK, prompt_token_s=0.004)
+
+
+async def long_turn(cluster: Cluster, prefill: Node, decode: Node) -> tuple[list[int], int]:
+    """A conversation whose answer only the decode worker has KV of, and a next turn too long for it alone."""
+    first = prompt_of(2 * CHUNK)
+    answer = await (await cluster.gateway.ask(decode.peer, first, [prefill.peer], max_tokens=5 * CHUNK)).over()
+    context = len(first) + len(answer.ids) - 1
+    await kept(decode, context)
+    return [*first, *answer.ids, *prompt_of(2 * CHUNK, seed=9)], context
+
+
+async def test_a_long_next_turn_is_prefilled_behind_the_answer_that_its_decode_worker_holds(cluster: Cluster) -> None:
+    prefill = await cluster.start("prefill", "p1", SLOW_PREFILL, prefix_cache_bytes=CACHE)
+    decode = await decode_worker(cluster)
+    turn, context = await long_turn(cluster, prefill, decode)
+    before = prefill.worker.prefixes.used_bytes
+    again = await (await cluster.gateway.ask(decode.peer, turn, [prefill.peer])).over()
+    assert again.ids == undisturbed(turn, 8)
+    assert (again.report.mode, again.report.cached_tokens) == ("split", context)
+    per_token = decode.worker.facts.kv_bytes_per_token
+    assert again.report.handoff_bytes == (len(turn) - 1 - context) * per_token, "what D has does not come back"
+    assert decode.worker.prefill.stored_out == 0
+    assert prefill.worker.links.published[0].peer == "d1", "the answer's KV was fetched"
+    assert prefill.worker.prefixes.used_bytes - before == (len(turn) - 1 - (2 * CHUNK - CHUNK)) * per_token
+
+
+async def test_what_is_sooner_computed_is_not_fetched(cluster: Cluster) -> None:
+    prefill, decode = await prefill_worker(cluster), await decode_worker(cluster)
+    turn, _ = await long_turn(cluster, prefill, decode)
+    prefill.worker.prefill.prompt_token_s = 1e-9
+    again = await (await cluster.gateway.ask(decode.peer, turn, [prefill.peer])).over()
+    assert again.ids == undisturbed(turn, 8)
+    assert not prefill.worker.links.published
+
+
+async def test_a_holder_that_is_gone_costs_no_token(cluster: Cluster) -> None:
+    prefill = await cluster.start("prefill", "p1", SLOW_PREFILL, prefix_cache_bytes=CACHE)
+    decode = await decode_worker(cluster)
+    turn, context = await long_turn(cluster, prefill, decode)
+    nobody = Peer("d9", "127.0.0.1:9")
+    candidate = cluster.gateway.candidate(prefill.peer, "r-gone", turn, holder=nobody)
+    again = await (
+        await cluster.gateway.ask(decode.peer, turn, request_id="r-gone", candidates=[candidate], holder=nobody)
+    ).over()
+    assert again.ids == undisturbed(turn, 8)
+    assert (again.report.mode, again.report.cached_tokens) == ("split", context)
+
+
+async def test_a_holder_that_the_ticket_does_not_name_is_never_called(cluster: Cluster) -> None:
+    prefill, decode = await prefill_worker(cluster), await decode_worker(cluster)
+    turn, _ = await long_turn(cluster, prefill, decode)
+    candidate = cluster.gateway.candidate(prefill.peer, "r-forged", turn)
+    again = await (await cluster.gateway.ask(decode.peer, turn, request_id="r-forged", candidates=[candidate])).over()
+    assert again.ids == undisturbed(turn, 8)
+    assert again.report.mode == "local"
+    assert not prefill.worker.links.published
 
 
 # -- moving a running sequence
