@@ -15,6 +15,7 @@ from typing import Annotated, Any, Final, Literal
 import orjson
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StrictBool,
@@ -35,6 +36,11 @@ _TYPES: Final = {
     503: "unavailable_error",
     504: "timeout_error",
 }
+# Far beyond what contexts hold, and checked in a moment: a list is left at its first wrong item (fail_fast). Otherwise
+# one body of 7 MiB kept the whole gateway for 28 s, making error messages.
+MAX_PROMPT_IDS: Final = 1 << 20
+MAX_MESSAGES: Final = 8192
+MAX_BIASES: Final = 4096
 MAX_DEADLINE_S: Final = 86_400.0
 ROLES: Final = ("system", "user", "assistant", "tool", "developer")
 _MAX_SEED: Final = (1 << 63) - 1
@@ -57,6 +63,13 @@ class _Body(BaseModel):
         return {k: v for k, v in values.items() if v is not None} if isinstance(values, dict) else values
 
 
+def _few(value: object) -> object:
+    """Bounded before it is looked at: of a large mapping every entry would become an error of its own."""
+    if isinstance(value, dict) and len(value) > MAX_BIASES:
+        raise ValueError(f"at most {MAX_BIASES} tokens, got {len(value)}")
+    return value
+
+
 class _Part(_Body):
     type: StrictStr
     text: StrictStr = ""
@@ -64,7 +77,7 @@ class _Part(_Body):
 
 class _Message(_Body):
     role: StrictStr
-    content: StrictStr | list[_Part] | None = None
+    content: StrictStr | Annotated[list[_Part], Field(max_length=MAX_MESSAGES, fail_fast=True)] | None = None
 
 
 class _StreamOptions(_Body):
@@ -93,8 +106,8 @@ class _Common(_Body):
     presence_penalty: Number | None = None
     repeat_last_n: Annotated[StrictInt, Field(ge=-1, le=1 << 30)] | None = None
     seed: StrictInt | None = None
-    stop: StrictStr | list[StrictStr] | None = None
-    logit_bias: dict[TokenKey, Bias] | None = None
+    stop: StrictStr | Annotated[list[StrictStr], Field(max_length=MAX_MESSAGES, fail_fast=True)] | None = None
+    logit_bias: Annotated[dict[TokenKey, Bias], BeforeValidator(_few)] | None = None
     return_progress: StrictBool = False
     ignore_eos: StrictBool = False
     cache_prompt: StrictBool = True
@@ -102,11 +115,15 @@ class _Common(_Body):
 
 
 class _Chat(_Common):
-    messages: list[_Message]
+    messages: Annotated[list[_Message], Field(max_length=MAX_MESSAGES, fail_fast=True)]
 
 
 class _Completion(_Common):
-    prompt: StrictStr | list[StrictInt] | list[StrictStr]
+    prompt: (
+        StrictStr
+        | Annotated[list[StrictInt], Field(max_length=MAX_PROMPT_IDS, fail_fast=True)]
+        | Annotated[list[StrictStr], Field(max_length=MAX_MESSAGES, fail_fast=True)]
+    )
     echo: StrictBool = False
     best_of: StrictInt | None = None
 

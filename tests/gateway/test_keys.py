@@ -302,7 +302,11 @@ async def test_a_key_sees_only_the_models_it_may_use(guarded: Service) -> None:
         assert (await reply.json())["data"] == []
     body = {"prompt": prompt_of(4), "max_tokens": 1}
     refused = await guarded.post(COMPLETIONS, body, CREDENTIALS["other model"])
-    assert (refused.status, refused.error["code"], refused.error["type"]) == (403, "model_not_allowed", "permission_error")
+    assert (refused.status, refused.error["code"], refused.error["type"]) == (
+        403,
+        "model_not_allowed",
+        "permission_error",
+    )
 
 
 @pytest.mark.anyio

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import pytest
+from pydantic import ValidationError
 
 from edge_llm.errors import (
     ContextTooLong,
@@ -18,7 +19,20 @@ from edge_llm.errors import (
     UnknownModel,
     WorkerUnreachable,
 )
-from edge_llm.gateway.openai import DONE, ROLES, Ask, Shape, Usage, comment, error_body, error_headers, parse, sse
+from edge_llm.gateway.openai import (
+    DONE,
+    MAX_MESSAGES,
+    MAX_PROMPT_IDS,
+    ROLES,
+    Ask,
+    Shape,
+    Usage,
+    comment,
+    error_body,
+    error_headers,
+    parse,
+    sse,
+)
 from edge_llm.request import MAX_STOP_CHARS, MAX_STOP_STRINGS, SamplingParams
 
 HELLO: Final = [{"role": "user", "content": "hello"}]
@@ -382,3 +396,47 @@ def test_only_what_may_work_later_has_a_time_to_retry() -> None:
     assert error_headers(WorkerUnreachable("gone")) == {"retry-after": "1"}
     assert error_headers(InvalidRequest("never")) == {}
     assert error_headers(EdgeLLMError("a bug")) == {}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": [1.5] * 200_000},
+        {"prompt": [1] * 200_000 + ["a"]},
+        {"prompt": [1] * (MAX_PROMPT_IDS + 1)},
+        {"prompt": "a", "stop": [1] * 200_000},
+        {"prompt": "a", "logit_bias": dict.fromkeys(map(str, range(100_000)), "x")},
+        {"messages": [{}] * 200_000},
+        {"messages": [{"role": "user", "content": [{}] * 200_000}]},
+        {"messages": [{"role": "user", "content": "a"}] * (MAX_MESSAGES + 1)},
+    ],
+    ids=lambda body: f"{next(iter(body))}-{list(body)[-1]}-{str(body)[:30]}",
+)
+def test_a_long_wrong_list_costs_one_error_not_one_for_each_item(body: dict[str, Any]) -> None:
+    """Counted, not timed: a body of 7 MiB once kept the gateway for 28 s."""
+    error = refusal(lambda: chat(**body) if "messages" in body else completion(**body))
+    assert isinstance(error.__cause__, ValidationError)
+    assert error.__cause__.error_count() <= 4
+
+
+def test_the_shorter_of_the_two_times_holds_and_none_is_none() -> None:
+    def deadline_s(header: str | None, **vendor: float) -> float | None:
+        body = json.dumps({"prompt": "x", "edge_llm": vendor}).encode()
+        return parse(body, is_chat=False, random_seed=lambda: 0, timeout_header=header).deadline_s
+
+    assert deadline_s(None) is None
+    assert deadline_s("2.5") == 2.5
+    assert deadline_s(None, deadline_s=3) == 3
+    assert deadline_s("5", deadline_s=3) == 3
+    assert deadline_s("2", deadline_s=3) == 2
+
+
+@pytest.mark.parametrize("header", ["", "0", "-1", "1e3", "nan", "inf", "5s", "1 ", "86401", "1" * 400])
+def test_a_time_that_is_no_number_of_seconds_is_refused_by_its_name(header: str) -> None:
+    error = refusal(lambda: parse(b'{"prompt": "x"}', is_chat=False, random_seed=lambda: 0, timeout_header=header))
+    assert error.param == "x-request-timeout-s"
+
+
+@pytest.mark.parametrize("value", [0, -1, "5", True, 86_401])
+def test_a_deadline_out_of_bounds_is_refused(value: object) -> None:
+    assert refusal(lambda: completion(edge_llm={"deadline_s": value})).param == "edge_llm"
