@@ -65,9 +65,15 @@ class StreamClient:
     def __init__(self, session: aiohttp.ClientSession, extra: Mapping[str, Any]) -> None:
         self._session, self._extra = session, extra
 
-    async def ask(self, ids: Sequence[int], max_tokens: int) -> tuple[dict[str, Any], float]:
-        """A whole answer to token ids, and the seconds until its first text."""
-        body = {"prompt": list(ids), "max_tokens": max_tokens, "temperature": 0, "stream": True, **self._extra}
+    async def ask(self, prompt: Sequence[int] | str, max_tokens: int) -> tuple[dict[str, Any], float]:
+        """A whole answer to token ids or text, and the seconds until its first text."""
+        body = {
+            "prompt": prompt if isinstance(prompt, str) else list(prompt),
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "stream": True,
+            **self._extra,
+        }
         started_s, first_s = time.monotonic(), 0.0
         last: dict[str, Any] = {}
         async for data in self._events(body):

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from edge_llm.commands.faults import faults
+from edge_llm.commands.gateway_load import gateway_load
 from edge_llm.commands.measuring import (
     Report,
     check_option,
@@ -157,5 +158,5 @@ def _last_core() -> int:
     return max(os.sched_getaffinity(0))
 
 
-for command in (theorem, faults, turns):
+for command in (theorem, faults, gateway_load, turns):
     bench.add_command(command)

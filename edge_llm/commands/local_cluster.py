@@ -30,12 +30,16 @@ _END_S: Final = 10.0
 
 @asynccontextmanager
 async def local_cluster(
-    layout: Layout, model: str, place: Callable[[str, int], str] | None = None, key: bytes | None = None
+    layout: Layout,
+    model: str,
+    place: Callable[[str, int], str] | None = None,
+    key: bytes | None = None,
+    neighbours: Sequence[tuple[str, str]] = (),
 ) -> AsyncIterator[Started]:
     """Workers with one thread each, pinned to cores of their own; simulated ones for the model `simulated`.
 
-    `place`: where the gateway finds a worker, given its name and port. `key`: of clusters that trust each other. Raises
-    WorkerError when one cannot start.
+    `place`: where the gateway finds a worker, given its name and port. `key`: of clusters that trust each other.
+    `neighbours`: workers of other clusters that the gateway knows too. Raises WorkerError when one cannot start.
     """
     settings = UpConfig(
         prefill=layout.prefill,
@@ -47,7 +51,7 @@ async def local_cluster(
         threads=1,
         pin=True,
     )
-    supervisor = Supervisor(settings, model, layout.options, _say, place, key)
+    supervisor = Supervisor(settings, model, layout.options, _say, place, key, neighbours)
     ready, stop = asyncio.Event(), asyncio.Event()
     running = asyncio.create_task(supervisor.run(stop, ready.set), name="cluster")
     waiting = asyncio.create_task(ready.wait())

@@ -70,10 +70,13 @@ class Supervisor:
         say: Say,
         place: Callable[[str, int], str] | None = None,
         key: bytes | None = None,
+        neighbours: Sequence[tuple[str, str]] = (),
     ) -> None:
-        """`place` says at which address the gateway shall find a worker, given its name and port; `key` is that of
-        another cluster that this one shall trust."""
+        """`place` says at which address the gateway shall find a worker, given its name and port. `key` is that of
+        another cluster that this one shall trust, `neighbours` are names and addresses of workers there that its
+        gateway shall know too."""
         self._say, self._place = say, place or (lambda _name, port: f"{LOOPBACK}:{port}")
+        self._neighbours = neighbours
         self._key = key or new_key()
         self._folder = tempfile.TemporaryDirectory(prefix="edge-llm-up-")
         self._is_stopping = False
@@ -120,7 +123,8 @@ class Supervisor:
 
     def _gateway_arguments(self, config: UpConfig) -> list[str]:
         file = Path(self._folder.name) / "workers.yaml"
-        places = [{"name": child.name, "address": self._place(child.name, child.port)} for child in self.workers]
+        mine = [(child.name, self._place(child.name, child.port)) for child in self.workers]
+        places = [{"name": name, "address": address} for name, address in (*mine, *self._neighbours)]
         file.write_text(yaml.safe_dump(places))
         place = ["--port", str(config.port), "--name", "gateway", "--workers-file", str(file)]
         return ["serve", "gateway", *place, "--no-auth", "--drain-s", str(GATEWAY_DRAIN_S)]
