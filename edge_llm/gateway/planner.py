@@ -313,7 +313,8 @@ class Planner:
 
     def _standings(self, view: ClusterView, now_s: float) -> list[Standing]:
         """A prompt that a decode worker computes for itself is work that the prompt pool could not take only while all
-        of that pool is busy; else it was planned there because that is better."""
+        of that pool is busy; else it was planned there because that is better. A sequence that waits for its prompt is
+        no work of the token pool yet."""
         works = {node.worker: self._book.work(node.worker, now_s) for node in view.nodes}
         readers = [node for node in view.ready() if node.prefills and self.pool_of(node) != "token"]
         is_all_busy = all(works[node.worker].prompts for node in readers)
@@ -329,7 +330,7 @@ class Planner:
                 node.status.role,
                 prompt_work=prompt_work(node),
                 prompt_room=float(node.prefills and node.status.is_ready),
-                token_work=float(works[node.worker].sequences),
+                token_work=float(works[node.worker].decoding),
                 token_room=float(node.status.slots if node.status.is_ready else 0),
             )
             for node in view.nodes

@@ -30,7 +30,7 @@ _OTHER: Final[Mapping[Pool, Pool]] = {"prompt": "token", "token": "prompt"}
 # the pool it came to look idler and the one it left busier, and must not run to and fro for that.
 SHORT: Final = 0.9
 ROOM: Final = 0.5
-SPARE: Final = 0.6
+SPARE: Final = 0.7
 EVENTS_KEPT: Final = 200
 
 
@@ -64,7 +64,7 @@ class Pools:
     """Who is lent where. Call `observe` every second or so with everybody's standing."""
 
     sustained_s: float = 20.0
-    smoothing_s: float = 10.0
+    smoothing_s: float = 20.0
     lent: dict[str, Pool] = field(default_factory=dict)
     events: deque[PoolEvent] = field(default_factory=lambda: deque(maxlen=EVENTS_KEPT))
     _seen_s: float | None = None

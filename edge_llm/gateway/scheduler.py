@@ -117,26 +117,27 @@ class Situation:
 
 @dataclass(frozen=True, slots=True)
 class _Option:
-    """One way to serve the request. `is_full`: not now, a prefill worker has no room."""
+    """One way to serve the request. helpers: nodes that do the other pool's work. is_full: not now, the prefill worker
+    has no room."""
 
     decode: Node
     prefill: Node | None
     prediction: Prediction
-    spills: tuple[tuple[Node, Pool], ...]
-    is_cross_class: bool
-    is_full: bool
+    helpers: tuple[tuple[Node, Pool], ...]
+    is_cross_class: bool = False
+    is_full: bool = False
 
     @property
     def weight_s(self) -> float:
         """What options are compared by."""
-        margin = (SPILL_MARGIN if self.spills else 1.0) * (FOREIGN_MARGIN if self.is_cross_class else 1.0)
+        margin = (SPILL_MARGIN if self.helpers else 1.0) * (FOREIGN_MARGIN if self.is_cross_class else 1.0)
         return self.prediction.everybody_s * margin
 
     @property
     def order(self) -> tuple[float, bool, bool, str, str]:
         """Equal weights are decided by names, so that a view has one plan."""
         prefill = self.prefill.worker if self.prefill else ""
-        return self.weight_s, bool(self.spills), self.is_cross_class, self.decode.worker, prefill
+        return self.weight_s, bool(self.helpers), self.is_cross_class, self.decode.worker, prefill
 
 
 def decide(wish: Wish, view: ClusterView, situation: Situation) -> Plan:
@@ -189,7 +190,7 @@ def _by_prediction(wish: Wish, decoders: Sequence[Node], readers: Sequence[Node]
         note=note,
         prediction=best.prediction,
         reason=_reason(wish, best, others[0] if others else None, note),
-        spills=best.spills,
+        spills=best.helpers or _overflow(best, readers, situation),
         is_cross_class=best.is_cross_class,
     )
 
@@ -214,7 +215,7 @@ def _options(wish: Wish, decoders: Sequence[Node], readers: Sequence[Node], situ
         if situation.pool_of(decode) == "prompt":
             helping = ((decode, "token"),)
         own = sides[decode.worker]
-        yield _Option(decode, None, predict_local(request, own), helping, False, False)
+        yield _Option(decode, None, predict_local(request, own), helping)
         if wish.prompt_tokens < 2 or not decode.status.splits or decode not in far:
             continue
         for prefill in near:
@@ -229,6 +230,14 @@ def _options(wish: Wish, decoders: Sequence[Node], readers: Sequence[Node], situ
                 _is_foreign(prefill, decode),
                 sides[prefill.worker].work.served >= PROMPTS_PER_WORKER,
             )
+
+
+def _overflow(best: _Option, readers: Sequence[Node], situation: Situation) -> tuple[tuple[Node, Pool], ...]:
+    """A decode worker that reads a prompt because all prefill workers have one helps out as well."""
+    home = [node for node in readers if situation.pool_of(node) != "token"]
+    is_short = bool(home) and all(situation.work(node).prompts for node in home)
+    is_helping = is_short and best.prefill is None and situation.pool_of(best.decode) == "token"
+    return ((best.decode, "prompt"),) if is_helping else ()
 
 
 def _shortlist(nodes: Sequence[Node], cost_s: Callable[[Node], float]) -> Sequence[Node]:

@@ -201,7 +201,7 @@ def test_a_model_that_nobody_serves_is_unknown_and_the_known_ones_are_named() ->
 
 
 def test_workers_of_another_model_have_no_part_in_a_plan() -> None:
-    other = {"model": "n", "model_sha256": "1" * 64}
+    other: dict[str, Any] = {"model": "n", "model_sha256": "1" * 64}
     made = plan([node("d1", "decode", **other), node("p1", "prefill", **other), D2, P2], mode="split")
     assert names(made) == ("d2", ["p2"])
 
@@ -275,7 +275,7 @@ def test_never_means_never() -> None:
 
 def test_an_answer_goes_on_in_its_class_if_it_can_and_only_there_if_it_must() -> None:
     foreign = node("d1", "decode", exactness_class="c" * 64)
-    begun = {"exactness_class": D2.status.exactness_class}
+    begun: dict[str, Any] = {"exactness_class": D2.status.exactness_class}
     assert plan([foreign, D2], {"d2": streams(3)}, **begun).decode.worker == "d2"
     assert plan([foreign, D2], {"d2": FULL}, **begun).decode.worker == "d1"
     with pytest.raises(Overloaded, match="all slots"):
