@@ -14,16 +14,19 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Literal
 
 import aiohttp
 import uvicorn
 from fastapi import FastAPI
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from edge_llm.config import WorkerConfig
 from edge_llm.engine.backend import Interrupted
 from edge_llm.engine.sequencer import Sequencer
 from edge_llm.engine.simulated import SimulatedBackend, SimulatedSettings, SimulatedVocabulary, create_simulated
+from edge_llm.gateway.wire import bound_connections
 from edge_llm.kv.snapshot import ids_digest
 from edge_llm.request import FinishReason, Generation, SamplingParams
 from edge_llm.serving import bind
@@ -130,10 +133,15 @@ class LoopbackServer(uvicorn.Server):
 
 
 @asynccontextmanager
-async def listening(app: FastAPI) -> AsyncIterator[tuple[str, LoopbackServer]]:
-    """An app on a loopback port; gives `ip:port` and the server."""
+async def listening(
+    app: FastAPI, http: type[asyncio.Protocol] | Literal["auto"] = "auto", stall_s: float | None = None
+) -> AsyncIterator[tuple[str, LoopbackServer]]:
+    """An app on a loopback port; gives `ip:port` and the server. With `stall_s` connections are bounded as a gateway's
+    are."""
     bound = bind("127.0.0.1", 0)
-    config = uvicorn.Config(app, log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=2)
+    if stall_s is not None:
+        bound_connections(bound, stall_s)
+    config = uvicorn.Config(app, http=http, log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=2)
     server = LoopbackServer(config)
     serving = asyncio.create_task(server.serve(sockets=[bound]))
     starting = asyncio.create_task(server.answers.wait())
@@ -315,6 +323,18 @@ class Node:
         return self.worker.decode.slots_free
 
 
+class Hearing:
+    """Writes down which calls a worker got, path and headers."""
+
+    def __init__(self, app: ASGIApp, heard: list[tuple[str, Headers]]) -> None:
+        self._app, self._heard = app, heard
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST":
+            self._heard.append((scope["path"], Headers(scope=scope)))
+        await self._app(scope, receive, send)
+
+
 class Cluster:
     """Starts workers, and gateways that listen to those that decode; use the fixture `cluster` or `running_cluster`."""
 
@@ -322,6 +342,7 @@ class Cluster:
         self.session = session
         self._stack = stack
         self._nodes: list[Node] = []
+        self.heard: list[tuple[str, Headers]] = []
         self._servers: list[LoopbackServer] = []
         self.gateway = Gateway(session, "g1")
         self._gateways = [self.gateway]
@@ -341,7 +362,9 @@ class Cluster:
         engine = Sequencer(backend or SimulatedBackend(settings), SimulatedVocabulary())
         config = WorkerConfig(name=name, role=role, drain_s=1.0, prefix_cache_bytes=prefix_cache_bytes)
         worker = Worker(config, engine, SimulatedVocabulary(), KEYS, monotonic=clock, patience=patience)
-        address, server = await self._stack.enter_async_context(listening(create_app(worker)))
+        app = create_app(worker)
+        app.add_middleware(Hearing, heard=self.heard)
+        address, server = await self._stack.enter_async_context(listening(app))
         self._servers.append(server)
         node = Node(worker, Peer(name, address), server)
         self._nodes.append(node)

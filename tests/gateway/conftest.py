@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import aiohttp
 import pytest
@@ -184,13 +185,18 @@ class Service:
 
 
 @asynccontextmanager
-async def serving(cluster: Cluster, credentials: Credentials = NO_KEYS, **config: Any) -> AsyncIterator[Service]:
+async def serving(
+    cluster: Cluster,
+    credentials: Credentials = NO_KEYS,
+    http: type[asyncio.Protocol] | Literal["auto"] = "auto",
+    **config: Any,
+) -> AsyncIterator[Service]:
     """A gateway before `cluster`, which may still be empty; `config` are fields of GatewayConfig."""
     discovery = Written()
     gateway = Gateway(GatewayConfig(**{"name": "gateway", "probe_s": PROBE_S, **config}), KEYS, discovery, credentials)
     timeout = aiohttp.ClientTimeout(total=DEADLINE_S)
     app = create_app(gateway)
-    async with listening(app) as (address, _):
+    async with listening(app, http, config.get("stall_s")) as (address, _):
         url = f"http://{address}"
         async with aiohttp.ClientSession(url, timeout=timeout) as client:
             yield Service(gateway, cluster, discovery, client, url, app)
