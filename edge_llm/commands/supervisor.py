@@ -126,7 +126,7 @@ class Supervisor:
         mine = [(child.name, self._place(child.name, child.port)) for child in self.workers]
         places = [{"name": name, "address": address} for name, address in (*mine, *self._neighbours)]
         file.write_text(yaml.safe_dump(places))
-        place = ["--port", str(config.port), "--name", "gateway", "--workers-file", str(file)]
+        place = ["--port", str(config.port), "--name", f"gateway-{config.port}", "--workers-file", str(file)]
         return ["serve", "gateway", *place, "--no-auth", "--drain-s", str(GATEWAY_DRAIN_S)]
 
     # -- start
