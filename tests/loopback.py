@@ -372,6 +372,10 @@ class Cluster:
             self.gateway.listen(node.peer)
         return node
 
+    @property
+    def nodes(self) -> Sequence[Node]:
+        return self._nodes
+
     def second_gateway(self) -> Gateway:
         gateway = Gateway(self.session, "g2")
         self._gateways.append(gateway)

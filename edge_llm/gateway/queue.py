@@ -98,7 +98,7 @@ class PlanQueue:
         """Take a place on an estimate of the prompt, before work is done for it. Raises Overloaded."""
         others = len(self._arriving) + len(self._waiting)
         if others >= free_slots:
-            self._check(demand, others - free_slots, self._ahead(demand))
+            self._check(demand, others, self._ahead(demand), free_slots=max(0, free_slots))
         self._check_bytes(demand)
         place = self._place(demand)
         self._arriving.add(place)
@@ -221,15 +221,18 @@ class PlanQueue:
         until_s = now_s + self._bounds.wait_s
         return Place(demand, now_s, until_s if demand.deadline_s is None else min(until_s, demand.deadline_s))
 
-    def _check(self, demand: Demand, others: int, ahead: int, itself: Place | None = None) -> None:
+    def _check(self, demand: Demand, others: int, ahead: int, itself: Place | None = None, free_slots: int = 0) -> None:
         """Whether one more may wait behind `others` with `ahead` tokens of work. Raises Overloaded."""
         bounds, model = self._bounds, demand.model
-        wait_s = self.service.wait_s(model, ahead)
+        if others:  # the first of them take the free slots: only the work of the rest waits
+            ahead = ahead * (others - free_slots) // others
+        others -= free_slots
+        wait_s = self.service.wait_s(model, ahead, free_slots)
         if others >= bounds.length:
             retry_s = self.service.retry_after_s(model, None, 0.0)
             raise Overloaded(f"{others} requests wait already", retry_after_s=retry_s)
         own = sum(place.demand.key == demand.key and place is not itself for place in self._held_new())
-        if own >= SHARE * (bounds.length - others):
+        if own - free_slots >= SHARE * (bounds.length - others):
             retry_s = self.service.retry_after_s(model, None, 0.0)
             raise Overloaded(f"{own} requests of key {demand.key} wait already", retry_after_s=retry_s)
         bound_s = bounds.predicted_wait_s

@@ -59,16 +59,17 @@ class Service:
         pace = self._paces.get(model)
         return len(pace.running) if pace else 0
 
-    def tokens_per_s(self, model: str) -> float | None:
-        """Tokens a second that leave the queue while it is not empty; None before enough was measured."""
+    def tokens_per_s(self, model: str, free_slots: int = 0) -> float | None:
+        """Tokens a second that leave the queue while it is not empty and `free_slots` are taken, too; None before
+        enough was measured."""
         pace = self._paces.get(model)
-        if pace is None or pace.ended < _ENOUGH or not pace.running or pace.seconds <= 0:
+        if pace is None or pace.ended < _ENOUGH or pace.seconds <= 0:
             return None
-        return len(pace.running) * pace.tokens / pace.seconds
+        return max(1, len(pace.running) + free_slots) * pace.tokens / pace.seconds
 
-    def wait_s(self, model: str, tokens_ahead: int) -> float | None:
+    def wait_s(self, model: str, tokens_ahead: int, free_slots: int = 0) -> float | None:
         """Predicted time until `tokens_ahead` have left the queue; None when nothing is known yet."""
-        rate = self.tokens_per_s(model)
+        rate = self.tokens_per_s(model, free_slots)
         return None if rate is None else tokens_ahead / rate
 
     def retry_after_s(self, model: str, wait_s: float | None, bound_s: float) -> float:

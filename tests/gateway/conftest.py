@@ -20,7 +20,7 @@ from edge_llm.gateway.app import Gateway, create_app
 from edge_llm.gateway.keys import Credentials, NoKeys
 from edge_llm.worker.client import Peer
 from edge_llm.worker.messages import Role
-from tests.loopback import DEADLINE_S, KEYS, Cluster, Node, listening, running_cluster, until
+from tests.loopback import DEADLINE_S, KEYS, Cluster, LoopbackServer, Node, listening, running_cluster, until
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO: Final = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 8, "temperature": 0}
@@ -130,6 +130,7 @@ class Service:
     client: aiohttp.ClientSession
     url: str
     app: FastAPI
+    server: LoopbackServer
 
     async def start(
         self,
@@ -196,10 +197,10 @@ async def serving(
     gateway = Gateway(GatewayConfig(**{"name": "gateway", "probe_s": PROBE_S, **config}), KEYS, discovery, credentials)
     timeout = aiohttp.ClientTimeout(total=DEADLINE_S)
     app = create_app(gateway)
-    async with listening(app, http, config.get("stall_s")) as (address, _):
+    async with listening(app, http, config.get("stall_s")) as (address, server):
         url = f"http://{address}"
         async with aiohttp.ClientSession(url, timeout=timeout) as client:
-            yield Service(gateway, cluster, discovery, client, url, app)
+            yield Service(gateway, cluster, discovery, client, url, app, server)
 
 
 @pytest.fixture
