@@ -42,6 +42,8 @@ _START_S: Final = 60.0
 _PROBE_TEXT: Final = "What does a gateway add to the time until the first token of an answer? " * 2
 _PROBE_EVERY_S: Final = 0.05
 _PROBE_TOKENS: Final = 4
+# What the gateway itself says of a probe, to find out where time goes.
+_PARTS: Final = ("queue_ms", "wait_ms", "prefill_ms", "first_decode_ms", "ttft_ms")
 _PER_S: Final = 100.0
 Neighbours = tuple[tuple[str, str], ...]
 LoadLaunch = Callable[[Layout, Neighbours], AbstractAsyncContextManager[Started]]
@@ -132,8 +134,10 @@ async def _window(
             await asyncio.sleep(_PROBE_EVERY_S)
             run.add("ttft_direct_s", await ask_directly(_ids(f"{number} directly. {_PROBE_TEXT}")))
             await asyncio.sleep(_PROBE_EVERY_S)
-            _, ttft_s = await through.ask(f"{number} through it. {_PROBE_TEXT}", _PROBE_TOKENS)
+            last, ttft_s = await through.ask(f"{number} through it. {_PROBE_TEXT}", _PROBE_TOKENS)
             run.add("ttft_gateway_s", ttft_s)
+            for part in _PARTS:
+                run.add(f"gateway_{part}", last["timings"]["edge_llm"][part])
     wall_s, after = time.monotonic() - began_s, _usage(gateway)
     tokens = client.pieces - pieces
     run.add("tokens_per_s", tokens / wall_s)
