@@ -9,6 +9,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import click
@@ -18,16 +19,20 @@ from edge_llm.errors import WorkerUnreachable
 
 @click.command()
 @click.option("--url", default="http://127.0.0.1:8080", show_default=True, help="The endpoint.")
+@click.option(
+    "--api-key-file", type=click.Path(path_type=Path, dir_okay=False, exists=True), help="File with your API key alone."
+)
 @click.option("--model", help="Model to ask for (default: the only one).")
 @click.option("--system", help="System prompt.")
 @click.option("--max-tokens", type=int, default=512, show_default=True)
 @click.option("--temperature", type=float, default=0.7, show_default=True)
 @click.option("--mode", type=click.Choice(["auto", "split", "local"]), default="auto", show_default=True)
-def chat(url: str, system: str | None, **options: Any) -> None:
+def chat(url: str, api_key_file: Path | None, system: str | None, **options: Any) -> None:
     """Chat; answers stream. /reset forgets, /quit leaves. Reads one question per line when piped."""
     history = [{"role": "system", "content": system}] if system else []
     start = list(history)
-    _check_reachable(url)
+    headers = {"authorization": f"Bearer {api_key_file.read_text().strip()}"} if api_key_file else {}
+    _check_reachable(url, headers)
     for question in _questions():
         if question == "/quit":
             return
@@ -35,15 +40,15 @@ def chat(url: str, system: str | None, **options: Any) -> None:
             history = list(start)
             continue
         history.append({"role": "user", "content": question})
-        answer, timings = _ask(url, history, options)
+        answer, timings = _ask(url, headers, history, options)
         history.append({"role": "assistant", "content": answer})
         click.secho(_summary(timings), dim=True, err=True)
 
 
-def _check_reachable(url: str) -> None:
+def _check_reachable(url: str, headers: dict[str, str]) -> None:
     """Before the first question is typed. Raises WorkerUnreachable."""
     try:
-        with urllib.request.urlopen(f"{url}/v1/models", timeout=10):
+        with urllib.request.urlopen(urllib.request.Request(f"{url}/v1/models", headers=headers), timeout=10):
             return
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise WorkerUnreachable(f"no answer from {url}: {error}; is a cluster running (`edge-llm up`)?") from error
@@ -63,12 +68,14 @@ def _questions() -> Iterator[str]:
             yield line.strip()
 
 
-def _ask(url: str, history: list[dict[str, str]], options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def _ask(
+    url: str, headers: dict[str, str], history: list[dict[str, str]], options: dict[str, Any]
+) -> tuple[str, dict[str, Any]]:
     """Print an answer as it comes; returns it with its timings."""
     body = {"messages": history, "stream": True, "edge_llm": {"mode": options["mode"]}}
     body |= {key: options[key] for key in ("model", "max_tokens", "temperature") if options[key] is not None}
     request = urllib.request.Request(
-        f"{url}/v1/chat/completions", json.dumps(body).encode(), {"content-type": "application/json"}
+        f"{url}/v1/chat/completions", json.dumps(body).encode(), {"content-type": "application/json", **headers}
     )
     text = ""
     timings: dict[str, Any] = {}
