@@ -26,6 +26,7 @@ _ENV: Final = "EDGE_LLM"
 
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
 Port = Annotated[int, Field(ge=0, le=65535)]
+WorkerRole = Literal["prefill", "decode", "mixed"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 MetricsAlias = Literal["none", "vllm"]
 
@@ -49,7 +50,7 @@ class WorkerConfig(_Settings):
 
     model: str = DEFAULT_MODEL
     """Name in models.yaml or path of a .gguf file."""
-    role: Literal["prefill", "decode", "mixed"] = "mixed"
+    role: WorkerRole = "mixed"
     """What it does at first; a worker's role is what it reports."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{0,64}$")] = ""
     """Its name in the cluster; empty: role and port."""
@@ -202,9 +203,9 @@ class UpConfig(_Settings):
     """Give each worker cores of its own."""
 
     @property
-    def roles(self) -> tuple[Literal["prefill", "decode", "mixed"], ...]:
+    def roles(self) -> tuple[WorkerRole, ...]:
         """The role of each worker. Simulated ones that were given no role become what was not given: decode first."""
-        counts = {"prefill": self.prefill, "decode": self.decode, "mixed": self.mixed}
+        counts: dict[WorkerRole, int] = {"prefill": self.prefill, "decode": self.decode, "mixed": self.mixed}
         given = self.model_fields_set & counts.keys()
         if self.simulated and not given:
             half = self.simulated // 2
@@ -215,7 +216,7 @@ class UpConfig(_Settings):
             counts = {role: count if role in given else 0 for role, count in counts.items()}
             rest = max(0, self.simulated - sum(counts.values()))
             counts |= dict.fromkeys([role for role in ("decode", "prefill", "mixed") if role not in given][:1], rest)
-        return ("prefill",) * counts["prefill"] + ("decode",) * counts["decode"] + ("mixed",) * counts["mixed"]
+        return tuple(role for role, count in counts.items() for _ in range(count))
 
     @model_validator(mode="after")
     def _somebody_decodes(self) -> Self:

@@ -19,8 +19,11 @@ from typing import Any, Final
 
 import aiohttp
 
+from edge_llm.bench.processes import MeasureFailed
+
 TOGETHER: Final = 8
 CROWD_TOKENS: Final = 96
+MAX_TRIES: Final = 100
 _WORDS: Final = (
     "river stone lamp 42 garden winter salt engine paper, cloud bridge letter. cheese orbit naïve über 東京 Ελλάδα 🙂 "
     "because after seven quiet morning machine window? table (left) copper \n and the of to in is it that was for"
@@ -183,10 +186,7 @@ async def _ask(session: aiohttp.ClientSession, model: str, case: Case, mode: str
     own = {"mode": mode, "return_token_ids": True}
     # each run computes its prompt anew: what is kept of an earlier one would hide what is compared
     body = case.body | {"model": model, "stream": False, "cache_prompt": False, "edge_llm": own}
-    async with session.post(path, json=body) as reply:
-        data = await reply.json()
-        if reply.status != 200:
-            raise RuntimeError(f"{case.name}, mode {mode}: HTTP {reply.status}: {data}")
+    data = await _answered(session, path, body, f"{case.name}, mode {mode}")
     split = data["timings"]["edge_llm"]
     return Answer(
         ids=tuple(split["token_ids"]),
@@ -197,6 +197,20 @@ async def _ask(session: aiohttp.ClientSession, model: str, case: Case, mode: str
         decode_node=split["decode_node"],
         level=split["level"],
     )
+
+
+async def _answered(session: aiohttp.ClientSession, path: str, body: dict[str, Any], what: str) -> dict[str, Any]:
+    """The answer's body. A full cluster is asked again when it says so, as any good client does."""
+    for _ in range(MAX_TRIES):
+        async with session.post(path, json=body) as reply:
+            data: dict[str, Any] = await reply.json()
+            if reply.status == 200:
+                return data
+            if reply.status != 503 or "retry-after" not in reply.headers:
+                break
+            pause_s = float(reply.headers["retry-after"])
+        await asyncio.sleep(pause_s)
+    raise MeasureFailed(f"{what}: HTTP {reply.status}: {data}")
 
 
 def _compare(case: Case, way: str, reference: Answer, answer: Answer, proof: Proof) -> None:
