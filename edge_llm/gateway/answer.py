@@ -16,7 +16,7 @@ from fastapi import Request
 from edge_llm.errors import WorkerError
 from edge_llm.gateway.intake import Arrival
 from edge_llm.gateway.openai import DONE, Ask, Shape, Usage, comment, error_body, sse
-from edge_llm.gateway.running import Finish, Job, Progress, Running, Text, Update
+from edge_llm.gateway.running import Finish, Job, Progress, Running, Silence, Text
 
 
 async def after(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
@@ -69,15 +69,15 @@ async def stream(
     """SSE of one answer. The first part comes at once, and something at least every `keep_alive_s`."""
     with arrival:
         async with arrival.running(job, arrived_s) as running:
-            yield shape.first() or comment("accepted")
-            said_s = time.monotonic()
-            while True:
-                update = await _next_update(running, said_s + keep_alive_s - time.monotonic())
-                if isinstance(update, Finish):
-                    break
-                if part := _part(ask, shape, update, arrived_s):
-                    yield part
-                    said_s = time.monotonic()
+            beat = _Beat(running, keep_alive_s)
+            try:
+                yield shape.first() or comment("accepted")
+                while not isinstance(update := await running.heard(), Finish):
+                    if part := _part(ask, shape, update, arrived_s):
+                        beat.said_s = time.monotonic()
+                        yield part
+            finally:
+                beat.end()
             if update.error is not None:
                 yield sse(error_body(update.error))
                 return
@@ -86,24 +86,36 @@ async def stream(
             yield shape.last(update.reason or "stop", timings) + usage + DONE
 
 
-def _part(ask: Ask, shape: Shape, update: Text | Progress | None, arrived_s: float) -> bytes:
+class _Beat:
+    """Tells a stream of silence: what it `said_s` last is `every_s` ago. One timer for its whole life, not one for each
+    wait: those would cost more than the tokens waited for."""
+
+    def __init__(self, running: Running, every_s: float) -> None:
+        self._running, self._every_s = running, every_s
+        self.said_s = time.monotonic()
+        self._timer = asyncio.get_running_loop().call_later(every_s, self._look)
+
+    def end(self) -> None:
+        self._timer.cancel()
+
+    def _look(self) -> None:
+        left_s = self.said_s + self._every_s - time.monotonic()
+        if left_s <= 0:
+            left_s = self._every_s
+            if self._running.updates.empty():
+                self._running.tell(Silence())
+        self._timer = asyncio.get_running_loop().call_later(left_s, self._look)
+
+
+def _part(ask: Ask, shape: Shape, update: Text | Progress | Silence, arrived_s: float) -> bytes:
     """What the client hears of an update: nothing of withheld text and of progress that it did not ask for."""
     match update:
-        case None:
+        case Silence():
             return comment("working")
         case Text(text):
             return shape.text(text) if text else b""
         case Progress(done, total):
             return shape.progress(done, total, 1e3 * (time.monotonic() - arrived_s)) if ask.wants_progress else b""
-
-
-async def _next_update(running: Running, within_s: float) -> Update | None:
-    """The next update, or None when nothing happened in time."""
-    try:
-        async with asyncio.timeout(within_s):
-            return await running.heard()
-    except TimeoutError:
-        return None
 
 
 def _usage(running: Running) -> Usage:

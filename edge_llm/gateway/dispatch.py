@@ -207,13 +207,12 @@ class Dispatcher:
             # a refusal comes at once: do not ask the same full worker in a tight loop
             await asyncio.sleep(REFUSED_S)
             return
-        finally:
-            running.sent_s = running.sent_s or self._clock()
         await running.ended.wait()
 
     async def _send(self, running: Running, plan: Plan) -> None:
         """Hand the request to its worker. Does not wait for one that is found lost meanwhile."""
         request = self._orders.decode_request(running, plan, self._time_left_s(running.job) or 0.0)
+        running.sent_s = running.sent_s or self._clock()  # its tokens may be here sooner than the reply
         sending = asyncio.create_task(self._client.decode(peer_of(plan.decode), request, running.job.trace))
         lost = asyncio.create_task(running.ended.wait())
         try:

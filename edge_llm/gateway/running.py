@@ -67,7 +67,12 @@ class Finish:
     error: EdgeLLMError | None = None
 
 
-Update = Text | Progress | Finish
+@dataclass(frozen=True, slots=True)
+class Silence:
+    """Nothing happened for a while."""
+
+
+Update = Text | Progress | Finish | Silence
 
 
 @dataclass(slots=True)

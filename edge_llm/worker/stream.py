@@ -32,13 +32,45 @@ class ClosingStream(StreamingResponse):
         self._source, self._stall_s = source, stall_s
 
     async def stream_response(self, send: Send) -> None:
-        async def send_in_time(message: Message) -> None:
-            async with asyncio.timeout(self._stall_s):
-                await send(message)
-
         async with aclosing(self._source):
             try:
-                await super().stream_response(send_in_time)
+                async with asyncio.timeout(None) as deadline:
+                    watch = _Watch(deadline, self._stall_s)
+                    try:
+                        await super().stream_response(watch.watched(send))
+                    finally:
+                        watch.end()
             except TimeoutError:
                 log.warning("reader stalled, connection dropped", after_s=self._stall_s)
                 raise
+
+
+class _Watch:
+    """Ends a stream when one of its sends does not come back. One timer looks at all of them: one for each would cost
+    more than the sends."""
+
+    def __init__(self, deadline: asyncio.Timeout, stall_s: float) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._deadline, self._stall_s = deadline, stall_s
+        self._sending_since_s: float | None = None
+        self._timer = self._loop.call_later(stall_s, self._look)
+
+    def watched(self, send: Send) -> Send:
+        async def watched_send(message: Message) -> None:
+            self._sending_since_s = self._loop.time()
+            await send(message)
+            self._sending_since_s = None
+
+        return watched_send
+
+    def end(self) -> None:
+        self._timer.cancel()
+
+    def _look(self) -> None:
+        now_s = self._loop.time()
+        since_s = now_s if self._sending_since_s is None else self._sending_since_s
+        left_s = since_s + self._stall_s - now_s
+        if left_s <= 0:
+            self._deadline.reschedule(now_s)
+        else:
+            self._timer = self._loop.call_later(left_s, self._look)
