@@ -217,7 +217,8 @@ class Dispatcher:
         lost = asyncio.create_task(running.ended.wait())
         try:
             await asyncio.wait({sending, lost}, return_when=asyncio.FIRST_COMPLETED)
-            if sending.done():
+            # of a client that left, the cancellation waits for this call: it must not overtake it
+            if sending.done() or running.session.state is State.CANCELLED:
                 await sending
         finally:
             sending.cancel()
