@@ -44,7 +44,8 @@ _PROBE_EVERY_S: Final = 0.05
 _PROBE_TOKENS: Final = 4
 # What the gateway itself says of a probe, to find out where time goes.
 _PARTS: Final = ("queue_ms", "wait_ms", "prefill_ms", "first_decode_ms", "ttft_ms")
-_PER_S: Final = 100.0
+# A worker begins about one prompt per decode step: faster, and they would queue there.
+_PER_S: Final = 40.0
 Neighbours = tuple[tuple[str, str], ...]
 LoadLaunch = Callable[[Layout, Neighbours], AbstractAsyncContextManager[Started]]
 Progress = Callable[[str, int, int], None]
