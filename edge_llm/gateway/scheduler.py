@@ -40,7 +40,7 @@ CrossClass = Literal["never", "when_faster"]
 Reason = Literal["asked", "not_possible", "only_choice", "sooner", "less_harm", "policy"]
 MAX_CANDIDATES: Final = 2
 # Pairs that are predicted: in a large cluster only those of the best few on either side.
-SHORTLIST: Final = 6
+SHORTLIST: Final = 4
 # A worker computes one prompt and lets one more wait (worker/prefill.py); further ones wait here.
 PROMPTS_PER_WORKER: Final = 2
 # By how much a plan must be better to be worth a node of the other pool, or the promise of exactness.
