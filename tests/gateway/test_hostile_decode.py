@@ -252,12 +252,13 @@ async def test_a_worker_that_refuses_for_itself_is_left_and_one_that_blames_the_
 ) -> None:
     async with lying(service) as liar:
         await service.start("decode", "honest")
-        liar.refusal = (401, ErrorReply(code="unauthorized", message="who are you"))
-        own = (await service.post(COMPLETIONS, asking(PROMPT))).own
-        assert (own["decode_node"], own["replanned"]) == ("honest", 1)
+        # blame first: whoever has answered once is measured, and then predicted to be faster than the liar
         liar.refusal = (400, ErrorReply(code="invalid_request", message="bad", param="prompt"))
         reply = await service.post(COMPLETIONS, asking(PROMPT))
         assert (reply.status, reply.error["param"]) == (400, "prompt")
+        liar.refusal = (401, ErrorReply(code="unauthorized", message="who are you"))
+        own = (await service.post(COMPLETIONS, asking(PROMPT))).own
+        assert (own["decode_node"], own["replanned"]) == ("honest", 1)
 
 
 async def test_a_cancellation_never_overtakes_the_request_that_it_cancels(service: Service) -> None:
