@@ -201,6 +201,8 @@ class UpConfig(_Settings):
     """Per worker; 0 shares the cores out."""
     pin: bool = False
     """Give each worker cores of its own."""
+    show_logs: bool = False
+    """Pass the logs of gateway and workers on to stderr."""
 
     @property
     def roles(self) -> tuple[WorkerRole, ...]:

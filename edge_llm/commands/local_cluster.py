@@ -21,7 +21,7 @@ import click
 from edge_llm.bench.layout import Layout, LocalProcess, Started
 from edge_llm.bench.processes import MeasureFailed, pinned
 from edge_llm.commands.supervisor import LOOPBACK, SIMULATED_MODEL, Supervisor, free_port
-from edge_llm.config import UpConfig
+from edge_llm.config import UpConfig, load_settings
 
 _READY_S: Final = 300.0
 _POLL_S: Final = 0.1
@@ -36,7 +36,8 @@ async def local_cluster(
     key: bytes | None = None,
     neighbours: Sequence[tuple[str, str]] = (),
 ) -> AsyncIterator[Started]:
-    """Workers with one thread each, pinned to cores of their own; simulated ones for the model `simulated`.
+    """Workers with one thread each, pinned to cores of their own; simulated ones for the model `simulated`. Of the
+    user's settings of `up` only `show_logs` counts.
 
     `place`: where the gateway finds a worker, given its name and port. `key`: of clusters that trust each other.
     `neighbours`: workers of other clusters that the gateway knows too. Raises WorkerError when one cannot start.
@@ -50,6 +51,7 @@ async def local_cluster(
         port=free_port(),
         threads=1,
         pin=True,
+        show_logs=load_settings(UpConfig, {}).show_logs,
     )
     supervisor = Supervisor(settings, model, layout.options, _say, place, key, neighbours)
     ready, stop = asyncio.Event(), asyncio.Event()

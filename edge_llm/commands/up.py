@@ -35,6 +35,7 @@ _port = click.option("--port", type=int, default=8080, show_default=True, help="
 @click.option("--port", type=int, help="Port of the endpoint (default 8080).")
 @click.option("--threads", type=int, help="Threads per worker; 0 shares the cores out.")
 @click.option("--pin/--no-pin", default=None, help="Give each worker cores of its own.")
+@click.option("--show-logs/--no-show-logs", default=None, help="Pass the logs of gateway and workers on to stderr.")
 @click.option("--detach", is_flag=True, help="Return when the cluster is ready; stop it with `edge-llm down`.")
 @click.argument("worker_options", nargs=-1, type=click.UNPROCESSED)
 def up(config: Path | None, detach: bool, worker_options: tuple[str, ...], **flags: Any) -> None:
