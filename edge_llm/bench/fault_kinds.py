@@ -160,16 +160,19 @@ def asleep(role: Role) -> Callable[[Scene], Awaitable[Blow]]:
 
 
 async def asleep_unnoticed(scene: Scene) -> Blow:
-    """SIGSTOP to the worker that an idle cluster takes first, a moment before the request comes."""
-    victim = min(name for name in scene.pids if name.startswith("decode"))
-    pid, struck_s = scene.pids[victim], time.monotonic()
-    os.kill(pid, signal.SIGSTOP)
+    """SIGSTOP to all decode workers but one, a moment before the request comes: most likely it is sent to one of them."""
+    decoders = sorted(name for name in scene.pids if name.startswith("decode"))
+    victims = scene.rng.sample(decoders, len(decoders) - 1)
+    struck_s = time.monotonic()
+    for victim in victims:
+        os.kill(scene.pids[victim], signal.SIGSTOP)
 
     async def wake() -> None:
         await asyncio.sleep(max(0.0, struck_s + ASLEEP_S - time.monotonic()))
-        os.kill(pid, signal.SIGCONT)
+        for victim in victims:
+            os.kill(scene.pids[victim], signal.SIGCONT)
 
-    return Blow(victim, struck_s, heal=wake)
+    return Blow(", ".join(victims), struck_s, heal=wake)
 
 
 async def out_of_memory(scene: Scene) -> Blow:
@@ -248,11 +251,11 @@ def sent_again(scene: Scene, blow: Blow) -> str:
 
 
 def taken_from_victim(scene: Scene, blow: Blow) -> str:
-    """The target was sent to the victim after the blow, and to another worker after that."""
+    """The target was sent to a victim after the blow, and to another worker after that."""
     workers = [exchange.worker for exchange in scene.exchanges("decode", blow.struck_s)]
-    if workers[:1] != [blow.victim] or len(workers) < 2:
+    if len(workers) < 2 or workers[0] not in blow.victim.split(", "):
         return ""
-    return f"sent to {blow.victim}, then to {workers[-1]}"
+    return f"sent to {', then to '.join(workers)}"
 
 
 def prompt_changed(scene: Scene, blow: Blow) -> str:
@@ -314,7 +317,7 @@ _ALL: Final = (
     Kind("stop_decode", "SIGSTOP, SIGCONT 8 s later", "middle", asleep("decode"), sent_again),
     Kind(
         "stop_decode_unnoticed",
-        "SIGSTOP, then the request",
+        "SIGSTOP to all but one, then the request",
         "before",
         asleep_unnoticed,
         taken_from_victim,
