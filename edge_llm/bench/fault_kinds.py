@@ -160,7 +160,7 @@ def asleep(role: Role) -> Callable[[Scene], Awaitable[Blow]]:
 
 
 async def asleep_unnoticed(scene: Scene) -> Blow:
-    """SIGSTOP to all decode workers but one, a moment before the request comes: most likely it is sent to one of them."""
+    """SIGSTOP to all decode workers but one, a moment before the request comes: it is likely sent to one of them."""
     decoders = sorted(name for name in scene.pids if name.startswith("decode"))
     victims = scene.rng.sample(decoders, len(decoders) - 1)
     struck_s = time.monotonic()
