@@ -170,6 +170,18 @@ def process_usage(pid: int) -> ProcessUsage | None:
         return None
 
 
+def process_life(pid: int, root: Path = Path("/")) -> str | None:
+    """Names one life of a process id: this boot, and when in it the process began. None when nobody has the id.
+
+    Ids are given out again, soon after a boot above all. In clock ticks since the boot: a clock that is set changes
+    nothing.
+    """
+    words = (_text(root / f"proc/{pid}/stat") or "").rpartition(")")[2].split()
+    if len(words) < 20 or words[0] == "Z":
+        return None
+    return f"{_text(root / 'proc/sys/kernel/random/boot_id')}:{words[19]}"
+
+
 def peak_memory_bytes(pid: int, root: Path = Path("/")) -> int | None:
     """The most resident bytes a process ever had, or had since `reset_peak_memory`. None when it is gone."""
     for line in (_text(root / f"proc/{pid}/status") or "").splitlines():

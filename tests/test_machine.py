@@ -17,6 +17,7 @@ from edge_llm.machine import (
     cpu_kind,
     node_facts,
     peak_memory_bytes,
+    process_life,
     process_usage,
     reset_peak_memory,
     usable_cores,
@@ -199,6 +200,29 @@ def test_a_process_is_measured_while_it_lives() -> None:
     assert process_usage(ended.pid) is None
     assert peak_memory_bytes(ended.pid) is None
     assert not reset_peak_memory(ended.pid)
+
+
+def stat(pid: int, state: str, began: int) -> dict[str, str]:
+    """What /proc says of a process whose name has a blank and a bracket."""
+    return {f"proc/{pid}/stat": f"{pid} (a) b) {state} " + "0 " * 18 + f"{began} 0 0\n"}
+
+
+def test_a_process_id_that_is_given_out_again_is_another_life(tmp_path: Path) -> None:
+    boot = {"proc/sys/kernel/random/boot_id": "first\n"}
+    life = process_life(7, write(tmp_path, stat(7, "S", 500) | boot))
+    assert life == process_life(7, tmp_path)
+    assert life != process_life(7, write(tmp_path, stat(7, "S", 501)))
+    assert life != process_life(7, write(tmp_path, stat(7, "S", 500) | {"proc/sys/kernel/random/boot_id": "second\n"}))
+    assert process_life(7, write(tmp_path, stat(7, "Z", 500))) is None, "ended, and nobody has asked how"
+    assert process_life(8, tmp_path) is None
+
+
+def test_a_real_process_has_one_life() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        life = process_life(process.pid)
+        assert life is not None
+        assert life != process_life(os.getpid())
+    assert process_life(process.pid) is None
 
 
 def test_the_peak_is_the_kernels_high_water_mark(tmp_path: Path) -> None:

@@ -1,32 +1,55 @@
-"""The state file of a running `edge-llm up`: how `down` and `status` find it."""
+"""The state files of running `edge-llm up`: how `down` and `status` find a cluster.
+
+Owns the files, one per port, and telling whether their cluster still runs. Refuses to know what a cluster does.
+
+Invariant: a file whose process ended is no cluster, even when another process has its id now.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Final
 
 from edge_llm.config import state_dir
 from edge_llm.errors import ConfigError
+from edge_llm.machine import process_life
+
+DEFAULT_PORT: Final = 8080
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterState:
-    """One embedded cluster: the supervisor's process and the endpoint."""
+    """One embedded cluster: the supervisor's process and the endpoint. `life` tells the process from others that get
+    its id later; `stop_s`: the longest that stopping may take."""
 
     pid: int
+    life: str | None
+    port: int
     url: str
     model: str
     workers: dict[str, str]
+    stop_s: float
+
+    @classmethod
+    def of_this_process(cls, port: int, model: str, workers: dict[str, str], stop_s: float) -> ClusterState:
+        pid = os.getpid()
+        return cls(pid, process_life(pid), port, f"http://127.0.0.1:{port}", model, workers, stop_s)
+
+    @property
+    def is_running(self) -> bool:
+        return self.life is not None and process_life(self.pid) == self.life
 
 
 def state_path(port: int) -> Path:
     return state_dir() / "up" / f"{port}.json"
 
 
-def write_state(port: int, state: ClusterState) -> None:
-    path = state_path(port)
+def write_state(state: ClusterState) -> None:
+    path = state_path(state.port)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".tmp")
     draft.write_text(json.dumps(asdict(state)))
@@ -36,19 +59,28 @@ def write_state(port: int, state: ClusterState) -> None:
 def read_state(port: int) -> ClusterState | None:
     """The cluster on this port, if its supervisor lives."""
     try:
-        values = json.loads(state_path(port).read_text())
-        state = ClusterState(**values)
-        os.kill(state.pid, 0)
+        state = ClusterState(**json.loads(state_path(port).read_text()))
     except (OSError, ValueError, TypeError):
         return None
-    return state
+    return state if state.is_running else None
 
 
-def need_state(port: int) -> ClusterState:
-    state = read_state(port)
-    if state is None:
-        raise ConfigError(f"no cluster of `edge-llm up` runs on port {port}")
-    return state
+def running_clusters() -> Iterator[ClusterState]:
+    """All of this user, by port."""
+    ports = sorted(int(path.stem) for path in state_path(0).parent.glob("*.json") if path.stem.isdigit())
+    yield from filter(None, map(read_state, ports))
+
+
+def need_state(port: int | None) -> ClusterState:
+    """The cluster on `port`; None: the only one, or else that on the default port. Raises ConfigError."""
+    running = {state.port: state for state in running_clusters()}
+    if port is None and len(running) == 1:
+        return next(iter(running.values()))
+    wanted = DEFAULT_PORT if port is None else port
+    if wanted in running:
+        return running[wanted]
+    others = f"; others run: --port {' or '.join(map(str, running))}" if running else ""
+    raise ConfigError(f"no cluster of `edge-llm up` runs on port {wanted}{others}")
 
 
 def forget_state(port: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import os
 import signal
@@ -20,9 +21,10 @@ from edge_llm.commands.cluster_state import ClusterState, forget_state, need_sta
 from edge_llm.commands.serve import config_option
 from edge_llm.commands.supervisor import SIMULATED_MODEL, Supervisor, check_port_free
 from edge_llm.config import UpConfig, load_settings
-from edge_llm.errors import ConfigError
+from edge_llm.errors import ConfigError, WorkerUnreachable
 
-_port = click.option("--port", type=int, default=8080, show_default=True, help="Port of the endpoint.")
+_port = click.option("--port", type=int, help="Port of the endpoint; needed where several clusters run.")
+STATUS_S = 5.0
 
 
 @click.command(context_settings={"ignore_unknown_options": False})
@@ -58,24 +60,26 @@ def up(config: Path | None, detach: bool, worker_options: tuple[str, ...], **fla
 
 @click.command()
 @_port
-def down(port: int) -> None:
+def down(port: int | None) -> None:
     """Stop the cluster of `edge-llm up`."""
     state = need_state(port)
-    os.kill(state.pid, signal.SIGTERM)
-    deadline_s = time.monotonic() + 40
-    while read_state(port) is not None and time.monotonic() < deadline_s:
+    try:
+        os.kill(state.pid, signal.SIGTERM)
+    except OSError as error:
+        raise ConfigError(f"the cluster on port {state.port} (pid {state.pid}) cannot be told: {error}") from error
+    deadline_s = time.monotonic() + state.stop_s
+    while state.is_running and time.monotonic() < deadline_s:
         time.sleep(0.1)
-    click.echo("stopped" if read_state(port) is None else f"process {state.pid} is still stopping")
+    click.echo(f"process {state.pid} is still stopping" if state.is_running else "stopped")
 
 
 @click.command()
 @_port
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def status(port: int, as_json: bool) -> None:
+def status(port: int | None, as_json: bool) -> None:
     """What the cluster of `edge-llm up` is doing."""
     state = need_state(port)
-    with urllib.request.urlopen(f"{state.url}/cluster", timeout=5) as reply:
-        cluster = json.load(reply)
+    cluster = _asked(state)
     if as_json:
         click.echo(json.dumps({"pid": state.pid, "url": state.url, "model": state.model, **cluster}))
         return
@@ -88,16 +92,27 @@ def status(port: int, as_json: bool) -> None:
         )
 
 
+def _asked(state: ClusterState) -> Any:
+    """What its gateway says of the cluster."""
+    try:
+        with urllib.request.urlopen(f"{state.url}/cluster", timeout=STATUS_S) as reply:
+            return json.load(reply)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise WorkerUnreachable(
+            f"the cluster on port {state.port} runs (pid {state.pid}), but its gateway does not answer: {error}"
+        ) from error
+
+
 def _run(settings: UpConfig, worker_options: Sequence[str]) -> None:
     check_port_free(settings.port)
     name, wanted = (SIMULATED_MODEL, SIMULATED_MODEL) if settings.simulated else _fetched(settings.model)
     supervisor = Supervisor(settings, wanted, worker_options, lambda line: click.echo(line, err=True))
-    url = f"http://127.0.0.1:{settings.port}"
     workers = {child.name: f"127.0.0.1:{child.port}" for child in supervisor.workers}
 
     def on_ready() -> None:
-        write_state(settings.port, ClusterState(os.getpid(), url, name, workers))
-        click.echo(_greeting(url, name, _levels(supervisor)))
+        state = ClusterState.of_this_process(settings.port, name, workers, supervisor.stop_s)
+        write_state(state)
+        click.echo(_greeting(state.url, name, _levels(supervisor)))
 
     try:
         asyncio.run(_until_signal(supervisor, on_ready))
