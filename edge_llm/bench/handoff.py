@@ -17,12 +17,15 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+import aiohttp
+
 from edge_llm.bench.engine import MEASURE, BenchModel
 from edge_llm.bench.layout import Launch, Layout, LocalProcess, Started
 from edge_llm.bench.processes import MeasureFailed, Measurer
 from edge_llm.bench.record import Process
 from edge_llm.bench.run import Run
 from edge_llm.bench.streams import StreamClient, client_of, gaps_around, prompt_ids
+from edge_llm.errors import EdgeLLMError
 from edge_llm.machine import peak_memory_bytes, process_usage, reset_peak_memory
 
 PARTS: Final = ("queue", "wait", "prefill", "last_chunk", "adopt", "first_decode", "ttft")
@@ -94,8 +97,8 @@ async def measure(
     for what, step in steps:
         try:
             await step()
-        except (MeasureFailed, OSError) as error:
-            run.fail(what, str(error))
+        except (EdgeLLMError, aiohttp.ClientError, OSError) as error:
+            run.fail(what, str(error) or type(error).__name__)
     return figures(run, plan)
 
 

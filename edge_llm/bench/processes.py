@@ -93,7 +93,11 @@ class Measurer:
                 text=True,
                 env={**os.environ, **huge_page_environment(os.environ)},  # as workers run
             )
-        self.facts = self._answer(_READY_S)
+        try:
+            self.facts = self._answer(_READY_S)
+        except BaseException:  # Ctrl-C while a model loads, too: nobody else could end this child
+            self.close()
+            raise
         usage = process_usage(self._child.pid)
         self._rss_before = usage.rss_bytes if usage else 0
 

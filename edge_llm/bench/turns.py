@@ -10,10 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+import aiohttp
+
 from edge_llm.bench.engine import BenchModel
 from edge_llm.bench.layout import Launch, Layout
 from edge_llm.bench.run import Run
 from edge_llm.bench.streams import StreamClient, client_of, prompt_ids
+from edge_llm.errors import EdgeLLMError
 
 SHARE_BAR: Final = 0.15
 Progress = Callable[[str, int, int], None]
@@ -33,18 +36,28 @@ class Plan:
 
 
 async def measure(plan: Plan, model: BenchModel, launch: Launch, run: Run, progress: Progress) -> dict[str, Any]:
-    """Figures of a cluster of one prefill and one decode worker, split. Fills `run` as it goes."""
+    """Figures of a cluster of one prefill and one decode worker, split. Fills `run` as it goes; what was measured
+    before something failed stays."""
     run.models.append(model.facts)
+    try:
+        await _conversations(plan, launch, run, progress)
+    except (EdgeLLMError, aiohttp.ClientError, OSError) as error:
+        run.fail("conversations", str(error) or type(error).__name__)
+    return figures(run)
+
+
+async def _conversations(plan: Plan, launch: Launch, run: Run, progress: Progress) -> None:
     layout = Layout("split", prefill=1, decode=1, options=("--slots", "2", "--n-ctx", str(plan.n_ctx)))
     async with (
         launch(layout) as cluster,
         client_of(cluster.url, _body(is_kept=True)) as keeping,
         client_of(cluster.url, _body(is_kept=False)) as forgetting,
     ):
+        # pages of the KV cache, connections and code that are touched for the first time are no part of a first turn
+        await forgetting.ask(prompt_ids(plan.prompt_tokens, plan.vocab_size, seed=10**6), 1)
         for repetition in range(plan.repetitions):
             progress("conversations", repetition, plan.repetitions)
             await _conversation(plan, repetition, keeping, forgetting, run)
-    return figures(run)
 
 
 def figures(run: Run) -> dict[str, Any]:
