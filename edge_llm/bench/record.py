@@ -9,11 +9,12 @@ a file is complete or absent; fields are only ever added, with a default, so tha
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -203,9 +204,6 @@ def write(record: Record, folder: Path) -> Path:
     """Write atomically under a name nobody has yet; returns the path."""
     folder.mkdir(parents=True, exist_ok=True)
     data = msgspec.json.format(encode(record), indent=1) + b"\n"
-    path = folder / file_name(record)
-    if path.exists():
-        path = path.with_name(f"{path.stem}-{record.run_id[-6:]}.json")
     descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=".", suffix=".part")
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -213,11 +211,25 @@ def write(record: Record, folder: Path) -> Path:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path
+        return next(path for path in _names(folder / file_name(record), record.run_id) if _is_given(temporary, path))
+    finally:
+        Path(temporary).unlink()
+
+
+def _names(path: Path, run: str) -> Iterator[Path]:
+    """The plain name, then with the run's id, then numbered."""
+    yield path
+    for end in itertools.chain(("",), (f"-{number}" for number in itertools.count(2))):
+        yield path.with_name(f"{path.stem}-{run[-6:]}{end}.json")
+
+
+def _is_given(temporary: str, path: Path) -> bool:
+    """Give the file this name, too, unless somebody has it: a link fails then, a rename would replace."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    return True
 
 
 def encode(record: Record) -> bytes:

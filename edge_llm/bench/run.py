@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Final
 
 import edge_llm
 from edge_llm.bench.record import (
@@ -26,6 +26,8 @@ from edge_llm.bench.record import (
 )
 from edge_llm.bench.stats import median, summary
 from edge_llm.machine import NodeFacts, node_facts
+
+WHY_CHARS: Final = 2000
 
 
 @dataclass(slots=True)
@@ -53,7 +55,8 @@ class Run:
         return median(samples) if samples else None
 
     def fail(self, what: str, why: str) -> None:
-        self.failures.append(Failure(what, why))
+        """Note it. A server's message may be a page: a record keeps its beginning."""
+        self.failures.append(Failure(what, why if len(why) <= WHY_CHARS else f"{why[:WHY_CHARS]} ..."))
 
     def used(self, process: Process | None) -> None:
         """Count a process; runs of the same tool on the same cores become one line."""

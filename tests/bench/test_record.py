@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from edge_llm.bench.record import (
     without_paths,
     write,
 )
+from edge_llm.bench.run import WHY_CHARS, Run
 from edge_llm.bench.stats import summary
 
 STARTED = datetime(2026, 11, 23, 10, 15, 2, tzinfo=UTC)
@@ -74,6 +76,22 @@ def test_two_runs_in_one_second_make_two_files(tmp_path: Path) -> None:
     second = write(a_record(run_id=run_id(STARTED, 777)), tmp_path)
     assert first != second
     assert load(first).run_id != load(second).run_id
+
+
+def test_runs_that_end_at_the_same_moment_overwrite_nothing(tmp_path: Path) -> None:
+    """Not even when their ids end alike."""
+    records = [a_record(run_id=run_id(STARTED, number << 24)) for number in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        paths = list(pool.map(lambda record: write(record, tmp_path), records))
+    assert [load(path).run_id for path in paths] == [record.run_id for record in records]
+    assert sorted(tmp_path.iterdir()) == sorted(paths), "and nothing else is left"
+
+
+def test_a_page_that_a_server_sent_as_its_error_is_kept_in_short() -> None:
+    run = Run("engine", ["test"], {})
+    run.fail("one", "x" * 100_000)
+    run.fail("other", "short")
+    assert [len(failure.why) for failure in run.failures] == [WHY_CHARS + len(" ..."), 5]
 
 
 def test_no_path_of_this_machine_is_written(tmp_path: Path) -> None:
