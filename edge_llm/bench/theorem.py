@@ -6,24 +6,33 @@ gateway. Refuses to know engines: what it compares are the token ids that client
 Each prompt is answered alone and unsplit (the reference), then alone and split, then among seven others, split.
 Half of the prompts are greedy, half sampled with a seed. The runs must have happened the way they claim: every
 split answer names two workers, eight rows met in one decode call, two prompts met on one prefill worker; otherwise
-the proof fails even if all ids are equal.
+the proof fails even if all ids are equal. What workers count since their start is compared with what it was before,
+so that an earlier run proves nothing for this one.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Sequence
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import aiohttp
 
+from edge_llm.bench.layout import Launch, Layout
 from edge_llm.bench.processes import MeasureFailed
+from edge_llm.bench.record import ModelFacts
+from edge_llm.bench.run import Run
+from edge_llm.errors import EdgeLLMError
 
 TOGETHER: Final = 8
 CROWD_TOKENS: Final = 96
 MAX_TRIES: Final = 100
+# The gateway asks its workers every second how they are.
+FRESH_S: Final = 10.0
+_POLL_S: Final = 0.1
 _WORDS: Final = (
     "river stone lamp 42 garden winter salt engine paper, cloud bridge letter. cheese orbit naïve über 東京 Ελλάδα 🙂 "
     "because after seven quiet morning machine window? table (left) copper \n and the of to in is it that was for"
@@ -52,17 +61,30 @@ class Answer:
 
 @dataclass(slots=True)
 class Proof:
-    """Counts and every difference found; `holds` is the verdict."""
+    """Every comparison by the tokens in it, and every difference found; `holds` is the verdict."""
 
     prompts: int = 0
-    comparisons: int = 0
+    compared: list[int] = field(default_factory=list)
     differences: list[str] = field(default_factory=list)
     unproven: list[str] = field(default_factory=list)
-    tokens: int = 0
+    model: ModelFacts | None = None
+
+    @property
+    def comparisons(self) -> int:
+        return len(self.compared)
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.compared)
 
     @property
     def holds(self) -> bool:
         return not self.differences and not self.unproven and self.comparisons > 0
+
+    def missed(self) -> list[str]:
+        """Why it does not hold, as lines for people."""
+        lines = [f"different: {text}" for text in self.differences] + [f"unproven: {text}" for text in self.unproven]
+        return lines if lines or self.holds else ["nothing was compared"]
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -75,8 +97,8 @@ class Proof:
         }
 
 
-def cases(count: int, chunk_tokens: int, seed: int = 0) -> list[Case]:
-    """`count` prompts over all lengths that matter, in a fixed order.
+def cases(count: int, chunk_tokens: int, vocab_size: int, seed: int = 0) -> list[Case]:
+    """`count` prompts over all lengths that matter, in a fixed order, for a cluster's chunks and vocabulary.
 
     Exact token counts (1, 2, chunk-1, chunk, chunk+1 and so on) are given as ids, the rest as text and chat.
     """
@@ -104,10 +126,14 @@ def cases(count: int, chunk_tokens: int, seed: int = 0) -> list[Case]:
             # the last ones have short prompts and long answers: they are all decoding at the same time
             length = rng.randrange(2, 20)
             body["max_tokens"] = CROWD_TOKENS
-            made.append(Case(f"{number}: crowd, {length} ids", body | {"prompt": _ids(rng, length)}, is_chat=False))
+            made.append(
+                Case(f"{number}: crowd, {length} ids", body | {"prompt": _ids(rng, length, vocab_size)}, is_chat=False)
+            )
         elif kind < 2:
             length = exact[(number // 4) % len(exact)] if kind == 0 else rng.randrange(17, 250)
-            made.append(Case(f"{number}: {length} ids", body | {"prompt": _ids(rng, length)}, is_chat=False))
+            made.append(
+                Case(f"{number}: {length} ids", body | {"prompt": _ids(rng, length, vocab_size)}, is_chat=False)
+            )
         elif kind == 2:
             words = 1500 if number % 40 == 2 else rng.randrange(5, 120)
             made.append(Case(f"{number}: text of {words} words", body | {"prompt": _text(rng, words)}, is_chat=False))
@@ -120,40 +146,60 @@ def cases(count: int, chunk_tokens: int, seed: int = 0) -> list[Case]:
     return made
 
 
-def _ids(rng: random.Random, length: int) -> list[int]:
-    return [rng.randrange(100, 40_000) for _ in range(length)]
+def _ids(rng: random.Random, length: int, vocab_size: int) -> list[int]:
+    """Not from the ends of a vocabulary: special tokens are there."""
+    return [rng.randrange(vocab_size // 20, vocab_size - vocab_size // 20) for _ in range(length)]
 
 
 def _text(rng: random.Random, words: int) -> str:
     return " ".join(rng.choice(_WORDS) for _ in range(words))
 
 
+async def measure(
+    launch: Launch, prompts: int, seed: int, proof: Proof, run: Run, on_done: Callable[[int, int], None]
+) -> dict[str, Any]:
+    """The proof on the cluster that `launch` gives. Fills `proof` and `run` as it goes; what was compared before
+    something failed stays."""
+    try:
+        async with launch(Layout("theorem", prefill=1, decode=1, options=("--slots", str(TOGETHER)))) as cluster:
+            await prove(cluster.url, prompts, seed, on_done, proof)
+    except (EdgeLLMError, aiohttp.ClientError, OSError) as error:
+        run.fail("theorem", str(error) or type(error).__name__)
+    finally:
+        run.models += [proof.model] if proof.model else []
+        for tokens in proof.compared:
+            run.add("tokens_compared", tokens)
+    return proof.as_json()
+
+
 async def prove(
     url: str,
-    model: str | None,
-    cases_for: Callable[[int], Sequence[Case]],
+    prompts: int,
+    seed: int = 0,
     on_done: Callable[[int, int], None] = lambda done, total: None,
+    proof: Proof | None = None,
 ) -> Proof:
-    """Run all cases three ways against the gateway at `url` and compare token ids.
-
-    `cases_for` makes the cases for the cluster's chunk size; `model` None means its only one.
-    """
+    """Ask `prompts` prompts three ways of the gateway at `url` and compare token ids. Raises MeasureFailed."""
+    proof = Proof() if proof is None else proof
     timeout = aiohttp.ClientTimeout(total=None, sock_read=600)
     async with aiohttp.ClientSession(url, timeout=timeout) as session:
-        node = await _decode_node(session)
-        model = model or str(node["model"])
-        every = cases_for(int(node["chunk_tokens"]))
-        proof, total = Proof(prompts=len(every)), 3 * len(every)
+        before = await _nodes(session)
+        node = next((node for node in before if node["role"] != "prefill"), None)
+        if node is None:
+            raise MeasureFailed("no worker of the cluster decodes")
+        model, chunk_tokens = str(node["model"]), int(node["chunk_tokens"])
+        meta = await _meta(session, model)
+        proof.model = _facts(model, meta)
+        every = cases(prompts, chunk_tokens, int(meta["vocab_size"]), seed)
+        proof.prompts, total = len(every), 3 * len(every)
         whole = [await _counted(_ask(session, model, case, "local"), on_done, n, total) for n, case in enumerate(every)]
-        alone = [
-            await _counted(_ask(session, model, case, "split"), on_done, len(every) + n, total)
-            for n, case in enumerate(every)
-        ]
+        for n, (case, reference) in enumerate(zip(every, whole, strict=True), len(every)):
+            answer = await _counted(_ask(session, model, case, "split"), on_done, n, total)
+            _compare(case, "split", reference, answer, proof)
         together = await _ask_together(session, model, every, on_done, total)
-        await _check_meetings(session, proof)
-    for case, reference, *others in zip(every, whole, alone, together, strict=True):
-        for way, answer in zip(("split", "split among others"), others, strict=True):
-            _compare(case, way, reference, answer, proof)
+        for case, reference, answer in zip(every, whole, together, strict=True):
+            _compare(case, "split among others", reference, answer, proof)
+        _check_meetings(before, await _nodes(session), proof)
     return proof
 
 
@@ -210,12 +256,11 @@ async def _answered(session: aiohttp.ClientSession, path: str, body: dict[str, A
                 break
             pause_s = float(reply.headers["retry-after"])
         await asyncio.sleep(pause_s)
-    raise MeasureFailed(f"{what}: HTTP {reply.status}: {data}")
+    raise MeasureFailed(f"{what}: HTTP {reply.status}: {str(data)[:300]}")
 
 
 def _compare(case: Case, way: str, reference: Answer, answer: Answer, proof: Proof) -> None:
-    proof.comparisons += 1
-    proof.tokens += len(answer.ids)
+    proof.compared.append(len(answer.ids))
     if answer.ids != reference.ids or answer.finish_reason != reference.finish_reason:
         first = next(
             (i for i, (a, b) in enumerate(zip(reference.ids, answer.ids, strict=False)) if a != b), len(answer.ids)
@@ -228,21 +273,63 @@ def _compare(case: Case, way: str, reference: Answer, answer: Answer, proof: Pro
         proof.unproven.append(f"{case.name}, {way}: ran {answer.mode} on {answer.decode_node}")
 
 
-async def _decode_node(session: aiohttp.ClientSession) -> dict[str, Any]:
-    async with session.get("/cluster") as reply:
-        nodes = (await reply.json())["nodes"]
-    return dict(next(node for node in nodes if node["role"] != "prefill"))
+async def _nodes(session: aiohttp.ClientSession) -> list[dict[str, Any]]:
+    """The workers, as the gateway has seen them after now."""
+    began_s = time.monotonic()
+    while True:
+        async with session.get("/cluster") as reply:
+            nodes: list[dict[str, Any]] = (await reply.json())["nodes"]
+        passed_s = time.monotonic() - began_s
+        if passed_s > FRESH_S or all(node["seen_ago_s"] < passed_s for node in nodes):
+            return nodes
+        await asyncio.sleep(_POLL_S)
 
 
-async def _check_meetings(session: aiohttp.ClientSession, proof: Proof) -> None:
-    """The cluster says how wide its decode calls were and whether prompts met on a prefill worker."""
-    async with session.get("/cluster") as reply:
-        nodes = (await reply.json())["nodes"]
-    widest = max((node["load"]["widest_decode_rows"] for node in nodes), default=0)
-    met = sum(node["load"]["prompts_met"] for node in nodes)
-    if widest < TOGETHER:
+async def _meta(session: aiohttp.ClientSession, model: str) -> dict[str, Any]:
+    async with session.get("/v1/models") as reply:
+        data = await reply.json()
+        if reply.status != 200:
+            raise MeasureFailed(f"/v1/models: HTTP {reply.status}: {data}")
+    return dict(next(entry["meta"] for entry in data["data"] if entry["id"] == model))
+
+
+def _facts(model: str, meta: Mapping[str, Any]) -> ModelFacts:
+    """What the endpoint says of its model; the file may be on another machine."""
+    return ModelFacts(
+        name=model,
+        file="",
+        sha256=meta["sha256"],
+        size_bytes=0,
+        quantization=meta["quantization"],
+        architecture=meta["architecture"],
+        kv_bytes_per_token=meta["kv_bytes_per_token"],
+    )
+
+
+def _check_meetings(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]], proof: Proof) -> None:
+    """How wide decode calls were since `before`, and whether prompts met on a prefill worker."""
+    known = {_life(node): node["load"] for node in before}
+    widest, met, widest_before = 0, 0, 0
+    for node in after:
+        now, then = node["load"], known.get(_life(node), {"widest_decode_rows": 0, "prompts_met": 0})
+        met += now["prompts_met"] - then["prompts_met"]
+        if now["widest_decode_rows"] > then["widest_decode_rows"]:
+            widest = max(widest, now["widest_decode_rows"])
+        widest_before = max(widest_before, then["widest_decode_rows"])
+    if widest < TOGETHER <= widest_before:
         proof.unproven.append(
-            f"no decode call had {TOGETHER} rows (widest: {widest}): give the decode worker {TOGETHER} slots"
+            f"a worker had {widest_before} rows in one decode call before this run: whether this run had {TOGETHER} "
+            "cannot be told; start the workers again, then prove it"
+        )
+    elif widest < TOGETHER:
+        proof.unproven.append(
+            f"no decode call had {TOGETHER} rows (widest: {max(widest, widest_before)}): give the decode worker "
+            f"{TOGETHER} slots"
         )
     if met < 1:
         proof.unproven.append("no two prompts met on one prefill worker")
+
+
+def _life(node: Mapping[str, Any]) -> tuple[object, ...]:
+    """A worker that was started again counts from zero."""
+    return node["worker"], node["pid"], node["started_at"]

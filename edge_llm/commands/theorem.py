@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import click
 
-from edge_llm.bench.layout import Layout
-from edge_llm.bench.theorem import Proof, cases, prove
-from edge_llm.commands.local_cluster import local_cluster
-from edge_llm.commands.progress import progress
+from edge_llm.commands.measuring import command_line, finish, json_option, output_option, steps, until_interrupted
 from edge_llm.config import DEFAULT_MODEL
 
 
@@ -22,34 +19,33 @@ from edge_llm.config import DEFAULT_MODEL
 @click.option("--prompts", type=click.IntRange(1, 10_000), default=200, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True, help="Another seed, other prompts.")
 @click.option("--url", help="Prove it on this cluster instead of a local one started for it.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def theorem(as_json: bool, **options: Any) -> None:
+@output_option
+@json_option
+def theorem(model: str, prompts: int, seed: int, url: str | None, output: Path, as_json: bool) -> None:
     """Compare token ids: unsplit, split, and split among seven others. Exits 3 when one differs."""
-    with progress("answers") as advance:
-        proof = asyncio.run(_prove(advance=advance, **options))
-    if as_json:
-        click.echo(json.dumps(proof.as_json()))
-    else:
-        click.echo(_words(proof))
-    sys.exit(0 if proof.holds else 3)
+    from edge_llm.bench.run import Run
+    from edge_llm.bench.theorem import Proof, measure
+
+    proof, run = Proof(), Run("theorem", command_line(), {"prompts": prompts, "seed": seed, "is_own": url is None})
+    with steps() as report:
+        found, is_complete = until_interrupted(
+            lambda: asyncio.run(
+                measure(
+                    _launcher(url, model), prompts, seed, proof, run, lambda done, all_: report("answers", done, all_)
+                )
+            ),
+            proof.as_json,
+        )
+    finish(run, found, is_complete, output, as_json, proof.missed())
 
 
-async def _prove(model: str, prompts: int, seed: int, url: str | None, advance: Callable[[int, int], None]) -> Proof:
-    """On the cluster given, or on one of our own with eight slots."""
-    if url is not None:
-        return await prove(url, None, lambda chunk: cases(prompts, chunk, seed), advance)
-    layout = Layout("theorem", prefill=1, decode=1, options=("--slots", "8"))
-    async with local_cluster(layout, model) as cluster:
-        return await prove(cluster.url, None, lambda chunk: cases(prompts, chunk, seed), advance)
+def _launcher(url: str | None, model: str) -> Any:
+    """The cluster given, or one of our own."""
+    from edge_llm.bench.layout import Layout, Started
+    from edge_llm.commands.local_cluster import local_cluster
 
+    @asynccontextmanager
+    async def given(_layout: Layout) -> AsyncIterator[Started]:
+        yield Started(url or "", ())
 
-def _words(proof: Proof) -> str:
-    verdict = "holds" if proof.holds else "does NOT hold"
-    lines = [f"{verdict}: {proof.prompts} prompts, {proof.comparisons} comparisons, {proof.tokens} tokens compared"]
-    return "\n".join(
-        [
-            *lines,
-            *(f"  different: {text}" for text in proof.differences),
-            *(f"  unproven: {text}" for text in proof.unproven),
-        ]
-    )
+    return given if url is not None else lambda layout: local_cluster(layout, model)
