@@ -416,13 +416,7 @@ def _watched(command: list[str], environ: dict[str, str], log: Path | None, mete
     with contextlib.ExitStack() as stack:
         sink = stack.enter_context(log.open("w")) if log else None
         process = subprocess.Popen(
-            command,
-            env=environ,
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
+            command, env=environ, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace"
         )
         stack.callback(_end, process)
         stack.callback(meter.close)

