@@ -32,6 +32,10 @@ _TIMED_TOKENS: Final = 64  # enough rows for the kernels of prompts, under 2 s a
 _SERVED, _EXPORT = 0, 1  # sequence ids of the prompt context
 
 
+class PoisonedContext(Exception):
+    """A context whose results are not what they were. None of our errors on purpose: no caller may go on with it."""
+
+
 def known_ids(n_vocab: int, count: int) -> list[int]:
     """A fixed text of ordinary tokens, the same on every node."""
     return [3 + (7919 * i + 104729) % (n_vocab - 3) for i in range(count)]
@@ -56,6 +60,7 @@ class LlamaBackend:
         self._prompt_token_s = 0.0
         self._window = window
         self._filled: set[int] = set()  # slots with KV: a hole there is no place for a throw-away row
+        self._canary = b""
         self._can_abort = facts.memory in ("full", "sliding-window")
 
     @property
@@ -89,11 +94,13 @@ class LlamaBackend:
         if not idle:
             return context.decode([row.token_id for row in rows], [row.position for row in rows], slots)
         every = sorted([*rows, *(Row(slot, 0, 0) for slot in idle)], key=lambda row: row.slot)
-        logits = context.decode(
-            [row.token_id for row in every], [row.position for row in every], [row.slot for row in every]
-        )
-        for slot in idle:
-            context.remove(slot)
+        try:
+            logits = context.decode(
+                [row.token_id for row in every], [row.position for row in every], [row.slot for row in every]
+            )
+        finally:
+            for slot in idle:
+                context.remove(slot)
         return logits[[row.slot not in idle for row in every]]
 
     def drop(self, slot: int) -> None:
@@ -101,17 +108,35 @@ class LlamaBackend:
         self._slots.remove(slot)
 
     def restore(self, slot: int, blob: StateBlob) -> None:
-        context = self._slots
         whole = blob if blob.is_complete else blob.truncated()
-        context.set_state(slot, whole.buffer)
+        try:
+            self._slots.set_state(slot, whole.buffer)
+            last = self._slots.last_position(slot)
+            if last != whole.filled_to - 1:
+                raise RestoreRefused(
+                    f"llama.cpp restored {last + 1} of {whole.filled_to} positions; recomputing the prompt here"
+                )
+        except RestoreRefused:
+            self._slots.remove(slot)
+            self._check_canary(slot)
+            raise
         self._filled.add(slot)
-        last = context.last_position(slot)
-        if last != whole.filled_to - 1:
-            self._filled.discard(slot)
-            context.remove(slot)
-            raise RestoreRefused(
-                f"llama.cpp restored {last + 1} of {whole.filled_to} positions; recomputing the prompt here"
+
+    def _check_canary(self, slot: int) -> None:
+        """After a refused restore: does this slot still give the known answer? llama.cpp has left K and V of a refused
+        state in place (its issue 27068). A context that does not is not asked again: this error ends the engine."""
+        if self._canary and self._known_answer(slot) != self._canary:
+            raise PoisonedContext(
+                f"slot {slot} gives other logits since llama.cpp refused a state; this worker starts anew"
             )
+
+    def _known_answer(self, slot: int) -> bytes:
+        ids = known_ids(self._model.n_vocab, _SELF_TEST_TOKENS + 1)
+        try:
+            self._slots.prompt(ids[:-1], 0, slot)
+            return self._slots.decode(ids[-1:], [len(ids) - 1], [slot]).tobytes()
+        finally:
+            self._slots.remove(slot)
 
     def export(self, slot: int, n_tokens: int) -> StateBlob:
         if self._facts.layout is None:
@@ -119,7 +144,10 @@ class LlamaBackend:
         if 0 < self._window < n_tokens:
             # llama_kv_cache::state_write leaves out what the window masks
             raise WorkerError(f"only the last {self._window} positions of a running sequence of this model travel")
-        return StateBlob.from_native(self._facts.layout, self._slots.state(slot), n_tokens)
+        # asking llama.cpp for the size costs as much as the copy, and running streams wait for both
+        state = bytearray(self._facts.layout.size(n_tokens))
+        self._slots.state_into(slot, memoryview(state))
+        return StateBlob.from_native(self._facts.layout, state, n_tokens)
 
     def serve_open(self, blob: StateBlob | None = None) -> None:
         context = self._prompts
@@ -201,6 +229,7 @@ class LlamaBackend:
             )
         if self._decode_context is not None:
             self._row_cost = self._measure_rows()
+            self._canary = self._known_answer(0)
         self._prompt_token_s = self._time_prompt(self._contexts[-1])
 
     def _learn(self, context: NativeContext, ids: Sequence[int]) -> BlobLayout:
@@ -216,7 +245,13 @@ class LlamaBackend:
         prompt_layout = layouts[-1] if self._prompt_context is not None else None
         decode_layout = layouts[0] if self._decode_context is not None else None
         v_layout = layouts[-1].v_layout
-        self._facts = replace(self._facts, layout=decode_layout, prompt_layout=prompt_layout, v_layout=v_layout)
+        self._facts = replace(
+            self._facts,
+            layout=decode_layout,
+            prompt_layout=prompt_layout,
+            v_layout=v_layout,
+            kv_bytes_per_token=layouts[-1].geometry.kv_bytes_per_token,  # what a real state has, not what a header says
+        )
         if prompt_layout is not None:
             self._check_split(ids[:-1], prompt_layout)
         if decode_layout is not None:

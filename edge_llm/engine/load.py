@@ -113,8 +113,9 @@ def repacked_tensors(card: ModelCard, machine: str) -> list[str]:
 
 
 def model_memory(card: ModelCard, settings: LlamaSettings, repacked: Sequence[str]) -> MemoryPlan:
-    """The memory sum of this model under these settings."""
-    names = set(repacked)
+    """The memory sum of this model under these settings. Under policy `fast` llama.cpp repacks whatever it can: all
+    matrices are counted, which is the most it can be."""
+    names = set(repacked) if settings.policy == "exact" else {t.name for t in card.tensors if len(t.shape) == 2}
     sizes = ModelSizes(
         weights_bytes=card.weights_bytes,
         repacked_bytes=sum(tensor.n_bytes for tensor in card.tensors if tensor.name in names),
@@ -201,12 +202,15 @@ def _identity(model: NativeModel, card: ModelCard, settings: LlamaSettings, buil
 
 
 def _recorded_level(settings: LlamaSettings, identity: Identity, build: dict[str, str]) -> LevelRecord:
-    if settings.policy == "exact" and has_shape_dependent_kernels(build["system_info"]):
-        reason = "this llama-cpp-python was built with tinyBLAS; rebuild it with -DGGML_LLAMAFILE=OFF (`make up` does)"
-        return capped(LevelRecord("none", reason, settings.slots), settings.level_cap)
+    """What `verify` found for this identity. A foreign build is what it was measured to be, and says how to rebuild."""
     if settings.levels_dir is None:
-        return capped(LevelRecord("unverified", "no folder with verified levels was given", 0), settings.level_cap)
-    return capped(read_level(settings.levels_dir, identity), settings.level_cap)
+        found = LevelRecord("unverified", "no folder with verified levels was given", 0)
+    else:
+        found = read_level(settings.levels_dir, identity)
+    if settings.policy == "exact" and has_shape_dependent_kernels(build["system_info"]):
+        hint = "this llama-cpp-python was built with tinyBLAS; rebuild it with -DGGML_LLAMAFILE=OFF (`make up` does)"
+        found = replace(found, reason=f"{found.reason}; {hint}")
+    return capped(found, settings.level_cap)
 
 
 def _facts(

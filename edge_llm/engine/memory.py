@@ -62,6 +62,7 @@ def plan_memory(
             "compute and logits buffers": contexts * (scores + activations + logits),
             "one snapshot in adoption": n_ctx * kv if slots else 0,
             "kept prefixes": prefix_cache_bytes,
+            "one of them in use": min(prefix_cache_bytes, n_ctx * kv),
             "Python": PYTHON_BYTES,
         }
     )

@@ -95,7 +95,8 @@ class Sequencer:
         self._prompt_token_s = first.token_s
         self._decode_step_s = first.run_s + first.row_s
         self._book = RateBook(first)
-        # Level same-plan promises equal text only for equal pieces (blueprint section 4).
+        # Level same-plan promises equal text only for equal pieces (blueprint section 4); below it nothing is promised,
+        # and streams keep their pace.
         self._has_fixed_pieces = backend.facts.level == "same-plan"
 
     @property
@@ -302,28 +303,34 @@ class Sequencer:
             for sequence in running:
                 self._fail(sequence, error, outcome)
             return
-        for sequence, row_logits in zip(running, logits, strict=True):
-            self._draw(sequence, row_logits, outcome)
+        ended = [
+            sequence
+            for sequence, row_logits in zip(running, logits, strict=True)
+            if self._draw(sequence, row_logits, outcome)
+        ]
         outcome.decode_s = self._clock() - started_s
         outcome.decoded_rows = len(rows)
         self._decode_step_s = smoothed(self._decode_step_s, outcome.decode_s)
         self._book.on_decode(len(rows), sum(row.position + 1 for row in rows), outcome.decode_s)
+        for sequence in ended:  # after the clock was read: it is no part of a decode step
+            self._keep(sequence, outcome)
+            self.end(sequence.slot)
 
-    def _draw(self, sequence: _Sequence, logits: Logits, outcome: _Outcome) -> None:
+    def _draw(self, sequence: _Sequence, logits: Logits, outcome: _Outcome) -> bool:
+        """Draw a token; whether it ended its sequence."""
         sequence.kv_tokens += 1
         try:
             token_id = sample(logits, sequence.ids, sequence.generation.sampling, len(sequence.ids))
         except EdgeLLMError as error:
             self._fail(sequence, error, outcome)
-            return
+            return False
         outcome.events.append(self._accept(sequence, token_id))
-        if outcome.events[-1].finish_reason is not None:
-            self._keep(sequence, outcome)
-            self.end(sequence.slot)
+        return outcome.events[-1].finish_reason is not None
 
     def _keep(self, sequence: _Sequence, outcome: _Outcome) -> None:
-        """Read the KV out before the slot is freed. What cannot be read is not kept: the answer is whole anyway."""
-        if not sequence.keeps_kv:
+        """Read the KV out before the slot is freed, of one sequence a step: running streams wait for it. What cannot be
+        read is not kept: the answer is whole anyway."""
+        if not sequence.keeps_kv or outcome.kept:
             return
         try:
             outcome.kept.append(self._export(sequence))

@@ -248,7 +248,8 @@ class Dispatcher:
         log.warning("replanning", request_id=session.request_id, worker=worker, code=error.code, epoch=session.epoch)
         is_full = isinstance(error, Overloaded)
         is_draining = isinstance(error, Draining)
-        running.holder = running.plan.decode if running.plan is not None and is_draining else None
+        if running.plan is not None and is_draining:
+            self.gone(running.plan.decode)  # its next answer to a probe will say that it drains
         running.failures += not (is_full or is_draining)
         if running.plan is not None and not (is_full or is_draining):
             self._end(running, running.plan)  # it may live, and work on for nobody

@@ -13,7 +13,7 @@ from typing import Final, Protocol
 import structlog
 
 from edge_llm.cluster.view import ClusterView, Node, Place
-from edge_llm.errors import EdgeLLMError, ReaderTooSlow, RemoteProtocolError, WorkerUnreachable
+from edge_llm.errors import Draining, EdgeLLMError, ReaderTooSlow, RemoteProtocolError, WorkerUnreachable
 from edge_llm.gateway.metrics import GatewayMetrics
 from edge_llm.gateway.running import Finish, Progress, Running, Text
 from edge_llm.gateway.session import Event, State
@@ -109,7 +109,7 @@ class Listener:
         running = self._current(prompted.request_id, prompted.epoch)
         if running is None:
             return
-        running.report = prompted.report
+        running.report, running.holder = prompted.report, None
         self._metrics.prompted(running, prompted.report)
         running.is_as_promised &= prompted.report.is_same_class
         if not running.first_token_s:
@@ -158,6 +158,8 @@ class Listener:
             return
         worker = running.plan.decode.worker if running.plan else "?"
         error = error_of(ErrorReply(code=failed.code, message=failed.message), worker)
+        if isinstance(error, Draining) and running.plan is not None:
+            running.holder = running.plan.decode
         if failed.is_retryable:
             self._outcomes.lose(running, error)
         else:

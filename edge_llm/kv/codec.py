@@ -319,13 +319,13 @@ class StateBlob:
         self._parts = _Parts(np.frombuffer(self._native, np.uint8), layout, n_tokens, offsets)
 
     @classmethod
-    def from_native(cls, layout: BlobLayout, blob: Buffer, n_tokens: int) -> StateBlob:
-        """A filled StateBlob out of a native state of positions [0, n_tokens)."""
-        parts = _checked_parts(layout, blob, 0, n_tokens)
-        made = cls(layout, n_tokens, 0)
-        for source, target in zip((*parts.k, *parts.v), (*made._parts.k, *made._parts.v), strict=True):
-            np.copyto(target, source)
-        made.filled_to = n_tokens
+    def from_native(cls, layout: BlobLayout, blob: bytearray, n_tokens: int) -> StateBlob:
+        """A filled StateBlob of a native state of positions [0, n_tokens). Takes `blob` over: nothing is copied."""
+        made = cls.__new__(cls)
+        made.layout, made.n_tokens, made.filled_to = layout, n_tokens, n_tokens
+        made._parts = _checked_parts(layout, blob, 0, n_tokens)
+        made._stream = _stream_of(layout, blob)
+        made._native = memoryview(blob)
         return made
 
     @property

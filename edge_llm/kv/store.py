@@ -23,7 +23,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from edge_llm.kv.payload import join_payloads, slice_payload
+from edge_llm.kv.payload import slice_payload
 from edge_llm.kv.snapshot import Geometry, VLayout
 
 _KEY_BYTES = 16
@@ -31,11 +31,20 @@ _KEY_BYTES = 16
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Canonical payload of positions [p0, p1), V as the store has it."""
+    """Canonical payload of positions [p0, p1), V as the store has it. With `rows`, the payload has that many positions,
+    of which only the first belong to the piece: whoever uses it cuts it first (`exact`)."""
 
     p0: int
     p1: int
     payload: bytes
+    rows: int = 0
+
+    def exact(self, geometry: Geometry, v_layout: VLayout) -> Piece:
+        """The piece with a payload of its own. Takes milliseconds for each megabyte when there is something to cut."""
+        if not self.rows:
+            return self
+        count = self.p1 - self.p0
+        return Piece(self.p0, self.p1, slice_payload(geometry, v_layout, self.payload, self.rows, 0, count))
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +60,22 @@ class Match:
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
+    """At most a chunk: pieces as they came, not joined (that costs as much as computing a token)."""
+
     parent: bytes
     ids: tuple[int, ...]
-    payload: bytes
+    pieces: tuple[Piece, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(len(piece.payload) for piece in self.pieces)
 
 
 class PrefixStore:
     """Pieces of one model and geometry, for all tenants, up to `limit_bytes` (0 keeps nothing)."""
 
-    def __init__(self, geometry: Geometry, v_layout: VLayout, chunk_tokens: int, limit_bytes: int) -> None:
-        self._geometry, self.chunk_tokens = geometry, chunk_tokens
-        self.v_layout, self.limit_bytes, self.used_bytes = v_layout, limit_bytes, 0
+    def __init__(self, chunk_tokens: int, limit_bytes: int) -> None:
+        self.chunk_tokens, self.limit_bytes, self.used_bytes = chunk_tokens, limit_bytes, 0
         self._kept: OrderedDict[bytes, _Kept] = OrderedDict()  # least recently used first
         self._next: dict[bytes, set[bytes]] = {}  # keys of the pieces behind a piece
 
@@ -76,7 +90,7 @@ class PrefixStore:
             key = _key(key, ids[p0:p1])
             if (kept := self._kept.get(key)) is None:
                 break
-            pieces.append(Piece(p0, p1, kept.payload))
+            pieces += kept.pieces
             used.append(key)
         if not only_chunks:
             self._add_part(tenant, ids, pieces, used)
@@ -103,12 +117,6 @@ class PrefixStore:
 
     # -- pieces
 
-    def _joined(self, pieces: Sequence[Piece]) -> Piece:
-        if len(pieces) == 1:
-            return pieces[0]
-        parts = [(piece.payload, piece.p1 - piece.p0) for piece in pieces]
-        return Piece(pieces[0].p0, pieces[-1].p1, join_payloads(self._geometry, self.v_layout, parts))
-
     def _add_part(self, tenant: str, ids: Sequence[int], pieces: list[Piece], used: list[bytes]) -> None:
         """Append what a piece that goes on otherwise has in common with `ids`."""
         behind = used[-1] if used else _root(tenant)
@@ -120,20 +128,19 @@ class PrefixStore:
             if common > length:
                 best, length = key, common
         if length:
-            kept = self._kept[best]
-            payload = slice_payload(self._geometry, self.v_layout, kept.payload, len(kept.ids), 0, length)
-            pieces.append(Piece(p0, p0 + length, payload))
+            pieces += _until(self._kept[best].pieces, p0 + length)
             used.append(best)
 
     def put(self, key: bytes, parent: bytes, ids: Sequence[int], pieces: Sequence[Piece], in_use: list[bytes]) -> bool:
-        """For Chain: keep `pieces`, joined, as one. Room first; False when there is none without dropping `in_use`,
+        """For Chain: keep `pieces` as one. Room first; False when there is none without dropping `in_use`,
         which is what the chain holds already."""
         if in_use and in_use[-1] not in self._kept:
             return False  # another chain needed its room: nothing behind it could be found
         self._touch([*in_use, key])
         if key in self._kept:
             return True
-        size = sum(len(piece.payload) for piece in pieces)
+        kept = _Kept(parent, tuple(ids), tuple(pieces))
+        size = kept.n_bytes
         if size > self.limit_bytes:
             return False
         while self.used_bytes + size > self.limit_bytes:
@@ -141,7 +148,7 @@ class PrefixStore:
             if oldest in in_use:
                 return False
             self._drop(oldest)
-        self._kept[key] = _Kept(parent, tuple(ids), self._joined(pieces).payload)
+        self._kept[key] = kept
         self._next.setdefault(parent, set()).add(key)
         self.used_bytes += size
         self._touch([*in_use, key])
@@ -149,7 +156,7 @@ class PrefixStore:
 
     def _drop(self, key: bytes) -> None:
         kept = self._kept.pop(key)
-        self.used_bytes -= len(kept.payload)
+        self.used_bytes -= kept.n_bytes
         behind = self._next[kept.parent]
         behind.discard(key)
         if not behind:
@@ -175,9 +182,9 @@ class Chain:
         self.kept_to = 0
 
     def add(self, ids: Sequence[int], piece: Piece) -> None:
-        """Keep a piece with its own ids; a gap, or a piece over a border, ends the chain."""
+        """Keep a piece with its own ids; a gap, or a piece over a border or not cut, ends the chain."""
         size = self._store.chunk_tokens
-        is_next = piece.p0 == self._seen and piece.p0 // size == (piece.p1 - 1) // size
+        is_next = piece.p0 == self._seen and piece.p0 // size == (piece.p1 - 1) // size and not piece.rows
         self._is_open &= is_next
         if not self._is_open:
             return
@@ -201,6 +208,13 @@ class Chain:
             self._used.append(self._key)
             self.kept_to = self._seen
         self._begun, self._ids = [], []
+
+
+def _until(pieces: Sequence[Piece], end: int) -> list[Piece]:
+    """Pieces up to position `end`, the last one marked as longer than its part."""
+    found = [piece for piece in pieces if piece.p1 <= end]
+    rest = next((piece for piece in pieces if piece.p0 < end < piece.p1), None)
+    return [*found, Piece(rest.p0, end, rest.payload, rest.p1 - rest.p0)] if rest is not None else found
 
 
 def _root(tenant: str) -> bytes:

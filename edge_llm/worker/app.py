@@ -25,15 +25,16 @@ from edge_llm.config import WorkerConfig
 from edge_llm.engine.engine import Engine, EngineFacts, Step, Vocabulary
 from edge_llm.errors import (
     ContextTooLong,
+    Draining,
     EdgeLLMError,
     EngineFailed,
     InvalidRequest,
     Overloaded,
-    PayloadTooLarge,
     Unauthorized,
     WorkerError,
 )
 from edge_llm.exposition import CONTENT_TYPE, Exposition
+from edge_llm.worker.bodies import error_reply, read_body, reply_of
 from edge_llm.worker.decode import DecodeRole
 from edge_llm.worker.holders import Holders
 from edge_llm.worker.links import Links
@@ -44,16 +45,13 @@ from edge_llm.worker.messages import (
     CancelRequest,
     DecodeReply,
     DecodeRequest,
-    ErrorReply,
     Load,
-    Message,
     PrefillRequest,
     Role,
     TokenizeReply,
     TokenizeRequest,
     WorkerStatus,
     decode,
-    encode,
 )
 from edge_llm.worker.metrics import Readings, WorkerMetrics
 from edge_llm.worker.outbox import Outboxes
@@ -66,8 +64,6 @@ from edge_llm.worker.tickets import Claims, KeyRing, Operation, ReplayGuard, bod
 
 PUBLIC: Final = frozenset({"/healthz", "/readyz", "/metrics"})
 _OPERATIONS: Final[Mapping[str, Operation]] = {f"/{operation}": operation for operation in get_args(Operation)}
-MAX_BODY_BYTES: Final = 16 << 20
-BODY_S: Final = 30.0
 MAX_TOKENIZING: Final = 64
 NO_ROUTE: Final = "no ticket allows this route"
 _SWEEP_S: Final = 1.0
@@ -139,6 +135,7 @@ class Worker:
                     self.config.name,
                     self._monotonic,
                 )
+                self.prefill.on_given = self.decode.given
             self.loop.start(self._on_step, self._on_engine_death)
             sweeper = asyncio.create_task(self._sweep(), name="sweeper")
             try:
@@ -372,7 +369,7 @@ def create_app(worker: Worker) -> FastAPI:
 
     @app.get("/status")
     async def status() -> Response:
-        return _reply(worker.status())
+        return reply_of(worker.status())
 
     @app.get("/events")
     async def events(gateway: str = "") -> Response:
@@ -383,7 +380,7 @@ def create_app(worker: Worker) -> FastAPI:
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Response:
-        return _reply(await worker.tokenize(decode(TokenizeRequest, _admitted(request).body)))
+        return reply_of(await worker.tokenize(decode(TokenizeRequest, _admitted(request).body)))
 
     @app.post("/decode")
     async def decode_route(request: Request) -> Response:
@@ -392,13 +389,13 @@ def create_app(worker: Worker) -> FastAPI:
         if worker.decode is None:
             raise InvalidRequest(f"worker {worker.config.name} has role prefill and decodes nothing")
         worker.decode.accept(decode(DecodeRequest, admitted.body), admitted.claims)
-        return _reply(DecodeReply(), 202)
+        return reply_of(DecodeReply(), 202)
 
     @app.post("/cancel")
     async def cancel(request: Request) -> Response:
         message = decode(CancelRequest, _admitted(request).body)
         found = worker.decode.cancel(message.request_id, message.epoch) if worker.decode else False
-        return _reply(CancelReply(found=found))
+        return reply_of(CancelReply(found=found))
 
     @app.post("/prefill")
     async def prefill(request: Request) -> Response:
@@ -406,42 +403,16 @@ def create_app(worker: Worker) -> FastAPI:
         message = decode(PrefillRequest, admitted.body)
         if not message.only_stored:  # what is kept needs no engine, and a draining worker gives it away
             _refuse_unless_ready(worker)
-        worker.prefill.check(message, admitted.claims)
+        transfer = await worker.prefill.accept(message, admitted.claims)
         key = worker.keys.transfer_key(admitted.ticket)
-        parts = worker.metrics.sent(worker.prefill.stream(message, key, worker.loop))
+        parts = worker.metrics.sent(worker.prefill.stream(transfer, key, worker.loop))
         return ClosingStream(parts, "application/octet-stream")
 
     return app
 
 
 def _refuse_unless_ready(worker: Worker) -> None:
+    if worker.is_draining:
+        raise Draining(f"worker {worker.config.name} is draining")
     if not worker.is_ready:
-        raise Overloaded(f"worker {worker.config.name} is draining or its engine is gone", retry_after_s=2.0)
-
-
-async def read_body(request: Request, limit: int = MAX_BODY_BYTES) -> bytes:
-    """The whole body, refused as soon as it is, or says it is, too large."""
-    announced = request.headers.get("content-length", "")
-    if announced.isascii() and announced.isdigit() and int(announced) > limit:
-        raise PayloadTooLarge(f"the body is larger than {limit} bytes")
-    data = bytearray()
-    try:
-        async with asyncio.timeout(BODY_S):
-            async for part in request.stream():
-                data += part
-                if len(data) > limit:
-                    raise PayloadTooLarge(f"the body is larger than {limit} bytes")
-    except TimeoutError as late:
-        raise InvalidRequest(f"the body did not arrive within {BODY_S:.0f} s") from late
-    return bytes(data)
-
-
-def _reply(message: Message, status: int = 200) -> Response:
-    return Response(encode(message), status, media_type="application/json")
-
-
-def error_reply(error: EdgeLLMError) -> Response:
-    """An error of our tree as the wire has it."""
-    retry_after_s = error.retry_after_s if isinstance(error, Overloaded) else None
-    body = ErrorReply(code=error.code, message=error.message, param=error.param, retry_after_s=retry_after_s)
-    return _reply(body, error.status)
+        raise EngineFailed(f"the engine of worker {worker.config.name} is gone")

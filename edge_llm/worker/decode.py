@@ -22,6 +22,7 @@ import asyncio
 import heapq
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -50,6 +51,8 @@ from edge_llm.worker.prefixes import Prefixes
 from edge_llm.worker.pull import Puller, check_address
 from edge_llm.worker.tickets import Claims, KeyRing
 
+# How long a moved sequence's KV is held for whoever goes on with it.
+LEASE_S: Final = 10.0
 log = structlog.get_logger()
 _SMOOTHING: Final = 0.1
 
@@ -99,6 +102,8 @@ class DecodeRole:
         self._free = list(range(facts().slots))
         self._running: dict[str, _Running] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._moved: dict[str, int] = {}  # bytes of sequences that another worker goes on with, until it has them
+        self._moved_changed = asyncio.Event()
         self.adopting = ByteBudget(max(1, facts().n_ctx * facts().kv_bytes_per_token))
         self.decode_step_s = 0.0
         self.prompt_token_s = 0.0
@@ -187,25 +192,42 @@ class DecodeRole:
         self._outboxes.flush()
 
     async def hand_over(self) -> None:
-        """Stop all sequences and let the gateway plan them elsewhere, their KV kept here for who goes on with them.
-
-        One after the other: each needs a copy of its KV in host memory.
-        """
+        """Stop all sequences and let the gateway plan them elsewhere. Their KV stays here until another worker has it,
+        LEASE_S at most. One after the other: each needs a copy in host memory."""
         for running in list(self._running.values()):
             if self._running.get(running.request_id) is running:
+                await self._fetched(self._prefixes.limit_bytes - self._kv_bytes(running))
                 await self._move_away(running)
+        await self._fetched(0)
+
+    def given(self, request_id: str) -> None:
+        """Another worker has fetched what was kept of this request."""
+        self._moved.pop(request_id, None)
+        self._moved_changed.set()
+
+    async def _fetched(self, room: int) -> None:
+        """Wait until no more than `room` bytes of moved sequences are still to be fetched."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LEASE_S):
+                while sum(self._moved.values()) > max(0, room):
+                    self._moved_changed.clear()
+                    await self._moved_changed.wait()
 
     async def _move_away(self, running: _Running) -> None:
         if running.is_begun:
             try:
                 kept = await self._loop.call(lambda engine: _take(engine, running.slot))
-                if running.prompt.is_same_class:
+                if running.prompt.is_same_class and self._prefixes.limit_bytes:
                     prompt_tokens = len(running.generation.prompt_ids)
                     await self._prefixes.keep_answer(running.request.tenant, prompt_tokens, kept, is_moving=True)
+                    self._moved[running.request_id] = self._kv_bytes(running)
             except EdgeLLMError as error:
                 log.warning("KV stays here", request_id=running.request_id, message=error.message)
         self._fail(running, Draining(f"worker {self._name} is draining"))
         self._outboxes.flush()
+
+    def _kv_bytes(self, running: _Running) -> int:
+        return running.generation.cells * self._facts().kv_bytes_per_token
 
     async def close(self) -> None:
         """Drop everything and wait until no task of this role is left."""
@@ -219,7 +241,7 @@ class DecodeRole:
     async def _run(self, running: _Running) -> None:
         """Top of a sequence's task: obtain the prompt, hand the sequence to the engine."""
         try:
-            known = self._known(running)
+            known = await self._known(running)
             async with self.adopting.reserved(self._snapshot_bytes(running, known)):
                 snapshot = await self._adopter.fetch(self._wanted(running, known), running.prompt)
                 await self._begin(running, snapshot)
@@ -230,10 +252,10 @@ class DecodeRole:
             self._fail(running, WorkerError(f"worker {self._name} failed: {error!r}"))
         self._outboxes.flush()
 
-    def _known(self, running: _Running) -> Match:
+    async def _known(self, running: _Running) -> Match:
         if not running.request.cache_prompt:
             return Match()
-        return self._prefixes.match(running.request.tenant, running.generation.context_ids[:-1])
+        return await self._prefixes.match(running.request.tenant, running.generation.context_ids[:-1])
 
     def _snapshot_bytes(self, running: _Running, known: Match) -> int:
         layout = self._facts().layout

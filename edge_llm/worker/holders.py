@@ -7,6 +7,7 @@ turns, engines and what is computed afterwards. Whatever goes wrong here costs t
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from contextlib import aclosing
 from typing import Final
@@ -42,9 +43,12 @@ class Holders:
         if holder is None or missing <= 0 or not self._is_sooner(holder, missing, prompt_token_s):
             return known
         try:
-            pieces = await self._fetch(holder, request, known.n_tokens)
-        except EdgeLLMError as error:
-            log.warning("holder failed", request_id=request.request_id, worker=holder.worker, code=error.code)
+            # longer than computing would take, it is given up
+            async with asyncio.timeout(missing * prompt_token_s):
+                pieces = await self._fetch(holder, request, known.n_tokens)
+        except (EdgeLLMError, TimeoutError) as error:
+            why = error.code if isinstance(error, EdgeLLMError) else "too slow"
+            log.warning("holder failed", request_id=request.request_id, worker=holder.worker, code=why)
             return known
         log.info("fetched from holder", request_id=request.request_id, worker=holder.worker, tokens=missing)
         return Match((*known.pieces, *pieces))

@@ -13,7 +13,11 @@ Life of a request in this role:
 5. It dies by: the receiver hanging up (aborted within one micro-batch), the receiver reading nothing for long
    (worker/stream.py), its deadline or an engine error (Error frame), shutdown.
 
-Owns the outbox and the turn-taking. Memory of one transfer is O(chunk). What runs on the engine thread says so.
+A long next turn begins with what only its decode worker holds: that is fetched first (worker/holders.py), where it is
+sooner than computing it again.
+
+Owns the outbox and the turn-taking. Memory of one transfer is O(chunk), and a copy of the kept beginning while the
+engine takes it. What runs on the engine thread says so.
 """
 
 from __future__ import annotations
@@ -63,7 +67,7 @@ _Item = KVChunk | PromptProgress | EdgeLLMError
 
 
 @dataclass(slots=True)
-class _Transfer:
+class Transfer:
     """One served prompt. `served_id` is unique here: a request that comes again must not get the old one's chunks.
     `chunks_out` (made, not yet sent) belongs to the engine thread."""
 
@@ -77,6 +81,7 @@ class _Transfer:
     done: int = 0
     sent: int = 0
     chunks_sent: int = 0
+    admitted_tokens: int = 0
     has_turn: bool = False
 
     @property
@@ -97,6 +102,10 @@ class _Transfer:
     def is_known_whole(self) -> bool:
         return self.known.n_tokens == self.total
 
+    @property
+    def needs_no_engine(self) -> bool:
+        return self.is_known_whole or self.request.only_stored
+
 
 class PrefillRole:
     """All prompts served by this worker. `on_step` must be called with every step of the engine, `watch` as well."""
@@ -110,10 +119,11 @@ class PrefillRole:
     ) -> None:
         self._facts_of, self._prefixes, self._allowed_peers, self._clock = facts, prefixes, allowed_peers, clock
         self.holders: Holders | None = None
+        self.on_given: Callable[[str], None] = lambda request_id: None
         self._turn = asyncio.Lock()
         self._numbers = count()
-        self._current: _Transfer | None = None
-        self._serving: _Transfer | None = None  # the engine thread's view of it
+        self._current: Transfer | None = None
+        self._serving: Transfer | None = None  # the engine thread's view of it
         self.admitted = 0
         self.stored_out = 0
         self.prompts_met = 0
@@ -125,8 +135,24 @@ class PrefillRole:
         """Prompts that wait for their turn."""
         return max(0, self.admitted - 1)
 
-    def check(self, request: PrefillRequest, claims: Claims) -> None:
-        """Everything that can be refused before the first byte."""
+    async def accept(self, request: PrefillRequest, claims: Claims) -> Transfer:
+        """Everything that can be refused before the first byte; `stream` the transfer next."""
+        self._check(request, claims)
+        known = await self._match(request)
+        deadline_s = self._clock() + request.time_left_s if request.time_left_s else math.inf
+        transfer = Transfer(request, f"{request.request_id}#{next(self._numbers)}", known, deadline_s)
+        self._check_room(transfer)
+        transfer.sent = request.start
+        transfer.kept = self._prefixes.chain(request.tenant) if request.cache_prompt else None
+        return transfer
+
+    async def _match(self, request: PrefillRequest) -> Match:
+        if not (request.cache_prompt or request.only_stored):
+            return Match()
+        end = request.end or len(request.ids) - 1
+        return await self._prefixes.match(request.tenant, request.ids[:end], is_moving=request.only_stored)
+
+    def _check(self, request: PrefillRequest, claims: Claims) -> None:
         facts = self._facts_of()
         if len(request.ids) - 1 > facts.n_ctx:
             raise ContextTooLong(f"the prompt has {len(request.ids)} tokens, this worker's context {facts.n_ctx}")
@@ -141,18 +167,17 @@ class PrefillRole:
             raise InvalidRequest(
                 f"positions {request.start} to {request.end} are behind the prompt of {len(request.ids)} tokens"
             )
-        if request.end and not request.start < request.end:
-            raise InvalidRequest(f"nothing lies between positions {request.start} and {request.end}")
+        if request.end and not (request.only_stored and request.start < request.end):
+            raise InvalidRequest(f"positions {request.start} to {request.end} are no part of what may be kept here")
         self._check_holder(request, claims)
         if max(request.ids) >= facts.vocab_size:
             raise InvalidRequest(f"token id {max(request.ids)} is outside the vocabulary of {facts.vocab_size}")
-        self._check_room(request)
 
     async def stream(
-        self, request: PrefillRequest, key: bytes, loop: EngineLoop
+        self, transfer: Transfer, key: bytes, loop: EngineLoop
     ) -> AsyncGenerator[bytes | memoryview, None]:
-        """The response body. Call `check` first; what fails from here on travels as an Error frame."""
-        encoder, transfer = FrameEncoder(key), self._transfer(request)
+        """The response body of an accepted transfer; what fails from here on travels as an Error frame."""
+        encoder, request = FrameEncoder(key), transfer.request
         try:
             for part in _wire(encoder.send(self._header(transfer))):
                 yield part
@@ -196,17 +221,6 @@ class PrefillRole:
 
     # -- coming and going
 
-    def _transfer(self, request: PrefillRequest) -> _Transfer:
-        known = Match()
-        if request.cache_prompt or request.only_stored:
-            end = request.end or len(request.ids) - 1
-            known = self._prefixes.match(request.tenant, request.ids[:end], is_moving=request.only_stored)
-        deadline_s = self._clock() + request.time_left_s if request.time_left_s else math.inf
-        transfer = _Transfer(request, f"{request.request_id}#{next(self._numbers)}", known, deadline_s)
-        transfer.sent = request.start
-        transfer.kept = self._prefixes.chain(request.tenant) if request.cache_prompt else None
-        return transfer
-
     def _check_holder(self, request: PrefillRequest, claims: Claims) -> None:
         """Addresses come out of signed tickets, and lie where peers may be."""
         holder = request.holder
@@ -216,27 +230,25 @@ class PrefillRole:
             raise Unauthorized(f"the ticket does not name holder {holder.worker} at that address")
         check_address(holder.address, self._allowed_peers)
 
-    def _check_room(self, request: PrefillRequest) -> None:
-        if request.only_stored:
+    def _check_room(self, transfer: Transfer) -> None:
+        if transfer.needs_no_engine:
             if self.stored_out >= MAX_STORED:
                 raise Overloaded(f"{MAX_STORED} stored prompts are on their way already", retry_after_s=1.0)
         elif self.admitted >= MAX_ADMITTED:
             raise Overloaded("one prompt is being computed here and another waits", retry_after_s=1.0)
 
     async def _parts(
-        self, transfer: _Transfer, encoder: FrameEncoder, loop: EngineLoop
+        self, transfer: Transfer, encoder: FrameEncoder, loop: EngineLoop
     ) -> AsyncGenerator[bytes | memoryview, None]:
         """What is kept, then what must be computed."""
-        if transfer.is_known_whole or transfer.request.only_stored:
+        # again, because several may have been accepted before the first of them got here
+        self._check_room(transfer)
+        if transfer.needs_no_engine:
             async for part in self._send_stored(transfer, encoder):
                 yield part
             return
-        is_admitted = False
+        self._admit(transfer)
         try:
-            # again, because several may have passed `check` before the first of them got here
-            self._check_room(transfer.request)
-            is_admitted = True
-            self._admit(transfer)
             while not await self._take_turn(transfer):
                 for part in _wire(encoder.send(Progress(0, transfer.total))):
                     yield part
@@ -244,12 +256,9 @@ class PrefillRole:
                 yield part
         finally:
             # also reached when the receiver hung up: then the engine is in the middle of the prompt
-            if is_admitted:
-                self._leave(transfer, loop)
+            self._leave(transfer, loop)
 
-    async def _send_stored(
-        self, transfer: _Transfer, encoder: FrameEncoder
-    ) -> AsyncGenerator[bytes | memoryview, None]:
+    async def _send_stored(self, transfer: Transfer, encoder: FrameEncoder) -> AsyncGenerator[bytes | memoryview, None]:
         """Nothing is computed: all there is, and an Error when that is not all."""
         self.stored_out += 1
         try:
@@ -263,17 +272,19 @@ class PrefillRole:
                 raise PrefillFailed(f"{transfer.done} of {transfer.total} positions are kept here, the rest is gone")
             for part in _wire(encoder.end(transfer.total)):
                 yield part
+            self.on_given(transfer.request.request_id)
         finally:
             self.stored_out -= 1
 
-    def _admit(self, transfer: _Transfer) -> None:
+    def _admit(self, transfer: Transfer) -> None:
         self.prompts_met += self.admitted > 0
         self.admitted += 1
-        self.pending_tokens += transfer.missing
+        transfer.admitted_tokens = transfer.missing
+        self.pending_tokens += transfer.admitted_tokens
 
-    def _leave(self, transfer: _Transfer, loop: EngineLoop) -> None:
+    def _leave(self, transfer: Transfer, loop: EngineLoop) -> None:
         self.admitted -= 1
-        self.pending_tokens -= transfer.missing
+        self.pending_tokens -= transfer.admitted_tokens
         if not transfer.has_turn:
             return
         self._current = None
@@ -281,6 +292,7 @@ class PrefillRole:
         if transfer.done < transfer.total:
             # the next prompt's letter is posted after this one, so the engine is free when it reads it
             loop.interrupt_with(lambda engine: engine.end_served(transfer.served_id))
+        loop.post(lambda engine: self._forget(transfer))
         log.info(
             "prompt served" if transfer.done == transfer.total else "prompt given up",
             request_id=transfer.request.request_id,
@@ -288,7 +300,7 @@ class PrefillRole:
             of=transfer.total,
         )
 
-    async def _take_turn(self, transfer: _Transfer) -> bool:
+    async def _take_turn(self, transfer: Transfer) -> bool:
         self._check_deadline(transfer)
         try:
             async with asyncio.timeout(HEARTBEAT_S):
@@ -299,11 +311,11 @@ class PrefillRole:
         self._current = transfer
         return True
 
-    def _check_deadline(self, transfer: _Transfer) -> None:
+    def _check_deadline(self, transfer: Transfer) -> None:
         if self._clock() > transfer.deadline_s:
             raise DeadlinePassed("nobody waits for this prompt any more: its deadline has passed")
 
-    def _header(self, transfer: _Transfer) -> Header:
+    def _header(self, transfer: Transfer) -> Header:
         facts, request = self._facts_of(), transfer.request
         return Header(
             compatibility=facts.identity.compatibility,
@@ -320,9 +332,17 @@ class PrefillRole:
     # -- one prompt
 
     async def _serve(
-        self, transfer: _Transfer, encoder: FrameEncoder, loop: EngineLoop
+        self, transfer: Transfer, encoder: FrameEncoder, loop: EngineLoop
     ) -> AsyncGenerator[bytes | memoryview, None]:
-        await self._start(transfer, loop)
+        starting = asyncio.create_task(self._start(transfer, loop), name=f"start {transfer.served_id}")
+        try:
+            while not (await asyncio.wait({starting}, timeout=HEARTBEAT_S))[0]:
+                self._check_deadline(transfer)
+                for part in _wire(encoder.send(Progress(0, transfer.total))):
+                    yield part
+            await starting
+        finally:
+            starting.cancel()
         for piece in transfer.known.pieces:
             transfer.keep(piece)
             for part in await self._send_piece(transfer, encoder, piece):
@@ -347,17 +367,17 @@ class PrefillRole:
         if transfer.kept is not None:
             transfer.kept.finish()
 
-    async def _send_piece(self, transfer: _Transfer, encoder: FrameEncoder, piece: Piece) -> list[bytes | memoryview]:
+    async def _send_piece(self, transfer: Transfer, encoder: FrameEncoder, piece: Piece) -> list[bytes | memoryview]:
         """The frame of a piece, or of the part of it that the receiver does not have."""
         p0 = max(piece.p0, transfer.sent)
         if p0 >= piece.p1:
             return []
-        payload = piece.payload if p0 == piece.p0 else self._prefixes.tail_of(piece, p0)
-        chunk = Chunk(transfer.chunks_sent, p0, piece.p1, payload)
+        missing = await self._prefixes.tail_of(piece, p0)
+        chunk = Chunk(transfer.chunks_sent, p0, piece.p1, missing.payload)
         transfer.chunks_sent, transfer.sent = transfer.chunks_sent + 1, piece.p1
-        return _wire(await off_loop(len(payload), lambda: encoder.send(chunk)))
+        return _wire(await off_loop(len(missing.payload), lambda: encoder.send(chunk)))
 
-    async def _next(self, transfer: _Transfer) -> _Item:
+    async def _next(self, transfer: Transfer) -> _Item:
         """The next item, or a repeated progress when nothing happened for a while."""
         try:
             async with asyncio.timeout(HEARTBEAT_S):
@@ -365,9 +385,13 @@ class PrefillRole:
         except TimeoutError:
             return PromptProgress(transfer.served_id, transfer.done, transfer.total)
 
-    async def _start(self, transfer: _Transfer, loop: EngineLoop) -> None:
+    async def _start(self, transfer: Transfer, loop: EngineLoop) -> None:
         """Hand the prompt to the engine, behind what is kept of it; all of it when the engine does not take that."""
         layout = self._facts_of().prompt_layout
+        if transfer.request.cache_prompt:
+            transfer.known = await self._match(transfer.request)  # the one before may have left more of it
+        if transfer.is_known_whole:
+            transfer.known = Match(transfer.known.pieces[:-1])  # the engine's part ends a transfer: leave it some
         if self.holders is not None:
             transfer.known = await self.holders.extend(transfer.request, transfer.known, self.prompt_token_s)
         state = await state_of(transfer.known, layout) if layout is not None else None
@@ -378,13 +402,18 @@ class PrefillRole:
             transfer.known = Match()
             await loop.call(lambda engine: self._serve_on(engine, transfer, None))
 
-    def _serve_on(self, engine: Engine, transfer: _Transfer, state: StateBlob | None) -> None:
+    def _serve_on(self, engine: Engine, transfer: Transfer, state: StateBlob | None) -> None:
         """Engine thread. Everything that is computed comes out, also what the receiver has: it is kept here."""
         prompt = ServedPrompt(transfer.served_id, tuple(transfer.request.ids), transfer.known.n_tokens)
         engine.serve(prompt, state)
         self._serving = transfer
 
-    def _chunk_left(self, engine: Engine, transfer: _Transfer) -> None:
+    def _forget(self, transfer: Transfer) -> None:
+        """Engine thread: hold nothing of a transfer that is over."""
+        if self._serving is transfer:
+            self._serving = None
+
+    def _chunk_left(self, engine: Engine, transfer: Transfer) -> None:
         """Engine thread."""
         transfer.chunks_out -= 1
         if transfer is self._serving and transfer.chunks_out < MAX_CHUNKS_OUT:

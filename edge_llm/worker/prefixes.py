@@ -4,7 +4,7 @@ Owns the store, the rule of each exactness level, and the way from kept pieces t
 to know HTTP, slots and turns. Everything here runs on the event loop, large copies in a thread (worker/offload.py).
 
 Rules (blueprint section 4). Level exact: any common beginning, computed or generated, has the same bits however it came
-to be. Otherwise only whole chunks of prompts: the same text, computed in the same pieces. A sequence that moves to
+to be. Otherwise only whole chunks of prompts, at same-plan computed in the same pieces. A sequence that moves to
 another worker is no reuse but the same run going on: all of it travels, at every level.
 """
 
@@ -26,44 +26,52 @@ class Prefixes:
     def __init__(self, facts: EngineFacts, limit_bytes: int) -> None:
         self._facts = facts
         layout = facts.prompt_layout or facts.layout
-        self._store = (
-            PrefixStore(layout.geometry, facts.v_layout, facts.chunk_tokens, limit_bytes)
-            if layout is not None
-            else None
-        )
+        self._geometry = layout.geometry if layout is not None else None
+        self._store = PrefixStore(facts.chunk_tokens, limit_bytes) if layout is not None else None
+        self._is_keeping = False
         self.query_tokens = self.hit_tokens = 0
 
     @property
     def used_bytes(self) -> int:
-        return self._store.used_bytes if self._store else 0
+        return self._store.used_bytes if self._store is not None else 0
 
     @property
     def limit_bytes(self) -> int:
-        return self._store.limit_bytes if self._store else 0
+        return self._store.limit_bytes if self._store is not None else 0
 
     @property
     def _is_exact(self) -> bool:
         return self._facts.level == "exact"
 
-    def match(self, tenant: str, ids: Sequence[int], *, is_moving: bool = False) -> Match:
+    async def match(self, tenant: str, ids: Sequence[int], *, is_moving: bool = False) -> Match:
         """What is kept of the beginning of `ids`, all of which need KV. `is_moving`: a running sequence goes on."""
         if self._store is None:
             return Match()
         found = self._store.match(tenant, ids, only_chunks=not (self._is_exact or is_moving))
         self.query_tokens += len(ids)
         self.hit_tokens += found.n_tokens
+        if found.pieces and found.pieces[-1].rows:
+            return Match((*found.pieces[:-1], await self._cut_off(found.pieces[-1], found.pieces[-1].p0)))
         return found
+
+    async def _cut_off(self, piece: Piece, p0: int) -> Piece:
+        """[p0, piece.p1) of a piece, with a payload of its own."""
+        geometry, v_layout = self._geometry, self._facts.v_layout
+        assert geometry is not None
+        rows = piece.rows or piece.p1 - piece.p0
+
+        def cut() -> bytes:
+            return slice_payload(geometry, v_layout, piece.payload, rows, p0 - piece.p0, piece.p1 - piece.p0)
+
+        return Piece(p0, piece.p1, await off_loop(len(piece.payload), cut))
 
     def holds_answer(self, cells: int) -> bool:
         """Whether KV of so many positions could be kept: no engine is asked to read out what cannot."""
         return self._store is not None and 0 < cells * self._facts.kv_bytes_per_token <= self._store.limit_bytes
 
-    def tail_of(self, piece: Piece, p0: int) -> bytes:
-        """Payload of [p0, piece.p1): what a receiver that has the beginning of a piece still needs."""
-        layout = self._facts.prompt_layout or self._facts.layout
-        assert layout is not None
-        count = piece.p1 - piece.p0
-        return slice_payload(layout.geometry, self._facts.v_layout, piece.payload, count, p0 - piece.p0, count)
+    async def tail_of(self, piece: Piece, p0: int) -> Piece:
+        """[p0, piece.p1): what a receiver that has the beginning of a piece still needs."""
+        return piece if p0 <= piece.p0 else await self._cut_off(piece, p0)
 
     def chain(self, tenant: str) -> Chain | None:
         """Begin to keep a prompt while it is computed here; None where nothing is kept."""
@@ -71,12 +79,16 @@ class Prefixes:
 
     async def keep_answer(self, tenant: str, prompt_tokens: int, kept: KeptKV, *, is_moving: bool = False) -> None:
         """A sequence that ended, or leaves in the middle: prompt and answer, as far as the level allows."""
-        if self._store is None:
-            return
+        if self._store is None or (self._is_keeping and not is_moving):
+            return  # one copy at a time: answers that end together would need memory that nobody counted
         total = len(kept.ids)
         if not (self._is_exact or is_moving):
             total = min(total, prompt_tokens) // self._facts.chunk_tokens * self._facts.chunk_tokens
-        pieces = await off_loop(kept.state.nbytes, lambda: _cut(kept.state, total, self._facts.chunk_tokens))
+        self._is_keeping = True
+        try:
+            pieces = await off_loop(kept.state.nbytes, lambda: _cut(kept.state, total, self._facts.chunk_tokens))
+        finally:
+            self._is_keeping = False
         self._store.keep(tenant, kept.ids, pieces)
 
 

@@ -123,7 +123,7 @@ def test_a_state_read_back_from_an_engine_is_the_state_that_was_put_there() -> N
     geometry = GEOMETRIES[0]
     shape = layout(geometry, 4)
     state = native(shape, values(geometry, 0, 11), 0, 11, 3)
-    assert StateBlob.from_native(shape, state, 11).payload(0, 11) == cut(shape, state, 11, 0, 11)
+    assert StateBlob.from_native(shape, bytearray(state), 11).payload(0, 11) == cut(shape, state, 11, 0, 11)
 
 
 @pytest.mark.parametrize(("p0", "p1", "size"), [(1, 3, 2), (0, 0, 0), (0, 6, 6), (0, 2, 1), (0, 2, 3)])

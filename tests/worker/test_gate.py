@@ -16,7 +16,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import edge_llm
 from edge_llm.kv.snapshot import ids_digest
-from edge_llm.worker.app import MAX_BODY_BYTES, PUBLIC
+from edge_llm.worker.app import PUBLIC
+from edge_llm.worker.bodies import MAX_BODY_BYTES
 from edge_llm.worker.messages import (
     CancelRequest,
     ChatMessage,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from edge_llm.engine.simulated import SimulatedBackend, SimulatedSettings
@@ -165,6 +167,7 @@ async def test_a_long_next_turn_is_prefilled_behind_the_answer_that_its_decode_w
     assert (again.report.mode, again.report.cached_tokens) == ("split", context)
     per_token = decode.worker.facts.kv_bytes_per_token
     assert again.report.handoff_bytes == (len(turn) - 1 - context) * per_token, "what D has does not come back"
+    assert prefill.worker.prefill.pending_tokens == prefill.worker.prefill.admitted == 0
     assert decode.worker.prefill.stored_out == 0
     assert prefill.worker.links.published[0].peer == "d1", "the answer's KV was fetched"
     assert prefill.worker.prefixes.used_bytes - before == (len(turn) - 1 - (2 * CHUNK - CHUNK)) * per_token
@@ -213,7 +216,7 @@ async def test_a_draining_worker_gives_its_sequences_away_and_no_token_is_comput
     answer = await cluster.gateway.ask(first.peer, prompt, max_tokens=60, sampling=SAMPLED, request_id="moving")
     await until(lambda: len(answer.ids) >= 5)
     assert first.worker.decode is not None
-    await first.worker.decode.hand_over()
+    draining = asyncio.create_task(first.worker.decode.hand_over())
     await until(lambda: answer.failed is not None)
     assert answer.failed is not None
     assert (answer.failed.code, answer.failed.is_retryable) == ("draining", True)
@@ -233,6 +236,20 @@ async def test_a_draining_worker_gives_its_sequences_away_and_no_token_is_comput
     assert answer.ids + moved.ids == undisturbed(prompt, 60, SAMPLED)
     assert moved.report.computed_tokens == 0, "the KV moved, nothing was computed again"
     assert moved.report.prefill_worker == "d1"
+    async with asyncio.timeout(0.5):  # far below the lease
+        await draining
+
+
+async def test_a_worker_that_drains_waits_until_its_sequences_were_fetched(cluster: Cluster) -> None:
+    slow = SimulatedSettings(n_ctx=512, slots=4, chunk_tokens=CHUNK, decode_run_s=0.01)
+    node = await cluster.start("decode", "d1", slow, prefix_cache_bytes=CACHE)
+    answer = await cluster.gateway.ask(node.peer, prompt_of(3 * CHUNK), max_tokens=60)
+    await answer.first_token()
+    draining = asyncio.create_task(node.worker.drain())
+    await until(lambda: answer.failed is not None)
+    await asyncio.sleep(0.05)
+    assert not draining.done(), "what it holds is nowhere else"
+    draining.cancel()
 
 
 async def test_what_a_draining_worker_no_longer_holds_is_computed_again(cluster: Cluster) -> None:
