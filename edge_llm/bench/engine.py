@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from edge_llm.bench.llama_tools import Kernels, batched_command, bench_command, parse_batched, parse_bench
-from edge_llm.bench.processes import MeasureFailed, Measurer, run_tool
+from edge_llm.bench.processes import Measurer, run_tool
 from edge_llm.bench.record import ModelFacts
 from edge_llm.bench.reference_tools import ToolTree, Tree
 from edge_llm.bench.run import Run
 from edge_llm.bench.stats import median, ratios
+from edge_llm.errors import EdgeLLMError
 from edge_llm.machine import huge_page_environment
 
 MEASURE: Final = "edge_llm.engine.measure"
@@ -70,8 +71,8 @@ def measure_models(
         run.models.append(model.facts)
         try:
             _measure_model(plan, model, trees, run, _within(progress, number, len(models)))
-        except MeasureFailed as error:
-            run.fail(f"engine on {model.facts.name}", error.message)
+        except (EdgeLLMError, OSError) as error:
+            run.fail(f"engine on {model.facts.name}", str(error))
     return figures(run, [model.facts.name for model in models])
 
 

@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 
-from edge_llm.bench.engine import RATIO_BAR, RATIOS, SAMPLER_BAR, figures, missed
+from edge_llm.bench.engine import (
+    RATIO_BAR,
+    RATIOS,
+    SAMPLER_BAR,
+    BenchModel,
+    Plan,
+    figures,
+    measure_models,
+    missed,
+)
+from edge_llm.bench.record import ModelFacts
+from edge_llm.bench.reference_tools import Manifest, ToolTree
 from edge_llm.bench.run import Run
 
 SIZES = ("prefill", "decode", "batch4", "batch8")
@@ -82,3 +96,22 @@ def test_a_figure_that_is_no_number_is_missed() -> None:
     good = {**dict.fromkeys(RATIOS, RATIO_BAR), "sampler_share_greedy": SAMPLER_BAR, "sampler_share_full": 0.0}
     assert missed(good) == []
     assert len(missed(good | {"decode_ratio": float("nan"), "sampler_share_full": float("nan")})) == 2
+
+
+@pytest.mark.parametrize(("tool", "words"), [("echo nonsense", "no JSON we know"), (None, "No such file")])
+def test_a_tool_that_says_nonsense_or_is_gone_is_a_failure_of_its_model_only(
+    tool: str | None, words: str, tmp_path: Path, model_path: Path
+) -> None:
+    if tool is not None:
+        (tmp_path / "llama-bench").write_text(f"#!/bin/sh\n{tool}\n")
+        (tmp_path / "llama-bench").chmod(0o755)
+    plan = Plan(core=min(os.sched_getaffinity(0)), repetitions=1, prompt_tokens=8, decode_tokens=2, n_ctx=64)
+    models = [
+        BenchModel(path, ModelFacts(name, path.name, "0" * 64, 0, "Q4_1"))
+        for name, path in (("there", model_path), ("absent", tmp_path / "absent.gguf"))
+    ]
+    run = Run("engine", ["test"], {})
+    tree = ToolTree(tmp_path, Manifest("0.3", "ours", (), "cc", "a cpu"))
+    measure_models(plan, models, {"ours": tree}, run, lambda _what, _done, _total: None)
+    assert [failure.what for failure in run.failures] == ["engine on there", "engine on absent"]
+    assert words in run.failures[0].why
