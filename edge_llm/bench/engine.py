@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from edge_llm.bench.llama_tools import Kernels, batched_command, bench_command, parse_batched, parse_bench
 from edge_llm.bench.processes import Measurer, run_tool
@@ -40,8 +40,8 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to measure. Depths and sizes are llama-bench's usual ones. `n_ctx` is as few cells as the tests need:
-    llama-bench takes no more, and V is read in strides of n_ctx, so that more cells slow down both sides."""
+    """What to measure. Depths and sizes are llama-bench's usual ones. Every context has as few cells as its test needs:
+    llama-bench takes no more, and V is read in strides of them, so that more cells slow down both sides."""
 
     core: int
     repetitions: int
@@ -49,8 +49,16 @@ class Plan:
     decode_tokens: int = 64
     batch_prompt_tokens: int = 32
     deadline_s: float = 900.0
-    n_ctx: int = 768
     slots: int = 8
+
+    @property
+    def prefill_cells(self) -> int:
+        return _cells(self.prompt_tokens + 1)
+
+    @property
+    def decode_cells(self) -> int:
+        """Per sequence, alone and in batches."""
+        return _cells(self.batch_prompt_tokens + self.decode_tokens + 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,19 +118,25 @@ def _within(progress: Progress, number: int, count: int) -> Progress:
 
 def _measure_model(plan: Plan, model: BenchModel, trees: Mapping[Tree, ToolTree], run: Run, progress: Progress) -> None:
     name = model.facts.name
-    arguments = ["--model", str(model.path), "--n-ctx", str(plan.n_ctx), "--slots", str(plan.slots)]
     progress(f"{name}: loading", 0, 1)
-    with Measurer(f"engine {name}", MEASURE, arguments, [plan.core]) as ours:
-        run.engine(f"edge_llm on {name}", ours.facts["build"])
-        is_repacked = ours.facts["build"]["repacked_tensors"] != "0"
-        turns = _turns(plan, model, trees, run, ours, is_repacked)
+    with _ours(plan, model, "prefill") as prefill, _ours(plan, model, "decode") as decode:
+        run.engine(f"edge_llm on {name}", decode.facts["build"])
+        turns = _turns(plan, model, trees, run, prefill, decode)
         total = plan.repetitions * len(turns)
         for repetition in range(plan.repetitions):
             # forth and back: neither side is always the one that comes second
             for number, (what, turn) in enumerate(turns if repetition % 2 == 0 else turns[::-1]):
                 progress(f"{name}: {what}", repetition * len(turns) + number, total)
                 turn()
-        run.used(ours.usage())
+        for ours in (prefill, decode):
+            run.used(ours.usage())
+
+
+def _ours(plan: Plan, model: BenchModel, phase: Literal["prefill", "decode"]) -> Measurer:
+    """Our engine in a process of its own, with the cells of one phase's tests."""
+    cells, slots = (plan.prefill_cells, 1) if phase == "prefill" else (plan.decode_cells, plan.slots)
+    arguments = ["--model", str(model.path), "--n-ctx", str(cells), "--slots", str(slots)]
+    return Measurer(f"engine {model.facts.name}, {phase}", MEASURE, arguments, [plan.core])
 
 
 def _turns(
@@ -130,23 +144,29 @@ def _turns(
     model: BenchModel,
     trees: Mapping[Tree, ToolTree],
     run: Run,
-    ours: Measurer,
-    is_repacked: bool,
+    prefill: Measurer,
+    decode: Measurer,
 ) -> list[tuple[str, Callable[[], None]]]:
     """One repetition: each of ours between the tools it is compared with."""
     name = model.facts.name
+    is_repacked = decode.facts["build"]["repacked_tensors"] != "0"
     same, default = Kernels(False, is_repacked), Kernels(True, is_repacked)
     turns: list[tuple[str, Callable[[], None]]] = [
         ("llama-bench, same kernels", lambda: _llama_bench(plan, model, trees["ours"], same, run)),
-        ("ours, one sequence", lambda: _ours_alone(plan, name, ours, run)),
+        ("ours, one sequence", lambda: _ours_alone(plan, name, prefill, decode, run)),
         ("llama-batched-bench, same kernels", lambda: _llama_batched(plan, model, trees["ours"], same, run)),
-        ("ours, batches", lambda: _ours_batched(plan, name, ours, run)),
+        ("ours, batches", lambda: _ours_batched(plan, name, decode, run)),
     ]
     if "default" in trees:
         tree = trees["default"]
         turns.insert(2, ("llama-bench, default", lambda: _llama_bench(plan, model, tree, default, run)))
         turns.append(("llama-batched-bench, default", lambda: _llama_batched(plan, model, tree, default, run)))
     return turns
+
+
+def _cells(tokens: int) -> int:
+    """llama.cpp rounds the cells of a sequence up to multiples of 256 (llama_context's constructor)."""
+    return -(-tokens // 256) * 256
 
 
 def _side(kernels: Kernels) -> str:
@@ -170,21 +190,24 @@ def _llama_bench(plan: Plan, model: BenchModel, tree: ToolTree, kernels: Kernels
 def _llama_batched(plan: Plan, model: BenchModel, tree: ToolTree, kernels: Kernels, run: Run) -> None:
     rows = [4, 8]
     tool = tree.tool("llama-batched-bench")
-    command = batched_command(tool, model.path, kernels, rows, plan.batch_prompt_tokens, plan.decode_tokens, plan.n_ctx)
+    command = batched_command(
+        tool, model.path, kernels, rows, plan.batch_prompt_tokens, plan.decode_tokens, plan.decode_cells
+    )
     output, used = run_tool(command, _environment(kernels), [plan.core], plan.deadline_s)
     run.used(used)
     for line in parse_batched(output, kernels, rows):
         run.add(f"{model.facts.name}: {_side(kernels)}: batch{line.rows}_tokens_per_s", line.decode_tokens_per_s)
 
 
-def _ours_alone(plan: Plan, name: str, ours: Measurer, run: Run) -> None:
+def _ours_alone(plan: Plan, name: str, prefill: Measurer, decode: Measurer, run: Run) -> None:
     for size, is_served in (("prefill", True), ("prefill_local", False)):
-        answer = ours.ask("prefill", plan.deadline_s, tokens=plan.prompt_tokens, is_served=is_served)
+        answer = prefill.ask("prefill", plan.deadline_s, tokens=plan.prompt_tokens, is_served=is_served)
         run.add(f"{name}: ours: {size}_tokens_per_s", answer["tokens_per_s"])
-    answer = ours.ask("decode", plan.deadline_s, rows=1, prompt_tokens=0, tokens=plan.decode_tokens)
+    # llama-bench takes a token before it looks at the clock
+    answer = decode.ask("decode", plan.deadline_s, rows=1, prompt_tokens=0, tokens=plan.decode_tokens, warm_steps=1)
     run.add(f"{name}: ours: decode_tokens_per_s", answer["tokens_per_s"])
     # over this model's own step: a model with so wide a vocabulary has a longer one, so the share is an upper bound
-    drawn = ours.ask("sampler", plan.deadline_s, vocab_size=WIDE_VOCABULARY, repeats=_DRAWS)
+    drawn = decode.ask("sampler", plan.deadline_s, vocab_size=WIDE_VOCABULARY, repeats=_DRAWS)
     for share in _SHARES:
         run.add(f"{name}: {share}", drawn[f"{share.removeprefix('sampler_share_')}_s"] / answer["step_s"])
 

@@ -102,13 +102,24 @@ class Bench:
         self._sequencer.end(0)
         return {"tokens_per_s": tokens / elapsed_s}
 
-    def decode(self, rows: int, prompt_tokens: int, tokens: int, holes: Sequence[int] = (), seed: int = 0) -> Result:
-        """`tokens` greedy tokens of `rows` sequences behind prompts of `prompt_tokens`; slots in `holes` have ended."""
+    def decode(
+        self,
+        rows: int,
+        prompt_tokens: int,
+        tokens: int,
+        holes: Sequence[int] = (),
+        warm_steps: int = 0,
+        seed: int = 0,
+    ) -> Result:
+        """`tokens` greedy tokens of `rows` sequences behind prompts of `prompt_tokens`; slots in `holes` have ended.
+        `warm_steps` are taken before the clock starts."""
         slots = [slot for slot in range(rows) if slot not in holes]
         ids = self._ids(prompt_tokens + 1, seed)
         snapshot = self._snapshot(ids) if prompt_tokens else None
         for slot in slots:
-            self._sequencer.begin(slot, _generation(slot, ids, tokens + 1), snapshot)
+            self._sequencer.begin(slot, _generation(slot, ids, warm_steps + tokens + 1), snapshot)
+        for _ in range(warm_steps):
+            self._step()
         started_s = time.perf_counter()
         for _ in range(tokens):
             if self._step().decoded_rows != len(slots):

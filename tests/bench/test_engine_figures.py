@@ -105,7 +105,7 @@ def test_a_tool_that_says_nonsense_or_is_gone_is_a_failure_of_its_model_only(
     if tool is not None:
         (tmp_path / "llama-bench").write_text(f"#!/bin/sh\n{tool}\n")
         (tmp_path / "llama-bench").chmod(0o755)
-    plan = Plan(core=min(os.sched_getaffinity(0)), repetitions=1, prompt_tokens=8, decode_tokens=2, n_ctx=64)
+    plan = Plan(core=min(os.sched_getaffinity(0)), repetitions=1, prompt_tokens=8, decode_tokens=2)
     models = [
         BenchModel(path, ModelFacts(name, path.name, "0" * 64, 0, "Q4_1"))
         for name, path in (("there", model_path), ("absent", tmp_path / "absent.gguf"))
