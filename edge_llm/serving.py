@@ -26,6 +26,8 @@ from edge_llm.config import LogLevel
 from edge_llm.errors import ConfigError
 from edge_llm.worker.tickets import KeyRing
 
+log = structlog.get_logger()
+
 
 def read_keys(file: Path | None, descriptor: int | None) -> KeyRing:
     """The cluster key from an inherited descriptor or a file; never from argv or the environment."""
@@ -130,8 +132,12 @@ class Server:
         self._stopping = asyncio.create_task(self._stop(), name="drain")
 
     async def _stop(self) -> None:
-        await self._drain()
-        self._server.should_exit = True
+        try:
+            await self._drain()
+        except Exception as error:  # whatever it was, the process was told to end
+            log.error("draining failed", error=repr(error), exc_info=True)
+        finally:
+            self._server.should_exit = True
 
 
 class _Uvicorn(uvicorn.Server):

@@ -245,6 +245,7 @@ class Gateway:
         time_left_s: float = 0.0,
         candidates: Sequence[PrefillCandidate] = (),
         holder: Peer | None = None,
+        must_split: bool = False,
     ) -> Answer:
         """POST /decode; `via` are the prefill candidates in order, or `candidates` with tickets of the test's own.
         `holder` (`peer` itself) is where they may fetch what is before."""
@@ -264,6 +265,7 @@ class Gateway:
             holder=self.candidate(holder or peer, request_id, context, tenant, True),
             tenant=tenant,
             cache_prompt=cache_prompt,
+            must_split=must_split,
             time_left_s=time_left_s,
         )
         await self.client.decode(peer, request)

@@ -154,6 +154,7 @@ class Dispatcher:
             finally:
                 self._leave(running, task)
         finally:
+            self._planner.over(running)  # also of one that was refused while it waited for a plan
             del self._running[job.request_id]
             is_measure = running.session.state in (State.DONE, State.CANCELLED)
             self._queue.service.ended(job.model, job.request_id, self._clock(), is_measure=is_measure)
@@ -197,8 +198,8 @@ class Dispatcher:
         return None if job.deadline_s is None else max(MIN_TIME_S, job.deadline_s - self._clock())
 
     async def _attempt(self, running: Running, plan: Plan) -> None:
-        if running.session.is_over:
-            return
+        if running.session.state is not State.PREFILLING:
+            return  # over, or its worker was lost before anything was sent: it needs another plan
         running.ended.clear()
         try:
             await self._send(running, plan)
@@ -293,7 +294,6 @@ class Dispatcher:
         if is_early:
             session.on(Event.CLIENT_GONE)
             running.ended.set()
-        self._planner.over(running)
         self._metrics.ended(running)
         _log_end(running)
         if not is_with_worker:
@@ -305,17 +305,21 @@ class Dispatcher:
 
     def _end(self, running: Running, plan: Plan, task: asyncio.Task[None] | None = None) -> None:
         """Cancel at the decode worker, once `task` has ended: a cancellation must not overtake what it cancels."""
-        request = CancelRequest(request_id=running.job.request_id, epoch=running.session.epoch)
+        self.stray(plan.decode, running.job.request_id, running.session.epoch, task)
+
+    def stray(self, node: Node, request_id: str, epoch: int, task: asyncio.Task[None] | None = None) -> None:
+        """A worker computes for nobody: tell it to stop, once `task` has ended."""
+        request = CancelRequest(request_id=request_id, epoch=epoch)
 
         async def cancel() -> None:
             if task is not None:
                 await asyncio.wait({task})
             try:
-                await self._client.cancel(peer_of(plan.decode), request)
+                await self._client.cancel(peer_of(node), request)
             except EdgeLLMError as error:
-                log.info("cancel not delivered", request_id=request.request_id, code=error.code)
+                log.info("cancel not delivered", request_id=request_id, code=error.code)
 
-        ending = asyncio.create_task(cancel(), name=f"cancel {request.request_id}")
+        ending = asyncio.create_task(cancel(), name=f"cancel {request_id}")
         self._endings.add(ending)
         ending.add_done_callback(self._endings.discard)
 

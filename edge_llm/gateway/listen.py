@@ -7,6 +7,7 @@ Refuses to know planning and sending (dispatch.py) and clients.
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Final, Protocol
 
@@ -23,6 +24,7 @@ from edge_llm.worker.client import Peer, WorkerClient, error_of
 from edge_llm.worker.messages import ErrorReply, EventBatch
 
 RECONNECT_S: Final = 0.5
+MAX_STRAYS: Final = 1024
 log = structlog.get_logger()
 
 
@@ -47,6 +49,9 @@ class Outcomes(Protocol):
     def finished(self, running: Running) -> None:
         """Its last token came."""
 
+    def stray(self, node: Node, request_id: str, epoch: int) -> None:
+        """`node` works on a request that this gateway does not have in that epoch."""
+
     def gone(self, node: Node) -> None:
         """The connection to `node` broke."""
 
@@ -66,6 +71,7 @@ class Listener:
         self._client, self._running, self._outcomes = client, running, outcomes
         self._metrics, self._clock, self._buffer_bytes = metrics, clock, buffer_bytes
         self._connections: dict[Place, asyncio.Task[None]] = {}
+        self._strays: OrderedDict[tuple[str, int], None] = OrderedDict()
 
     def on_view(self, before: ClusterView, after: ClusterView) -> None:
         """Keep one event connection to every node of the view."""
@@ -79,14 +85,36 @@ class Listener:
         try:
             async for batch in self._client.events(Peer(node.worker, node.place.address)):
                 self._on_batch(batch)
+                self._end_strays(batch, node)
         except EdgeLLMError as error:
             log.warning("event connection lost", worker=node.worker, message=error.message)
-            self._outcomes.gone(node)
-            lost = WorkerUnreachable(f"decode worker {node.worker} was lost: {error.message}")
-            for running in list(self._running.values()):
-                if running.plan is not None and running.plan.decode.place == node.place:
-                    self._outcomes.lose(running, lost)
-            await asyncio.sleep(RECONNECT_S)
+            self._lose_all(node, error.message)
+        except Exception as error:  # top of the task: what was not heard may have been somebody's last token
+            log.error("events failed", worker=node.worker, error=repr(error), exc_info=True)
+            self._lose_all(node, "the gateway failed on what it said")
+        await asyncio.sleep(RECONNECT_S)
+
+    def _lose_all(self, node: Node, why: str) -> None:
+        self._outcomes.gone(node)
+        lost = WorkerUnreachable(f"decode worker {node.worker} was lost: {why}")
+        for running in list(self._running.values()):
+            if running.plan is not None and running.plan.decode.place == node.place:
+                self._outcomes.lose(running, lost)
+
+    def _end_strays(self, batch: EventBatch, node: Node) -> None:
+        """Sequences of an earlier gateway of this name, or that a cancellation overtook, would otherwise hold their
+        slots until they are whole. One cancellation each."""
+        for token in batch.tokens:
+            stray = (token.request_id, token.epoch)
+            if token.finish_reason is None and stray not in self._strays and self._is_stray(*stray):
+                self._strays[stray] = None
+                if len(self._strays) > MAX_STRAYS:
+                    self._strays.popitem(last=False)
+                self._outcomes.stray(node, *stray)
+
+    def _is_stray(self, request_id: str, epoch: int) -> bool:
+        running = self._running.get(request_id)
+        return running is None or epoch < running.session.epoch
 
     def _on_batch(self, batch: EventBatch) -> None:
         for prompted in batch.prompted:

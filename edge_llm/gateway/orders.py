@@ -40,12 +40,14 @@ class Orders:
             tenant=job.tenant,
             time_left_s=time_left_s,
             holder=self._holder(running, plan, digest),
+            must_split=job.mode == "split",
         )
 
     def _candidates(self, running: Running, plan: Plan, digest: str) -> list[PrefillCandidate]:
         """Where the decode worker may get KV: first from a draining worker that holds all of it."""
-        moving = [self._source(running, running.holder, digest, only_stored=True)] if running.holder else []
-        holder = peer_of(plan.decode)
+        holder, moved = peer_of(plan.decode), running.holder
+        is_elsewhere = moved is not None and moved.place != plan.decode.place
+        moving = [self._source(running, moved, digest, only_stored=True)] if moved is not None and is_elsewhere else []
         return moving + [self._source(running, node, digest, holder=holder) for node in plan.candidates]
 
     def _holder(self, running: Running, plan: Plan, digest: str) -> PrefillCandidate | None:

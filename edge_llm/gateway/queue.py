@@ -72,6 +72,7 @@ class Place:
     is_returning: bool = False
     is_held: bool = True
     overtaken_s: float | None = None
+    free_slots: int = 0
     reason: str = "the queue did not move"
     planned: asyncio.Future[Plan] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
@@ -101,6 +102,7 @@ class PlanQueue:
             self._check(demand, others, self._ahead(demand), free_slots=max(0, free_slots))
         self._check_bytes(demand)
         place = self._place(demand)
+        place.free_slots = max(0, free_slots)
         self._arriving.add(place)
         return place
 
@@ -117,7 +119,7 @@ class PlanQueue:
             place.planned.result()
             return
         try:
-            self._check(demand, others, ahead, place)
+            self._check(demand, others, ahead, place, place.free_slots)
         except Overloaded:
             self.leave(place)
             raise

@@ -17,7 +17,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import structlog
 
@@ -101,6 +101,7 @@ class Wanted:
     tenant: str = ""
     cache_prompt: bool = True
     holder: PrefillCandidate | None = None
+    must_split: bool = False
     time_left_s: Callable[[], float] = field(default=lambda: 0.0, repr=False)
 
     @property
@@ -173,6 +174,8 @@ class Adopter:
             if wanted.candidates:
                 record.fallback = f"computed unsplit: {self._facts().split_reason}"
             return None
+        if wanted.must_split and wanted.candidates and wanted.known.n_tokens == wanted.total:
+            wanted = replace(wanted, known=Match(wanted.known.pieces[:-1]))  # something has to be asked for
         record.cached_tokens = wanted.known.n_tokens
         if not wanted.candidates or self._is_soon_done(wanted):
             return await state_of(wanted.known, layout)
@@ -192,7 +195,8 @@ class Adopter:
     def _is_soon_done(self, wanted: Wanted) -> bool:
         """A next turn: only this worker holds what it generated, and what is new is no more than a chunk. A prefill
         worker would compute the answer again before it came to that."""
-        return 0 < wanted.known.n_tokens >= wanted.total - self._facts().chunk_tokens
+        is_short = 0 < wanted.known.n_tokens >= wanted.total - self._facts().chunk_tokens
+        return is_short and not wanted.must_split
 
     async def _ask_in_turn(self, wanted: Wanted, record: PromptRecord, snapshot: StateBlob) -> list[str]:
         """Ask candidates until the snapshot is complete or nobody is worth asking; say what went wrong."""

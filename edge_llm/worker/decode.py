@@ -221,8 +221,8 @@ class DecodeRole:
                     prompt_tokens = len(running.generation.prompt_ids)
                     await self._prefixes.keep_answer(running.request.tenant, prompt_tokens, kept, is_moving=True)
                     self._moved[running.request_id] = self._kv_bytes(running)
-            except EdgeLLMError as error:
-                log.warning("KV stays here", request_id=running.request_id, message=error.message)
+            except Exception as error:  # no memory for a copy, perhaps: the request goes on elsewhere all the same
+                log.warning("KV stays here", request_id=running.request_id, error=repr(error), exc_info=True)
         self._fail(running, Draining(f"worker {self._name} is draining"))
         self._outboxes.flush()
 
@@ -278,6 +278,7 @@ class DecodeRole:
             request.tenant,
             request.cache_prompt,
             request.holder,
+            request.must_split,
             lambda: max(0.001, alarm.when() - clock()) if alarm is not None else 0.0,
         )
 

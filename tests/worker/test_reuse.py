@@ -59,6 +59,20 @@ async def test_a_short_next_turn_is_computed_where_the_conversation_is(cluster: 
         assert (prefill.worker.prefixes.query_tokens == served) == is_short
 
 
+@pytest.mark.parametrize("new", [0, 3])
+async def test_a_split_that_was_asked_for_is_one_also_when_it_is_not_needed(cluster: Cluster, new: int) -> None:
+    """A client that says `split` twice sees two workers twice, and the KV that both have does not travel again."""
+    prefill, decode = await prefill_worker(cluster), await decode_worker(cluster)
+    prompt = prompt_of(3 * CHUNK + 2)
+    await (await cluster.gateway.ask(decode.peer, prompt, [prefill.peer], max_tokens=1)).over()
+    await kept(decode, len(prompt))
+    turn = [*prompt, *prompt_of(new, seed=3)]
+    again = await (await cluster.gateway.ask(decode.peer, turn, [prefill.peer], must_split=True)).over()
+    assert again.ids == undisturbed(turn, 8)
+    assert (again.report.mode, again.report.prefill_worker, again.report.fallback) == ("split", "p1", None)
+    assert again.report.handoff_bytes <= CHUNK * decode.worker.facts.kv_bytes_per_token
+
+
 async def test_a_shared_beginning_is_prefilled_once(cluster: Cluster) -> None:
     """The prefill worker keeps it, whichever decode workers ask."""
     prefill = await prefill_worker(cluster)
