@@ -9,7 +9,8 @@ which the decode node computes the prompt. A node of the other pool (pools.py) h
 with tokens when no decode worker has room, with prompts when all prefill workers have one and it is better by a margin.
 So must a node of another exactness class be: predictions err, and promises are not given up for noise. When a full
 node is predicted to serve sooner than the free ones, the request waits for it, but never longer than the free one would
-have taken.
+have taken. Who asks for `split` waits for a decode worker that somebody can prefill for, and gets local only when there
+is none.
 """
 
 from __future__ import annotations
@@ -147,15 +148,22 @@ def decide(wish: Wish, view: ClusterView, situation: Situation) -> Plan:
         raise UnknownModel(f"no worker serves the model {wish.model!r}; served are: {known}", param="model")
     able = [node for node in view.ready(wish.model) if node.decodes and node.worker not in wish.avoid]
     able = _of_the_same_class(wish, able, situation)
+    readers = [node for node in view.ready(wish.model) if node.prefills and node.worker not in wish.avoid]
     decoders = [node for node in able if _has_room(node, wish, situation)]
     if not decoders:
         raise Overloaded(_why_nobody(wish, view, able), retry_after_s=2.0)
+    must_split = wish.mode == "split" and wish.prompt_tokens >= 2
+    if must_split and _fed([node for node in able if wish.cells <= node.status.n_ctx], readers, wish, situation):
+        decoders = _fed(decoders, readers, wish, situation)
+        if not decoders:
+            raise Overloaded("all slots of the decode workers that can take over a prompt are taken", retry_after_s=2.0)
     decoders = [node for node in decoders if situation.pool_of(node) != "prompt"] or decoders
-    readers = [node for node in view.ready(wish.model) if node.prefills and node.worker not in wish.avoid]
     home = [node for node in readers if situation.pool_of(node) != "token"]
     idle = [node for node in home if not situation.work(node).prompts]
     if any(_can_feed(reader, decoder, wish, situation) for reader in idle for decoder in decoders):
         readers = home
+    if must_split:
+        decoders = _fed(decoders, readers, wish, situation) or decoders
     if situation.policy is not None:
         return _by_policy(situation.policy, wish, decoders, readers, situation)
     return _by_prediction(wish, decoders, readers, situation)
@@ -216,7 +224,7 @@ def _options(wish: Wish, decoders: Sequence[Node], readers: Sequence[Node], situ
             helping = ((decode, "token"),)
         own = sides[decode.worker]
         yield _Option(decode, None, predict_local(request, own), helping)
-        if wish.prompt_tokens < 2 or not decode.status.splits or decode not in far:
+        if wish.prompt_tokens < 2 or decode not in far:
             continue
         for prefill in near:
             if not _can_feed(prefill, decode, wish, situation):
@@ -274,7 +282,7 @@ def _by_policy(
     wants_split = wish.mode == "split" or (wish.mode == "auto" and wish.prompt_tokens > decode.status.chunk_tokens)
     if not wants_split or wish.prompt_tokens < 2:
         return Plan(decode, (), reason="policy")
-    fitting = [node for node in readers if _can_feed(node, decode, wish, situation)] if decode.status.splits else []
+    fitting = [node for node in readers if _can_feed(node, decode, wish, situation)]
     if not fitting:
         note = _why_not_split(wish, [decode], readers, situation) if wish.mode == "split" else None
         return Plan(decode, (), note, reason="policy")
@@ -305,11 +313,17 @@ def _has_room(node: Node, wish: Wish, situation: Situation) -> bool:
 def _can_feed(prefill: Node, decode: Node, wish: Wish, situation: Situation) -> bool:
     """Whether `prefill` can compute this prompt so that `decode` can adopt it, and may."""
     return (
-        prefill.worker != decode.worker
+        decode.status.splits
+        and prefill.worker != decode.worker
         and prefill.status.compatibility == decode.status.compatibility
         and prefill.status.n_ctx >= wish.prompt_tokens
         and not (situation.cross_class == "never" and _is_foreign(prefill, decode))
     )
+
+
+def _fed(decoders: Sequence[Node], readers: Sequence[Node], wish: Wish, situation: Situation) -> list[Node]:
+    """Those for which another worker can compute this prompt."""
+    return [node for node in decoders if any(_can_feed(reader, node, wish, situation) for reader in readers)]
 
 
 def _is_foreign(prefill: Node, decode: Node) -> bool:

@@ -132,6 +132,20 @@ def test_split_of_a_model_that_cannot_says_why() -> None:
     assert (made.candidates, made.note) == ((), "not split: recurrent models have no KV rows")
 
 
+@pytest.mark.parametrize("policy", [None, LeastBusy()])
+def test_split_waits_for_the_decode_workers_that_can_be_fed_rather_than_become_local(policy: Policy | None) -> None:
+    foreign = node("d0", "decode", compatibility="c" * 64)
+    situation = {"policy": policy}
+    assert names(plan([P1, foreign, D1], {"d1": streams(3)}, mode="split", situation=situation)) == ("d1", ["p1"])
+    with pytest.raises(Overloaded, match="that can take over a prompt are taken"):
+        plan([P1, foreign, D1], {"d1": FULL}, mode="split", situation=situation)
+    with pytest.raises(Overloaded, match="that can take over a prompt are taken"):
+        plan([spare("p1", "prefill"), D1], {"d1": FULL}, mode="split", situation=situation)
+    short = node("d1", "decode", n_ctx=119)
+    made = plan([P1, foreign, short], {"d1": FULL}, mode="split", situation=situation)
+    assert names(made) == ("d0", []), "d1 will never have the context"
+
+
 def test_a_plan_carries_its_prediction() -> None:
     made = plan([D1], answer_tokens=10)
     assert made.prediction is not None
@@ -421,6 +435,22 @@ def test_whatever_the_view_a_plan_can_be_carried_out(
         assert candidate.worker != decode.worker
         assert candidate.status.compatibility == decode.status.compatibility
         assert not never or candidate.status.exactness_class == decode.status.exactness_class
+    pairs = [
+        (reader, decoder)
+        for reader in nodes
+        for decoder in nodes
+        if reader is not decoder
+        and reader.prefills
+        and decoder.decodes
+        and {reader.status.is_ready, decoder.status.is_ready} == {True}
+        and not avoid & {reader.worker, decoder.worker}
+        and reader.status.n_ctx >= tokens
+        and decoder.status.n_ctx >= tokens + 20
+        and reader.status.compatibility == decoder.status.compatibility
+        and not (never and reader.status.exactness_class != decoder.status.exactness_class)
+    ]
+    if mode == "split" and tokens >= 2 and pairs:
+        assert made.mode == "split", "who can have it waits for it"
     assert len({candidate.worker for candidate in made.candidates}) == len(made.candidates)
     assert len(made.candidates) <= (0 if mode == "local" else MAX_CANDIDATES)
     if made.candidates:
