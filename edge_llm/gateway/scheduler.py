@@ -214,10 +214,12 @@ def _options(wish: Wish, decoders: Sequence[Node], readers: Sequence[Node], situ
         node.worker: Side(NodeCost.of(node.status), situation.work(node), wish.held.get(node.worker, 0))
         for node in (*decoders, *readers)
     }
-    near = _shortlist(readers, lambda node: predict_local(request, sides[node.worker]).everybody_s)
+    able = [node for node in readers if any(_can_feed(node, decode, wish, situation) for decode in decoders)]
+    near = _shortlist(able, lambda node: predict_local(request, sides[node.worker]).everybody_s)
     # a decode worker without this prompt's work: the prompt comes from elsewhere
     bare = replace(request, prompt_tokens=1)
-    far = _shortlist(decoders, lambda node: predict_local(bare, replace(sides[node.worker], held=0)).everybody_s)
+    fed = _fed(decoders, near, wish, situation)
+    far = _shortlist(fed, lambda node: predict_local(bare, replace(sides[node.worker], held=0)).everybody_s)
     for decode in decoders:
         helping: tuple[tuple[Node, Pool], ...] = ()
         if situation.pool_of(decode) == "prompt":

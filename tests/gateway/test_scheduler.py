@@ -266,6 +266,26 @@ def test_in_a_large_cluster_the_best_are_still_found() -> None:
     assert (decode, candidates[0]) == ("d07", "p11")
 
 
+@pytest.mark.parametrize("mode", ["auto", "split"])
+def test_nodes_that_do_not_fit_hide_none_that_does(mode: Mode) -> None:
+    foreign: dict[str, Any] = {"compatibility": "c" * 64}
+    readers = [node(f"p{number}", "prefill", **foreign) for number in range(SHORTLIST)]
+    slow = node("p9", "prefill", Rates(token_s=0.011))
+    assert names(plan([*readers, slow, D1], {"d1": streams(3)}, mode=mode)) == ("d1", ["p9"])
+    decoders = [node(f"d{number}", "decode", **foreign) for number in range(SHORTLIST)]
+    works = {entry.worker: streams(3) for entry in decoders} | {"d9": streams(4)}
+    large = node("d9", "decode", slots=8)
+    assert names(plan([P1, *decoders, large], works, mode=mode)) == ("d9", ["p1"])
+
+
+def test_the_reason_for_local_is_the_right_one_in_a_large_cluster() -> None:
+    foreign = [node(f"p{number}", "prefill", compatibility="c" * 64) for number in range(SHORTLIST)]
+    slow = node("p9", "prefill", Rates(token_s=0.011), exactness_class="c" * 64)
+    made = plan([*foreign, slow, D1], mode="split", situation={"cross_class": "never"})
+    assert made.note == "not split: the other prefill workers are of another exactness class (setting cross_class)"
+    assert plan([*foreign, slow, D1], mode="split").note is None
+
+
 # -- classes
 
 
