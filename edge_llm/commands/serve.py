@@ -85,7 +85,10 @@ def gateway(config: Path | None, **flags: Any) -> None:
     """The gateway: one OpenAI-style endpoint in front of all workers."""
     from edge_llm.gateway.serve import run_gateway
 
-    run_gateway(load_settings(GatewayConfig, flags, config))
+    settings = load_settings(GatewayConfig, flags, config)
+    if flags["no_auth"] and flags["api_keys_file"] is None:  # the command line beats what a file says
+        settings = settings.model_copy(update={"api_keys_file": None})
+    run_gateway(settings)
 
 
 def _start_again_with_huge_pages() -> None:

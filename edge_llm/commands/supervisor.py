@@ -4,9 +4,10 @@ Owns who is started with what, restart with back-off, and the order of starting 
 It starts the very same `edge-llm serve ...` processes that a real cluster runs; there is no second code path. The
 cluster key is made here and inherited by descriptor.
 
-Invariants: a worker keeps its port over restarts, so that the workers file stays true; a child that cannot be started
-again is tried again and takes nobody with it; workers of one machine share its memory out; whatever happens, children
-do not outlive the supervisor (they also watch for its death).
+Invariants: all listen on loopback only, without API keys, whatever a settings file says for a real cluster; a worker
+keeps its port over restarts, so that the workers file stays true; a child that cannot be started again is tried again
+and takes nobody with it; workers of one machine share its memory out; whatever happens, children do not outlive the
+supervisor (they also watch for its death).
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ class Supervisor:
         for number, role in enumerate(roles):
             name = f"{role}-{roles[:number].count(role) + 1}"
             port = free_port()
-            arguments = ["serve", "worker", "--role", role, "--name", name, "--port", str(port)]
+            arguments = ["serve", "worker", "--role", role, "--name", name, "--host", LOOPBACK, "--port", str(port)]
             arguments += ["--model", model, "--threads", str(threads), "--threads-batch", str(threads)]
             arguments += SIMULATED_SPEED if config.simulated else share
             mine = tuple(cores[(number * threads + i) % len(cores)] for i in range(threads)) if config.pin else ()
@@ -118,7 +119,7 @@ class Supervisor:
         return ("--memory-limit-bytes", str(self._available_bytes() // workers))
 
     def _gateway_arguments(self, config: UpConfig) -> list[str]:
-        place = ["--port", str(config.port), "--name", f"gateway-{config.port}"]
+        place = ["--host", LOOPBACK, "--port", str(config.port), "--name", f"gateway-{config.port}"]
         return ["serve", "gateway", *place, "--no-auth", "--drain-s", str(GATEWAY_DRAIN_S)]
 
     def _write_workers(self, folder: Path) -> Path:

@@ -60,6 +60,25 @@ def test_a_worker_may_take_as_long_to_stop_as_its_drain(monkeypatch: pytest.Monk
 
 @pytest.mark.anyio
 @pytest.mark.timeout(120)
+async def test_settings_of_a_real_cluster_do_not_open_a_local_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One file for both: addresses to be reached from outside, and who may come in."""
+    file = tmp_path / "both.yaml"
+    file.write_text(
+        f"worker: {{host: 0.0.0.0}}\ngateway: {{host: 0.0.0.0, api_keys_file: {tmp_path}/none-here.yaml}}\n"
+    )
+    monkeypatch.setenv("EDGE_LLM_CONFIG", str(file))
+    supervisor = Supervisor(UpConfig(simulated=2, prefill=1, decode=1, port=0), SIMULATED_MODEL, (), print)
+    stop = asyncio.Event()
+    async with asyncio.timeout(60):
+        await supervisor.run(stop, stop.set)
+    addresses = [child.ready["address"] for child in supervisor.children if child.ready]
+    assert [address.rpartition(":")[0] for address in addresses] == ["127.0.0.1"] * 3
+
+
+@pytest.mark.anyio
+@pytest.mark.timeout(120)
 async def test_a_worker_whose_program_is_gone_for_a_while_comes_back_and_the_others_stay(tmp_path: Path) -> None:
     """Started again it fails twice: with a program that cannot be run, then with one that says nonsense."""
     said: list[str] = []
