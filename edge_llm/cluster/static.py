@@ -1,12 +1,14 @@
 """Workers from a file: how two boards without Kubernetes find each other.
 
-The file is YAML, a list of `{name, address}`, both text; `address` is `IP:port`. It is read again when it changes, so
+The file is YAML, a list of `{name, address}`, both text; `address` is `IP:port`: decode workers hold the
+IP against the networks that they may fetch from, and a name says nothing there. It is read again when it changes, so
 that a board can be added while the gateway runs. Owns the format and its errors; refuses to ask workers anything.
 """
 
 from __future__ import annotations
 
 import re
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Final
 
@@ -18,7 +20,7 @@ from edge_llm.errors import ConfigError
 _KEYS: Final = frozenset({"name", "address"})
 _NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 MAX_PORT: Final = 65_535
-_ADDRESS: Final = re.compile(r"[A-Za-z0-9.\[\]:_-]{1,255}:[0-9]{1,5}")
+_ADDRESS: Final = re.compile(r"(?:([0-9.]+)|\[([0-9A-Fa-f:.]+)\]):([0-9]{1,5})")
 
 
 class StaticFile:
@@ -63,13 +65,23 @@ def _place(entry: object, number: int, where: str) -> Place:
         got = ", ".join(map(str, entry)) if isinstance(entry, dict) else repr(entry)
         raise ConfigError(f"{where}, worker {number}: the keys are name and address; it has {got}")
     name, address = entry["name"], entry["address"]
-    if not (isinstance(name, str) and _NAME.fullmatch(name) and isinstance(address, str) and _is_address(address)):
+    if not (isinstance(name, str) and _NAME.fullmatch(name)):
+        raise ConfigError(f"{where}, worker {number}: name {name!r} is not one; a name of digits needs quotes")
+    if not (isinstance(address, str) and _is_address(address)):
         raise ConfigError(
-            f"{where}, worker {number}: name {name!r} or address {address!r} (IP:port) is not one; both are text, "
-            "a name of digits needs quotes"
+            f'{where}, worker {number} ({name}): address {address!r} is not "IP:port", such as "10.0.0.11:9001" or '
+            '"[fd00::11]:9001"; host names are not looked up'
         )
     return Place(name, address)
 
 
 def _is_address(text: str) -> bool:
-    return bool(_ADDRESS.fullmatch(text)) and 0 < int(text.rpartition(":")[2]) <= MAX_PORT
+    found = _ADDRESS.fullmatch(text)
+    if found is None:
+        return False
+    four, six, port = found.groups()
+    try:
+        ip = ip_address(four or six)
+    except ValueError:
+        return False
+    return ip.version == (4 if four else 6) and 0 < int(port) <= MAX_PORT

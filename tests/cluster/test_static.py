@@ -23,8 +23,8 @@ def test_a_file_names_workers_and_their_addresses() -> None:
     assert parse_places(TWO, "w.yaml") == PLACES
 
 
-@pytest.mark.parametrize("address", ["[fe80::1]:9001", "node-3.lan:1", "127.0.0.1:65535"])
-def test_an_address_is_an_ip_or_a_host_with_a_port(address: str) -> None:
+@pytest.mark.parametrize("address", ["[fe80::1]:9001", "127.0.0.1:65535"])
+def test_an_address_is_an_ip_with_a_port(address: str) -> None:
     assert parse_places(f'- {{name: a, address: "{address}"}}', "w.yaml") == (Place("a", address),)
 
 
@@ -45,20 +45,26 @@ def test_a_cluster_may_be_empty_for_now(text: str) -> None:
         ("just text", "must be a list of workers"),
         ("- just text", "worker 1: the keys are name and address; it has 'just text'"),
         ("- {name: a}", "worker 1: the keys are name and address; it has name"),
-        ('- {name: a, address: "h:1", role: decode}', "it has name, address, role"),
-        ('- {name: a, address: "h:1"}\n- {}', "worker 2: the keys are"),
-        ('- {name: "a b", address: "h:1"}', "name 'a b'"),
-        ('- {name: "", address: "h:1"}', "name ''"),
-        ('- {name: 007, address: "h:1"}', "needs quotes"),
-        ('- {name: on, address: "h:1"}', "name True"),
-        ('- {name: a, address: ["h:1"]}', "address"),
-        ("- {name: a, address: h}", "address 'h'"),
-        ('- {name: a, address: "h:"}', "address 'h:'"),
-        ('- {name: a, address: "h:0"}', "address 'h:0'"),
-        ('- {name: a, address: "h:65536"}', "address 'h:65536'"),
+        ('- {name: a, address: "10.0.0.1:1", role: decode}', "it has name, address, role"),
+        ('- {name: a, address: "10.0.0.1:1"}\n- {}', "worker 2: the keys are"),
+        ('- {name: "a b", address: "10.0.0.1:1"}', "name 'a b'"),
+        ('- {name: "", address: "10.0.0.1:1"}', "name ''"),
+        ('- {name: 007, address: "10.0.0.1:1"}', "needs quotes"),
+        ('- {name: on, address: "10.0.0.1:1"}', "name True"),
+        ('- {name: a, address: ["10.0.0.1:1"]}', "address"),
+        ("- {name: a, address: 10.0.0.1}", "address '10.0.0.1'"),
+        ('- {name: a, address: "node-3.lan:1"}', "worker 1 (a): address 'node-3.lan:1' is not \"IP:port\""),
+        ('- {name: a, address: "localhost:1"}', "host names are not looked up"),
+        ('- {name: a, address: "10.0.0.256:1"}', "address '10.0.0.256:1'"),
+        ('- {name: a, address: "10.0.0.1.:1"}', "address '10.0.0.1.:1'"),
+        ('- {name: a, address: "fe80::1:9001"}', "address 'fe80::1:9001'"),
+        ('- {name: a, address: "[10.0.0.1]:9001"}', "address '[10.0.0.1]:9001'"),
+        ('- {name: a, address: "10.0.0.1:"}', "address '10.0.0.1:'"),
+        ('- {name: a, address: "10.0.0.1:0"}', "address '10.0.0.1:0'"),
+        ('- {name: a, address: "10.0.0.1:65536"}', "address '10.0.0.1:65536'"),
         ('- {name: a, address: "http://h:1"}', "address 'http://h:1'"),
         ('- {name: a, address: "u@h:1"}', "address 'u@h:1'"),
-        ('- {name: a, address: "h:1"}\n- {name: a, address: "h:2"}', "names a worker twice"),
+        ('- {name: a, address: "10.0.0.1:1"}\n- {name: a, address: "10.0.0.1:2"}', "names a worker twice"),
     ],
     ids=lambda value: value[:40],
 )
@@ -83,7 +89,7 @@ def test_the_file_is_read_again_when_it_changes_and_only_then(tmp_path: Path) ->
     assert file.places() is file.places()
     written(path, TWO.replace("pi-a", "pi-c"), 2)
     assert [place.worker for place in file.places()] == ["pi-c", "pi_b.local"]
-    written(path, '- {name: d, address: "h:1"}', 2)
+    written(path, '- {name: d, address: "10.0.0.1:1"}', 2)
     assert [place.worker for place in file.places()] == ["d"], "same time, another size"
 
 
