@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from edge_llm.commands.endpoint import open_url
 from edge_llm.errors import WorkerUnreachable
 
 
@@ -28,7 +29,8 @@ from edge_llm.errors import WorkerUnreachable
 @click.option("--temperature", type=float, default=0.7, show_default=True)
 @click.option("--mode", type=click.Choice(["auto", "split", "local"]), default="auto", show_default=True)
 def chat(url: str, api_key_file: Path | None, system: str | None, **options: Any) -> None:
-    """Chat; answers stream. /reset forgets, /quit leaves. Reads one question per line when piped."""
+    """Chat; answers stream. /reset forgets, /quit leaves. Reads one question per line when piped; then the first
+    failure ends it. At a terminal a question that failed is forgotten and can be asked again."""
     history = [{"role": "system", "content": system}] if system else []
     start = list(history)
     headers = {"authorization": f"Bearer {api_key_file.read_text().strip()}"} if api_key_file else {}
@@ -40,7 +42,14 @@ def chat(url: str, api_key_file: Path | None, system: str | None, **options: Any
             history = list(start)
             continue
         history.append({"role": "user", "content": question})
-        answer, timings = _ask(url, headers, history, options)
+        try:
+            answer, timings = _ask(url, headers, history, options)
+        except WorkerUnreachable as error:
+            if not sys.stdin.isatty():
+                raise
+            click.echo(f"edge-llm: {error.message}", err=True)
+            history.pop()
+            continue
         history.append({"role": "assistant", "content": answer})
         click.secho(_summary(timings), dim=True, err=True)
 
@@ -48,7 +57,7 @@ def chat(url: str, api_key_file: Path | None, system: str | None, **options: Any
 def _check_reachable(url: str, headers: dict[str, str]) -> None:
     """Before the first question is typed. Raises WorkerUnreachable."""
     try:
-        with urllib.request.urlopen(urllib.request.Request(f"{url}/v1/models", headers=headers), timeout=10):
+        with open_url(urllib.request.Request(f"{url}/v1/models", headers=headers), timeout_s=10):
             return
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise WorkerUnreachable(f"no answer from {url}: {error}; is a cluster running (`edge-llm up`)?") from error
@@ -99,12 +108,11 @@ def _ask(
 def _open(url: str, request: urllib.request.Request) -> http.client.HTTPResponse:
     """The reply to a question, nothing of it read. Raises WorkerUnreachable with the words of the other side."""
     try:
-        reply: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=600)
+        return open_url(request, timeout_s=600)
     except urllib.error.HTTPError as error:
         raise WorkerUnreachable(_complaint(error) or f"{url} answered {error.code} {error.reason}") from error
     except (OSError, http.client.HTTPException) as error:
         raise WorkerUnreachable(f"no answer from {url}: {error}; is a cluster running (`edge-llm up`)?") from error
-    return reply
 
 
 def _complaint(error: urllib.error.HTTPError) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 import click
 
 from edge_llm.commands.cluster_state import ClusterState, forget_state, need_state, read_state, state_path, write_state
+from edge_llm.commands.endpoint import open_url
 from edge_llm.commands.serve import config_option
 from edge_llm.commands.supervisor import SIMULATED_MODEL, Supervisor, check_port_free
 from edge_llm.config import UpConfig, load_settings
@@ -95,7 +96,7 @@ def status(port: int | None, as_json: bool) -> None:
 def _asked(state: ClusterState) -> Any:
     """What its gateway says of the cluster."""
     try:
-        with urllib.request.urlopen(f"{state.url}/cluster", timeout=STATUS_S) as reply:
+        with open_url(urllib.request.Request(f"{state.url}/cluster"), STATUS_S) as reply:
             return json.load(reply)
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise WorkerUnreachable(

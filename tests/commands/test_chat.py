@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import re
 import socket
 import subprocess
@@ -42,6 +43,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     subprocess.run(command("down", "--port", port), env=environment, check=True, capture_output=True)
 
 
+def environment() -> dict[str, str]:
+    """With a proxy that cannot reach what is on this machine."""
+    rest = {name: value for name, value in os.environ.items() if name.lower() != "no_proxy"}
+    return {**rest, "http_proxy": "http://127.0.0.1:1/"}
+
+
 def talk(url: str, said: str, *options: str) -> subprocess.CompletedProcess[str]:
     """One conversation to its end: what `said` has in its lines, then end of input."""
     done = subprocess.run(
@@ -51,7 +58,7 @@ def talk(url: str, said: str, *options: str) -> subprocess.CompletedProcess[str]
         text=True,
         check=False,
         timeout=DEADLINE_S,
-        env={**os.environ, "no_proxy": "127.0.0.1"},
+        env=environment(),
     )
     assert "Traceback" not in done.stderr, done.stderr
     return done
@@ -132,10 +139,12 @@ def test_what_the_cluster_refuses_is_said_in_its_words(cluster: str, options: tu
 
 
 class Server:
-    """Answers every question with `body`, claiming `length` bytes of it."""
+    """Answers every question with `body`, claiming `length` bytes of it; the second and later ones with `then` if it
+    is given. `asked` are the messages of each question."""
 
-    def __init__(self, status: int, body: bytes, length: int | None = None) -> None:
-        claimed = len(body) if length is None else length
+    def __init__(self, status: int, body: bytes, length: int | None = None, then: bytes | None = None) -> None:
+        self.asked: list[list[dict[str, str]]] = []
+        asked = self.asked
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
@@ -143,14 +152,17 @@ class Server:
                 self.end_headers()
 
             def do_POST(self) -> None:
-                self.rfile.read(int(self.headers["content-length"]))
-                self.send_response(status)
+                asked.append(json.loads(self.rfile.read(int(self.headers["content-length"])))["messages"])
+                is_later = then is not None and len(asked) > 1
+                said = then if then is not None and is_later else body
+                claimed = len(said) if is_later or length is None else length
+                self.send_response(200 if is_later else status)
                 if claimed >= 0:
                     self.send_header("content-length", str(claimed))
                 else:
                     self.send_header("transfer-encoding", "chunked")
                 self.end_headers()
-                self.wfile.write(body)
+                self.wfile.write(said)
 
             def log_message(self, *_: Any) -> None:
                 pass
@@ -198,6 +210,30 @@ def test_a_failing_answer_is_one_line_and_exit_code_1(status: int, body: bytes, 
     assert [line for line in done.stderr.splitlines() if line] == [done.stderr.strip()]
     assert done.stderr.strip().startswith("edge-llm: ")
     assert words in done.stderr
+
+
+def test_at_a_terminal_a_failed_question_is_forgotten_and_the_next_one_is_asked() -> None:
+    refusal = b'{"error": {"message": "come back later"}}'
+    ours, theirs = pty.openpty()
+    try:
+        with Server(503, refusal, then=PIECE + b"data: [DONE]\n\n") as server:
+            os.write(ours, b"Hello\nAgain\n/quit\n")
+            done = subprocess.run(
+                command("chat", "--url", server.url),
+                stdin=theirs,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=DEADLINE_S,
+                env=environment(),
+            )
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert done.returncode == 0
+    assert "edge-llm: come back later" in done.stderr
+    assert "half an ans" in done.stdout
+    assert [[message["content"] for message in question] for question in server.asked] == [["Hello"], ["Again"]]
 
 
 def test_an_empty_delta_and_comments_are_no_text() -> None:

@@ -83,9 +83,11 @@ def test_a_port_that_is_named_is_the_only_one_that_counts() -> None:
 @pytest.mark.parametrize("answers", ["nobody", "nothing"])
 def test_a_gateway_that_does_not_answer_is_said_in_words(answers: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("edge_llm.commands.up.STATUS_S", 0.2)
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1/")  # an answer from there would come at once
+    monkeypatch.delenv("no_proxy", raising=False)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1] if answers == "nothing" else free_port()
         write_state(state(port))
         words = said("status")
     assert f"the cluster on port {port} runs (pid {os.getpid()}), but its gateway does not answer" in words
+    assert ("timed out" in words) == (answers == "nothing")
