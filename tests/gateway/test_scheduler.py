@@ -346,13 +346,12 @@ def test_a_request_does_not_wait_for_a_full_worker_that_would_be_later() -> None
 def test_a_node_of_the_other_pool_helps_only_when_it_is_clearly_better() -> None:
     helper = spare("d2", "decode")
     nodes = [P1, helper, D1]
-    idle = plan(nodes, {"d1": streams(3)}, mode="split", avoid=frozenset())
-    assert idle.candidates[0].worker == "p1"
     only_d1 = {"d1": Work(), "d2": streams(4, left_each=0.0)}
+    idle = plan(nodes, only_d1, mode="split")
+    assert (names(idle), idle.spills) == (("d1", ["p1"]), ())
     busy = plan(nodes, only_d1 | {"p1": reading(900, 900)}, mode="split")
     assert names(busy)[1][0] == "d2"
     assert [(node.worker, pool) for node, pool in busy.spills] == [("d2", "prompt")]
-    assert not idle.spills
 
 
 def test_a_prefill_worker_decodes_when_no_decode_worker_can() -> None:
@@ -364,9 +363,12 @@ def test_a_prefill_worker_decodes_when_no_decode_worker_can() -> None:
 
 
 def test_a_lent_node_is_no_helper() -> None:
-    lent = {"pool_of": lambda _node: "prompt"}
-    made = plan([spare("d2", "decode"), D1], mode="split", situation=lent, avoid=frozenset({"d2x"}))
-    assert "prompt" not in [pool for _, pool in made.spills]
+    nodes = [spare("d2", "decode"), D1]
+    at_home = plan(nodes, mode="split")
+    lent = plan(nodes, mode="split", situation={"pool_of": lambda node: "prompt" if node.worker == "d2" else "token"})
+    assert names(at_home) == names(lent) == ("d1", ["d2"])
+    assert [(node.worker, pool) for node, pool in at_home.spills] == [("d2", "prompt")]
+    assert lent.spills == ()
 
 
 # -- policies for comparison
