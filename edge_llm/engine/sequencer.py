@@ -36,6 +36,7 @@ class _Sequence:
     kv_tokens: int
     text: TextStream
     keeps_kv: bool
+    waits_a_step: bool = False
 
     @property
     def is_decoding(self) -> bool:
@@ -129,6 +130,8 @@ class Sequencer:
         sequence = _Sequence(slot, generation, ids, restored, TextStream(generation.stop), keeps_kv)
         for token_id in generation.delivered_ids:
             sequence.text.push(self._vocabulary.piece(token_id))
+        # running streams waited for the restore: their next step is not made longer by a new row as well
+        sequence.waits_a_step = restored > 0 and any(other.is_decoding for other in self._sequences.values())
         self._sequences[slot] = sequence
         if not sequence.is_decoding:
             self._prompts.append(slot)
@@ -292,7 +295,7 @@ class Sequencer:
     # -- decode work
 
     def _decode(self, outcome: _Outcome) -> None:
-        running = [self._sequences[slot] for slot in sorted(self._sequences) if self._sequences[slot].is_decoding]
+        running = self._rows_of_this_step()
         if not running:
             return
         rows = [Row(sequence.slot, sequence.ids[-1], len(sequence.ids) - 1) for sequence in running]
@@ -315,6 +318,14 @@ class Sequencer:
         for sequence in ended:  # after the clock was read: it is no part of a decode step
             self._keep(sequence, outcome)
             self.end(sequence.slot)
+
+    def _rows_of_this_step(self) -> list[_Sequence]:
+        """Sequences whose KV is complete, in slot order; one that was just restored joins at the next step."""
+        able = [self._sequences[slot] for slot in sorted(self._sequences) if self._sequences[slot].is_decoding]
+        running = [sequence for sequence in able if not sequence.waits_a_step]
+        for sequence in able:
+            sequence.waits_a_step = False
+        return running
 
     def _draw(self, sequence: _Sequence, logits: Logits, outcome: _Outcome) -> bool:
         """Draw a token; whether it ended its sequence."""

@@ -58,3 +58,24 @@ def test_of_answers_that_end_together_one_is_kept() -> None:
         engine.begin(slot, Generation(f"r{slot}", 0, (5 + slot,), 4, GREEDY), keeps_kv=True)
     kept = [found.request_id for _ in range(20) for found in engine.step().kept]
     assert kept == ["r0"]
+
+
+def test_a_restored_sequence_lets_running_streams_take_a_step_before_it_joins() -> None:
+    """Else one gap of theirs would hold the restore and a wider step."""
+    backend = Timed()
+    engine = Sequencer(backend, SimulatedVocabulary(), clock=backend.clock)
+    engine.begin(0, Generation("running", 0, (5,), 50, GREEDY))
+    engine.step()
+    donor = SimulatedBackend(SimulatedSettings(slots=1))
+    donor.prompt(0, [7, 8, 9], 0)
+    engine.begin(1, Generation("restored", 0, (7, 8, 9, 6), 5, GREEDY), donor.export(0, 3))
+    assert [engine.step().decoded_rows for _ in range(3)] == [1, 2, 2]
+
+
+def test_a_restored_sequence_alone_does_not_wait() -> None:
+    backend = Timed()
+    engine = Sequencer(backend, SimulatedVocabulary(), clock=backend.clock)
+    donor = SimulatedBackend(SimulatedSettings(slots=1))
+    donor.prompt(0, [7, 8, 9], 0)
+    engine.begin(0, Generation("restored", 0, (7, 8, 9, 6), 5, GREEDY), donor.export(0, 3))
+    assert engine.step().decoded_rows == 1
