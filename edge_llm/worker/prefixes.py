@@ -10,6 +10,7 @@ another worker is no reuse but the same run going on: all of it travels, at ever
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -28,7 +29,8 @@ class Prefixes:
         layout = facts.prompt_layout or facts.layout
         self._geometry = layout.geometry if layout is not None else None
         self._store = PrefixStore(facts.chunk_tokens, limit_bytes) if layout is not None else None
-        self._is_keeping = False
+        self._idle = asyncio.Event()  # not set while an answer is being copied
+        self._idle.set()
         self.query_tokens = self.hit_tokens = 0
 
     @property
@@ -47,6 +49,7 @@ class Prefixes:
         """What is kept of the beginning of `ids`, all of which need KV. `is_moving`: a running sequence goes on."""
         if self._store is None:
             return Match()
+        await self._idle.wait()  # a next turn may come while its conversation is still being copied
         found = self._store.match(tenant, ids, only_chunks=not (self._is_exact or is_moving))
         self.query_tokens += len(ids)
         self.hit_tokens += found.n_tokens
@@ -79,17 +82,17 @@ class Prefixes:
 
     async def keep_answer(self, tenant: str, prompt_tokens: int, kept: KeptKV, *, is_moving: bool = False) -> None:
         """A sequence that ended, or leaves in the middle: prompt and answer, as far as the level allows."""
-        if self._store is None or (self._is_keeping and not is_moving):
+        if self._store is None or not (self._idle.is_set() or is_moving):
             return  # one copy at a time: answers that end together would need memory that nobody counted
         total = len(kept.ids)
         if not (self._is_exact or is_moving):
             total = min(total, prompt_tokens) // self._facts.chunk_tokens * self._facts.chunk_tokens
-        self._is_keeping = True
+        self._idle.clear()
         try:
             pieces = await off_loop(kept.state.nbytes, lambda: _cut(kept.state, total, self._facts.chunk_tokens))
+            self._store.keep(tenant, kept.ids, pieces)
         finally:
-            self._is_keeping = False
-        self._store.keep(tenant, kept.ids, pieces)
+            self._idle.set()
 
 
 async def state_of(match: Match, layout: BlobLayout) -> StateBlob | None:

@@ -59,6 +59,16 @@ async def test_a_short_next_turn_is_computed_where_the_conversation_is(cluster: 
         assert (prefill.worker.prefixes.query_tokens == served) == is_short
 
 
+async def test_a_next_turn_that_comes_at_once_finds_the_conversation(cluster: Cluster) -> None:
+    """The answer's KV is copied beside its last tokens; who asks in that moment waits for the copy."""
+    big = SimulatedSettings(n_ctx=40_000, slots=2, chunk_tokens=CHUNK)
+    decode = await cluster.start("decode", "d1", big, prefix_cache_bytes=64 << 20)
+    first = prompt_of(30_000)  # two megabytes of KV: copied in a thread
+    answer = await (await cluster.gateway.ask(decode.peer, first, max_tokens=4)).over()
+    again = await (await cluster.gateway.ask(decode.peer, [*first, *answer.ids, 7], max_tokens=1)).over()
+    assert again.report.cached_tokens == len(first) + 3
+
+
 @pytest.mark.parametrize("new", [0, 3])
 async def test_a_split_that_was_asked_for_is_one_also_when_it_is_not_needed(cluster: Cluster, new: int) -> None:
     """A client that says `split` twice sees two workers twice, and the KV that both have does not travel again."""
