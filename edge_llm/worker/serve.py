@@ -7,6 +7,8 @@ edge_llm/serving.py.
 from __future__ import annotations
 
 import gc
+import sys
+from typing import Final
 
 import structlog
 
@@ -18,6 +20,8 @@ from edge_llm.serving import Server, bind, read_keys
 from edge_llm.worker.app import Worker, create_app
 
 log = structlog.get_logger()
+
+SWITCH_S: Final = 0.0005
 
 
 def run_worker(config: WorkerConfig) -> None:
@@ -33,6 +37,9 @@ def run_worker(config: WorkerConfig) -> None:
     # what is loaded stays: a full collection that walks it would hold up every running stream for tens of milliseconds
     gc.collect()
     gc.freeze()
+    # the engine thread takes the interpreter lock several times a step: beside a long request that is being parsed it
+    # would wait the default 5 ms each time, and running streams with it
+    sys.setswitchinterval(SWITCH_S)
     server = Server(create_app(worker), socket, drain=worker.drain, log_level=config.log_level)
     worker.on_death = server.fail
     server.run(config.announce, {"worker": config.name, "role": worker.role, "level": engine.facts.level})
