@@ -100,12 +100,15 @@ class Dispatcher:
 
     def enter(self, demand: queue.Demand) -> queue.Place:
         """A place in the queue, on an estimate of the prompt. Raises Overloaded."""
-        slots = sum(node.status.slots for node in self.view.ready(demand.model) if node.decodes)
+        return self._queue.enter(demand, self._free_slots(demand.model))
+
+    def _free_slots(self, model: str) -> int:
+        slots = sum(node.status.slots for node in self.view.ready(model) if node.decodes)
         taken = sum(
-            running.job.model == demand.model and running.session.state in (State.PREFILLING, State.DECODING)
+            running.job.model == model and running.session.state in (State.PREFILLING, State.DECODING)
             for running in self._running.values()
         )
-        return self._queue.enter(demand, slots - taken)
+        return max(0, slots - taken)
 
     def leave(self, place: queue.Place) -> None:
         """The place is not needed any more, if it ever was."""
@@ -147,7 +150,8 @@ class Dispatcher:
         self._running[job.request_id] = running
         try:
             running.place = place
-            self._queue.ready(place, self._demand(running), lambda: self._plan(running), _lane(running))
+            free_slots = self._free_slots(job.model)
+            self._queue.ready(place, self._demand(running), lambda: self._plan(running), _lane(running), free_slots)
             task = asyncio.create_task(self._run(running, place), name=f"request {job.request_id}")
             try:
                 yield running

@@ -106,15 +106,11 @@ class Listener:
         slots until they are whole. One cancellation each."""
         for token in batch.tokens:
             stray = (token.request_id, token.epoch)
-            if token.finish_reason is None and stray not in self._strays and self._is_stray(*stray):
+            if token.finish_reason is None and stray not in self._strays and token.request_id not in self._running:
                 self._strays[stray] = None
                 if len(self._strays) > MAX_STRAYS:
                     self._strays.popitem(last=False)
                 self._outcomes.stray(node, *stray)
-
-    def _is_stray(self, request_id: str, epoch: int) -> bool:
-        running = self._running.get(request_id)
-        return running is None or epoch < running.session.epoch
 
     def _on_batch(self, batch: EventBatch) -> None:
         for prompted in batch.prompted:

@@ -72,7 +72,6 @@ class Place:
     is_returning: bool = False
     is_held: bool = True
     overtaken_s: float | None = None
-    free_slots: int = 0
     reason: str = "the queue did not move"
     planned: asyncio.Future[Plan] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
@@ -102,12 +101,12 @@ class PlanQueue:
             self._check(demand, others, self._ahead(demand), free_slots=max(0, free_slots))
         self._check_bytes(demand)
         place = self._place(demand)
-        place.free_slots = max(0, free_slots)
         self._arriving.add(place)
         return place
 
-    def ready(self, place: Place, demand: Demand, plan: Callable[[], Plan], lane: Lane) -> None:
-        """The prompt is known: wait for a plan. Raises what `plan` raises at once, or Overloaded."""
+    def ready(self, place: Place, demand: Demand, plan: Callable[[], Plan], lane: Lane, free_slots: int = 0) -> None:
+        """The prompt is known: wait for a plan. Raises what `plan` raises at once, or Overloaded. With slots free it is
+        a prefill worker that is waited for, and who waits for that is not behind the work of whole answers."""
         self._arriving.discard(place)
         place.demand, place.plan, place.lane = demand, plan, lane
         others = len(self._waiting)
@@ -119,7 +118,7 @@ class PlanQueue:
             place.planned.result()
             return
         try:
-            self._check(demand, others, ahead, place, place.free_slots)
+            self._check(demand, others, ahead, place, free_slots)
         except Overloaded:
             self.leave(place)
             raise

@@ -173,6 +173,15 @@ async def test_no_queue_at_all_still_serves_who_need_not_wait() -> None:
     assert len(slots.queue) == 0
 
 
+async def test_who_waits_for_a_prefill_worker_beside_free_slots_is_not_refused() -> None:
+    slots = Slots(length=0)
+    demand = slots.demand("a", max_tokens=4000)
+    place = slots.queue.enter(demand, 3)
+    slots.queue.ready(place, demand, _full, "m", 3)
+    assert len(slots.queue) == 1
+    assert not place.planned.done()
+
+
 def _full() -> Plan:
     raise Overloaded("full")
 
