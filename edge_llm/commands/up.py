@@ -185,7 +185,7 @@ def _greeting(url: str, model: str, levels: set[str]) -> str:
     question = '{"role": "user", "content": "What is a prefill?"}'
     body = f'{{"messages": [{question}], "stream": true, "edge_llm": {{"mode": "split"}}}}'
     hint = (
-        "Not verified yet whether this build is exact here: `edge-llm verify` measures it (about two minutes), "
+        "Not verified yet whether this build is exact here: `edge-llm verify` measures it, "
         "and answers name the level after the next start.\n"
         if "unverified" in levels
         else ""
