@@ -15,11 +15,12 @@ from tests.loopback import CHUNK, prompt_of, undisturbed, until
 
 pytestmark = pytest.mark.anyio
 PROMPT = prompt_of(2 * CHUNK + 3)
-SLOW = SimulatedSettings(n_ctx=512, slots=2, chunk_tokens=CHUNK, decode_run_s=0.01)
+# 400 tokens take longer than a test waits: only a cancellation frees the slot in time
+ENDLESS = SimulatedSettings(n_ctx=512, slots=2, chunk_tokens=CHUNK, decode_run_s=0.05)
 
 
 async def test_what_an_earlier_gateway_of_this_name_began_is_ended(service: Service) -> None:
-    node = await service.start("decode", "d1", SLOW)
+    node = await service.start("decode", "d1", ENDLESS)
     abandoned = asking(PROMPT, max_tokens=400)
     async with service.streaming(COMPLETIONS, abandoned) as streamed:
         await streamed.heard(lambda heard: len(heard.chunks) > 3)
