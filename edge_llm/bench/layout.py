@@ -12,13 +12,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A cluster to be started: numbers of workers and options for all of them."""
+    """A cluster to be started: numbers of workers, options for all of them, and for the gateway."""
 
     name: str
     prefill: int = 0
     decode: int = 0
     mixed: int = 0
     options: tuple[str, ...] = ()
+    gateway_options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

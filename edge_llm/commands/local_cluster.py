@@ -53,7 +53,9 @@ async def local_cluster(
         pin=True,
         show_logs=load_settings(UpConfig, {}).show_logs,
     )
-    supervisor = Supervisor(settings, model, layout.options, _say, place, key, neighbours)
+    supervisor = Supervisor(
+        settings, model, layout.options, _say, place, key, neighbours, gateway_arguments=layout.gateway_options
+    )
     ready, stop = asyncio.Event(), asyncio.Event()
     running = asyncio.create_task(supervisor.run(stop, ready.set), name="cluster")
     waiting = asyncio.create_task(ready.wait())

@@ -80,6 +80,15 @@ def worker(config: Path | None, allowed_peers: tuple[str, ...], **flags: Any) ->
 @click.option("--api-keys-file", type=click.Path(path_type=Path), help="Who may use it (`edge-llm serve api-key`).")
 @click.option("--no-auth", is_flag=True, default=None, help="Let everybody on this machine in; only on loopback.")
 @click.option("--drain-s", type=float, help="How long answers may go on after SIGTERM (default 30).")
+@click.option(
+    "--policy",
+    type=click.Choice(["predicted", "round_robin", "random", "least_busy"]),
+    help="How workers are chosen; all but `predicted` (default) are there to be compared with.",
+)
+@click.option("--policy-seed", type=int, help="For the policy `random`.")
+@click.option("--queue-length", type=int, help="Requests that may wait (default 256).")
+@click.option("--queue-predicted-wait-s", type=float, help="Refuse who would wait longer (default 30).")
+@click.option("--queue-wait-s", type=float, help="Refuse who waited so long after all (default 300).")
 @click.option("--announce", is_flag=True, default=None, hidden=True)
 def gateway(config: Path | None, **flags: Any) -> None:
     """The gateway: one OpenAI-style endpoint in front of all workers."""

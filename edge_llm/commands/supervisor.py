@@ -56,10 +56,12 @@ class Supervisor:
         key: bytes | None = None,
         neighbours: Sequence[tuple[str, str]] = (),
         available_bytes: Callable[[], int] = available_memory_bytes,
+        gateway_arguments: Sequence[str] = (),
     ) -> None:
         """`place` says at which address the gateway shall find a worker, given its name and port. `key` is that of
         another cluster that this one shall trust, `neighbours` are names and addresses of workers there that its
-        gateway shall know too. `available_bytes`: the memory that real workers share out."""
+        gateway shall know too. `available_bytes`: the memory that real workers share out. `gateway_arguments`: more
+        options of the gateway."""
         self._say, self._place = say, place or (lambda _name, port: f"{LOOPBACK}:{port}")
         self._neighbours = neighbours
         self._key = key or new_key()
@@ -67,7 +69,8 @@ class Supervisor:
         self._available_bytes = available_bytes
         self.workers = self._plan_workers(config, model, worker_arguments)
         stop_s = GATEWAY_DRAIN_S + BESIDE_DRAIN_S
-        self.gateway = Child("gateway", self._gateway_arguments(config), config.port, stop_s=stop_s, show=self._show)
+        arguments = [*self._gateway_arguments(config), *gateway_arguments]
+        self.gateway = Child("gateway", arguments, config.port, stop_s=stop_s, show=self._show)
 
     @property
     def children(self) -> list[Child]:
