@@ -23,6 +23,8 @@ from edge_llm.commands.measuring import (
     steps,
     until_interrupted,
 )
+from edge_llm.commands.overload import overload
+from edge_llm.commands.pools import pools
 from edge_llm.commands.theorem import theorem
 from edge_llm.commands.turns import turns
 from edge_llm.config import DEFAULT_MODEL
@@ -158,5 +160,5 @@ def _last_core() -> int:
     return max(os.sched_getaffinity(0))
 
 
-for command in (theorem, faults, gateway_load, turns):
+for command in (theorem, faults, gateway_load, turns, pools, overload):
     bench.add_command(command)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from edge_llm.commands.measuring import (
     command_line,
     finish,
     json_option,
+    on_fast_loop,
     output_option,
     quick_option,
     steps,
@@ -50,19 +50,9 @@ def gateway_load(streams: int, tokens_per_s: float, quick: bool, check: bool, ou
     keys = KeyRing.parse(key.decode(), "the bench's key")
     with steps() as report, pinned([plan.load_core]):
         found, is_complete = until_interrupted(
-            lambda: _run(measure(plan, _launcher(key), keys, run, report)), lambda: figures(run)
+            lambda: on_fast_loop(measure(plan, _launcher(key), keys, run, report)), lambda: figures(run)
         )
     finish(run, found, is_complete, output, as_json, missed(found) if check else [])
-
-
-def _run(work: Any) -> Any:
-    """On the faster event loop where there is one: the client must not be what is measured."""
-    try:
-        from uvloop import new_event_loop
-    except ImportError:
-        return asyncio.run(work)
-    with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        return runner.run(work)
 
 
 def _launcher(key: bytes) -> Any:

@@ -1,0 +1,237 @@
+"""`edge-llm bench overload`: ten times as many requests as a cluster can answer.
+
+Owns the experiment, once for work that waits for slots (short prompts, long answers) and once for work that waits for
+prompts to be read (the reverse). Capacity is what a closed loop of clients gets through when the cluster is never idle.
+Then an open loop offers just that (Poisson), which gives the time to first token at capacity; then ten times that, and
+without a pause half of it again. The bound on the predicted wait is the gateway's setting, the same all along.
+Refuses to know how clusters are started, and the gateway's code: everything is seen by clients over HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from edge_llm.bench.cpu_share import cpu_shares, read_cpu
+from edge_llm.bench.layout import Launch, Layout, Started
+from edge_llm.bench.open_loop import Answer, Call, OpenLoop, completion, poisson
+from edge_llm.bench.processes import MeasureFailed
+from edge_llm.bench.run import Run
+from edge_llm.bench.stats import percentile
+
+# Half and one and a half times the middle length: waiting is harder to predict when sizes differ.
+_SPREAD: Final = (0.5, 1.5)
+_PERCENTILES: Final = {"p50": 0.5, "p95": 0.95, "max": 1.0}
+BARS: Final[Mapping[str, float]] = {
+    "rejection_ms_p95": 100.0,
+    "ttft_ratio_p95": 2.0,
+    "failed": 0,
+    "lost": 0,
+    "unexplained": 0,
+    "recovery_s": 1.0,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Requests around these sizes, in tokens."""
+
+    name: str
+    prompt_tokens: int
+    answer_tokens: int
+
+
+LOADS: Final = (Load("answers", 60, 48), Load("prompts", 400, 6))
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Seconds of each part; of `capacity_s` and `overload_s` the first `settle_s` say nothing about the time to first
+    token. `clients`: of the closed loop, more than there are slots."""
+
+    loads: tuple[Load, ...] = LOADS
+    factor: float = 10.0
+    wait_bound_s: float = 1.0
+    clients: int = 16
+    saturate_s: float = 12.0
+    capacity_s: float = 24.0
+    overload_s: float = 20.0
+    recovery_s: float = 6.0
+    settle_s: float = 3.0
+    seed: int = 1
+    prompt_tokens_per_s: float = 1000.0
+    step_s: float = 0.010
+    row_s: float = 0.002
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """For the record."""
+        return {"arrivals": "closed loop, then Poisson", **asdict(self)}
+
+    @property
+    def layout(self) -> Layout:
+        speed = ("--simulated-prompt-tokens-per-s", str(self.prompt_tokens_per_s))
+        speed += ("--simulated-step-s", str(self.step_s), "--simulated-row-s", str(self.row_s))
+        size = ("--n-ctx", "2048", "--slots", "4", "--chunk-tokens", "64")
+        bounds = ("--queue-predicted-wait-s", str(self.wait_bound_s), "--log-level", "warning")
+        return Layout("overload", prefill=1, decode=2, options=(*size, *speed), gateway_options=bounds)
+
+
+async def measure(plan: Plan, launch: Launch, run: Run, progress: Any) -> dict[str, Any]:
+    """Each load on a cluster of its own."""
+    for load in plan.loads:
+        progress(f"starting a cluster for {load.name}", 0, 0)
+        async with launch(plan.layout) as cluster:
+            await _Part(plan, load, cluster, run, progress).measure()
+    return figures(plan, run)
+
+
+class _Part:
+    """One load on one cluster."""
+
+    def __init__(self, plan: Plan, load: Load, cluster: Started, run: Run, progress: Any) -> None:
+        self._plan, self._load, self._cluster, self._run = plan, load, cluster, run
+        self._say: Callable[[str], None] = lambda what: progress(f"{load.name}: {what}", 0, 0)
+        self._client = OpenLoop(cluster.url)
+        self._rng = random.Random(plan.seed)
+        self._number = 0
+
+    async def measure(self) -> None:
+        plan = self._plan
+        per_s = await self._capacity()
+        self._say(f"offering its capacity, {per_s:.2f} requests/s")
+        answers = await self._client.offer(list(self._calls("capacity", per_s, 0.0, plan.capacity_s)))
+        self._note("capacity", answers)
+        self._say(f"offering {plan.factor:g} times that")
+        over_s = plan.overload_s
+        calls = [
+            *self._calls("overload", plan.factor * per_s, 0.0, over_s),
+            *self._calls("recovery", 0.5 * per_s, over_s, over_s + plan.recovery_s),
+        ]
+        before = read_cpu(self._cluster.processes)
+        answers = await self._client.offer(calls)
+        for group, share in cpu_shares(before, read_cpu(self._cluster.processes)).items():
+            self._add(f"cpu_share_{group}", share)
+        for kind in ("overload", "recovery"):
+            self._note(kind, [answer for answer in answers if answer.call.kind == kind])
+
+    async def _capacity(self) -> float:
+        """Answers a second while the cluster is kept full."""
+        plan = self._plan
+        self._say("finding its capacity")
+        began_s = asyncio.get_running_loop().time()
+        answers = await self._client.saturate(lambda _number: self._body(), plan.clients, plan.saturate_s)
+        from_s, until_s = began_s + plan.settle_s, began_s + plan.saturate_s
+        ended = [answer for answer in answers if answer.is_whole and from_s <= answer.ended_s < until_s]
+        if not ended:
+            raise MeasureFailed(f"no request was answered: {answers[-1].complaint if answers else 'nothing came'}")
+        for answer in ended:
+            self._add("closed_loop.ttft_s", answer.ttft_s or answer.took_s)
+        per_s = len(ended) / (until_s - from_s)
+        self._add("capacity_per_s", per_s)
+        return per_s
+
+    def _calls(self, kind: str, per_s: float, from_s: float, until_s: float) -> Iterator[Call]:
+        return (Call(due_s, self._body(), kind) for due_s in poisson(per_s, from_s, until_s, self._rng))
+
+    def _body(self) -> dict[str, Any]:
+        self._number += 1
+        prompt, answer = (
+            max(2, round(tokens * self._rng.uniform(*_SPREAD)))
+            for tokens in (self._load.prompt_tokens, self._load.answer_tokens)
+        )
+        return completion(prompt, answer, self._number)
+
+    def _note(self, kind: str, answers: Sequence[Answer]) -> None:
+        """Samples of one part."""
+        codes = Counter[str]()
+        for answer in answers:
+            self._add("late_s", answer.late_s)
+            due_s = answer.call.due_s
+            if answer.is_whole:
+                self._add(f"{kind}.accepted_at_s", due_s)
+                if kind == "recovery" or due_s >= self._plan.settle_s:
+                    self._add(f"{kind}.ttft_s", answer.ttft_s or answer.took_s)
+                    self._add(f"{kind}.wait_s", answer.queue_s or 0.0)
+            elif answer.is_refused:
+                codes[f"{answer.status} {answer.code}"] += 1
+                self._add(f"{kind}.refused_at_s", due_s)
+                self._add(f"{kind}.rejection_s", answer.took_s)
+                if answer.retry_after_s is None:
+                    self._add(f"{kind}.unexplained", 1)
+                else:
+                    self._add(f"{kind}.retry_after_s", answer.retry_after_s)
+            else:
+                self._add(f"{kind}.{'failed' if answer.status == 200 else 'lost'}", 1)
+                self._run.notes.append(f"{self._load.name}, {kind}, at {due_s:.1f} s: {answer.complaint}")
+        for code, count in codes.items():
+            self._add(f"{kind}.code {code}", count)
+
+    def _add(self, name: str, value: float) -> None:
+        self._run.add(f"{self._load.name}.{name}", value)
+
+
+# -- results
+
+
+def figures(plan: Plan, run: Run) -> dict[str, Any]:
+    """What is there so far."""
+    found: dict[str, Any] = {"factor": plan.factor, "wait_bound_s": plan.wait_bound_s}
+    return found | {load.name: _of(load.name, plan, run) for load in plan.loads}
+
+
+def _of(load: str, plan: Plan, run: Run) -> dict[str, Any]:
+    samples = {name.removeprefix(f"{load}."): values for name, values in run.samples.items() if name.startswith(load)}
+    found: dict[str, Any] = {}
+    if rates := samples.get("capacity_per_s"):
+        found |= {"capacity_per_s": round(rates[0], 3), "offered_per_s": round(plan.factor * rates[0], 2)}
+    for kind in ("closed_loop", "capacity", "overload", "recovery"):
+        found |= _spread(f"ttft_{kind}_s", samples.get(f"{kind}.ttft_s"))
+        found |= _spread(f"wait_{kind}_s", samples.get(f"{kind}.wait_s"))
+    for kind in ("closed_loop", "capacity"):
+        name = "ttft_ratio_p95" if kind == "capacity" else f"ttft_ratio_p95_to_{kind}"
+        if (before := samples.get(f"{kind}.ttft_s")) and (during := samples.get("overload.ttft_s")):
+            found[name] = round(percentile(during, 0.95) / percentile(before, 0.95), 3)
+    if accepted := samples.get("overload.accepted_at_s"):
+        found["accepted"], found["refused"] = len(accepted), len(samples.get("overload.refused_at_s", []))
+        found |= _spread("rejection_ms", [1e3 * took_s for took_s in samples.get("overload.rejection_s", [])])
+        found["codes"] = {
+            name.removeprefix("overload.code "): int(sum(values))
+            for name, values in samples.items()
+            if name.startswith("overload.code ")
+        }
+        found |= _spread("retry_after_s", samples.get("overload.retry_after_s"))
+        for name in ("failed", "lost", "unexplained"):
+            found[name] = sum(len(samples.get(f"{kind}.{name}", [])) for kind in ("capacity", "overload", "recovery"))
+        refused_s = samples.get("recovery.refused_at_s", [])
+        found["recovery_s"] = round(max(refused_s) - plan.overload_s, 3) if refused_s else 0.0
+        found["refused_at_capacity"] = len(samples.get("capacity.refused_at_s", []))
+    for group in ("all", "gateway", "workers", "client"):
+        if shares := samples.get(f"cpu_share_{group}"):
+            found.setdefault("cpu_share", {})[group] = shares[0]
+    if late := samples.get("late_s"):
+        found["late_ms"] = {"p99": round(1e3 * percentile(late, 0.99), 2), "max": round(1e3 * max(late), 2)}
+    return found
+
+
+def _spread(name: str, samples: Sequence[float] | None) -> dict[str, float]:
+    if not samples:
+        return {}
+    return {f"{name}_{key}": round(percentile(samples, share), 4) for key, share in _PERCENTILES.items()}
+
+
+def missed(found: Mapping[str, Any], plan: Plan) -> list[str]:
+    """Which bars were not met, as lines for people."""
+    return [line for load in plan.loads for line in _missed_by(load.name, found.get(load.name, {}))]
+
+
+def _missed_by(load: str, found: Mapping[str, Any]) -> Iterator[str]:
+    for name, bar in BARS.items():
+        if name not in found:
+            yield f"{load}: {name} was not measured"
+        elif found[name] > bar:
+            yield f"{load}: {name} is {found[name]:.4g}, not at most {bar:g}"
