@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Final
 
 import structlog
@@ -100,6 +101,7 @@ class Dispatcher:
 
     def enter(self, demand: queue.Demand) -> queue.Place:
         """A place in the queue, on an estimate of the prompt. Raises Overloaded."""
+        demand = replace(demand, answer_tokens=self._planner.typical_answer(demand.model))
         return self._queue.enter(demand, self._free_slots(demand.model))
 
     def _free_slots(self, model: str) -> int:
@@ -160,8 +162,7 @@ class Dispatcher:
         finally:
             self._planner.over(running)  # also of one that was refused while it waited for a plan
             del self._running[job.request_id]
-            is_measure = running.session.state in (State.DONE, State.CANCELLED)
-            self._queue.service.ended(job.model, job.request_id, self._clock(), is_measure=is_measure)
+            self._queue.service.ended(job.model, job.request_id, self._clock(), _work_done(running))
             self._queue.move()
 
     # -- one request
@@ -196,6 +197,7 @@ class Dispatcher:
             mode=job.mode,
             held_bytes=job.held_bytes,
             deadline_s=job.deadline_s,
+            answer_tokens=self._planner.answer_left(running),
         )
 
     def _time_left_s(self, job: Job) -> float | None:
@@ -364,6 +366,15 @@ class Dispatcher:
         for task in self._endings:
             task.cancel()
         await asyncio.gather(self._listener.close(), *self._endings, return_exceptions=True)
+
+
+def _work_done(running: Running) -> int | None:
+    """Tokens that workers read and made for a request that is over; None when it says nothing about their pace: it
+    failed, or its client left while its prompt was being read."""
+    state = running.session.state
+    if state is State.DONE or (state is State.CANCELLED and running.prompted_s):
+        return len(running.job.prompt_ids) + len(running.session.delivered)
+    return None
 
 
 def _log_end(running: Running) -> None:

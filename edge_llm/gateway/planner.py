@@ -163,16 +163,20 @@ class Planner:
             max_tokens=job.max_tokens - delivered,
             mode=job.mode,
             avoid=avoid,
-            answer_tokens=self._answer_left(running),
+            answer_tokens=self.answer_left(running),
             held=self._held(running, known, view),
             exactness_class=before.decode.status.exactness_class if before is not None and delivered else None,
             waited_s=self._clock() - running.waits_since_s,
         )
 
-    def _answer_left(self, running: Running) -> float:
+    def typical_answer(self, model: str) -> float:
+        """Tokens that an answer of this model is expected to have, as far as its limit allows."""
+        return self._answer_tokens.get(model, float(TYPICAL_ANSWER_TOKENS))
+
+    def answer_left(self, running: Running) -> float:
         """Tokens that the answer is expected to go on for: as long as others of its model were, within its limit."""
-        typical, delivered = self._answer_tokens.get(running.job.model), len(running.session.delivered)
-        left = (TYPICAL_ANSWER_TOKENS if typical is None else typical) - delivered
+        delivered = len(running.session.delivered)
+        left = self.typical_answer(running.job.model) - delivered
         return max(1.0, min(left, running.job.max_tokens - delivered))
 
     def _held(self, running: Running, known: _Known, view: ClusterView) -> dict[str, int]:

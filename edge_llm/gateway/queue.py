@@ -17,7 +17,9 @@ Invariants: nobody waits beyond `wait_s` or its deadline; a key never holds all 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
@@ -44,7 +46,8 @@ class Bounds:
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What a request wants of the cluster, and of the queue's memory. `deadline_s` on the queue's clock."""
+    """What a request wants of the cluster, and of the queue's memory. `deadline_s` on the queue's clock. Its answer is
+    expected to have `answer_tokens` (None: as many as it may have)."""
 
     request_id: str
     key: str
@@ -54,10 +57,18 @@ class Demand:
     mode: str = "auto"
     held_bytes: int = 0
     deadline_s: float | None = None
+    answer_tokens: float | None = None
 
     @property
     def tokens(self) -> int:
+        """What it may take: room, and turns between keys."""
         return self.prompt_tokens + self.max_tokens
+
+    @property
+    def expected_tokens(self) -> int:
+        """What it will take: time."""
+        answer = self.max_tokens if self.answer_tokens is None else min(self.max_tokens, self.answer_tokens)
+        return self.prompt_tokens + math.ceil(answer)
 
 
 @dataclass(eq=False, slots=True)
@@ -192,7 +203,7 @@ class PlanQueue:
         if not place.is_returning:
             self._new[demand.model].serve(demand.key, place)
         self._forget(place)
-        self.service.began(demand.model, demand.request_id, demand.tokens, now_s)
+        self.service.began(demand.model, demand.request_id, now_s)
         place.planned.set_result(plan)
 
     def _order(self, now_s: float) -> Iterator[Place]:
@@ -258,14 +269,14 @@ class PlanQueue:
         yield from self._waiting
 
     def _ahead(self, demand: Demand) -> int:
-        """Tokens of work before a new request."""
-        robin = self._new.get(demand.model)
-        backlog = robin.backlog() if robin else {}
-        for place in self._arriving:
-            if place.demand.model == demand.model:
-                backlog[place.demand.key] = backlog.get(place.demand.key, 0) + place.demand.tokens
-        returning = sum(p.demand.tokens for p in self._returning if p.demand.model == demand.model)
-        return returning + tokens_ahead(backlog, demand.key, demand.tokens)
+        """Tokens of work before a new request, as long as answers are expected to be."""
+        costs, work = Counter[str](), Counter[str]()
+        for waiting in (place.demand for place in self._held_new()):
+            if waiting.model == demand.model:
+                costs[waiting.key] += waiting.tokens
+                work[waiting.key] += waiting.expected_tokens
+        returning = sum(p.demand.expected_tokens for p in self._returning if p.demand.model == demand.model)
+        return returning + tokens_ahead(costs, work, demand.key, demand.tokens)
 
     def _too_late(self, place: Place) -> EdgeLLMError:
         waited_s = self._clock() - place.since_s

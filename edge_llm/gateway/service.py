@@ -3,9 +3,10 @@
 Pure: time is an argument. Owns one estimate per model and the arithmetic of predicted waiting. Refuses to know nodes:
 what a request took (prompt, hand-off, decode, somebody else's prompt in between) is in its duration.
 
-A request's size is its tokens: prompt + max_tokens, the same measure as in fairness.py. Requests that end give tokens
-per second of one that runs; as many run at once, as many times that is the speed at which a full cluster takes new work
-from the queue (Little's law). Both sums forget: the last few dozen requests count.
+A request's size is what it takes: its prompt and the answer as long as it becomes (of one that waits: as it is expected
+to become), however long it might have been. Requests that end give tokens per second of one that runs; as many run at
+once, as many times that is the speed at which a full cluster takes new work from the queue (Little's law). Both sums
+forget: the last few dozen requests count.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ UNKNOWN_RETRY_S: Final = 5.0
 
 @dataclass(slots=True)
 class _Pace:
-    """Decayed sums over requests that ended, and those that run: request -> (tokens, since)."""
+    """Decayed sums over requests that ended, and since when those run that do."""
 
     tokens: float = 0.0
     seconds: float = 0.0
     ended: int = 0
-    running: dict[str, tuple[int, float]] = field(default_factory=dict)
+    running: dict[str, float] = field(default_factory=dict)
 
 
 class Service:
@@ -40,17 +41,17 @@ class Service:
     def __init__(self) -> None:
         self._paces: dict[str, _Pace] = {}
 
-    def began(self, model: str, request_id: str, tokens: int, now_s: float) -> None:
+    def began(self, model: str, request_id: str, now_s: float) -> None:
         """A request was given to a worker. A request that was taken from a lost worker keeps its beginning."""
-        self._paces.setdefault(model, _Pace()).running.setdefault(request_id, (tokens, now_s))
+        self._paces.setdefault(model, _Pace()).running.setdefault(request_id, now_s)
 
-    def ended(self, model: str, request_id: str, now_s: float, *, is_measure: bool = True) -> None:
-        """It needs no worker any more. Of a failure nothing is learnt: it may be over at once."""
+    def ended(self, model: str, request_id: str, now_s: float, tokens: int | None) -> None:
+        """It needs no worker any more, and was worth so many tokens of prompt and answer. None: nothing is learnt of
+        it, as of a failure, which may be over at once."""
         pace = self._paces.get(model)
-        begun = pace.running.pop(request_id, None) if pace else None
-        if pace is None or begun is None or not is_measure:
+        since_s = pace.running.pop(request_id, None) if pace else None
+        if pace is None or since_s is None or tokens is None:
             return
-        tokens, since_s = begun
         pace.tokens = _KEEP * pace.tokens + tokens
         pace.seconds = _KEEP * pace.seconds + max(0.0, now_s - since_s)
         pace.ended += 1
@@ -83,8 +84,10 @@ class Service:
         return min(MAX_RETRY_S, max(1.0, math.ceil(max((wait_s or 0.0) - bound_s, next_end_s))))
 
 
-def tokens_ahead(backlog: Mapping[str, int], key: str, tokens: int) -> int:
-    """What goes before a new request of `key` in a deficit round robin: its key's own backlog, and of every other key
-    no more than that with the request itself."""
-    own = backlog.get(key, 0)
-    return own + sum(min(other, own + tokens) for name, other in backlog.items() if name != key)
+def tokens_ahead(costs: Mapping[str, int], work: Mapping[str, int], key: str, cost: int) -> int:
+    """The work that goes before a new request of `key` in a deficit round robin: its key's own, and of every other key
+    the share that costs no more than that with the request itself. By key, what waits has `costs` in turns and is
+    `work` that is expected."""
+    turns = costs.get(key, 0) + cost
+    others = (min(1.0, turns / costs[name]) * tokens for name, tokens in work.items() if name != key)
+    return work.get(key, 0) + round(sum(others))

@@ -132,7 +132,7 @@ class Simulation:
     def until(self, end_s: float) -> None:
         while self.running and self.running[0][0] <= end_s:
             self.now_s, number = heapq.heappop(self.running)
-            self.service.ended("m", str(number), self.now_s)
+            self.service.ended("m", str(number), self.now_s, self.came[number][1])
             self._begin()
         self.now_s = end_s
 
@@ -142,7 +142,7 @@ class Simulation:
             key, tokens, _ = self.came[number]
             self.robin.serve(key, number)
             self.begun[number] = self.now_s
-            self.service.began("m", str(number), tokens, self.now_s)
+            self.service.began("m", str(number), self.now_s)
             heapq.heappush(self.running, (self.now_s + self.seconds(tokens), number))
 
     def waited_s(self, number: int) -> float:
@@ -179,7 +179,8 @@ def test_predicted_waiting_is_what_comes_to_pass(slots: int, spread: float) -> N
     for _ in range(150):
         cluster.until(cluster.now_s + tokens() / 50 / slots * 0.9)
         size = tokens()
-        wait_s = cluster.service.wait_s("m", tokens_ahead(cluster.robin.backlog(), "a", size))
+        backlog = cluster.robin.backlog()
+        wait_s = cluster.service.wait_s("m", tokens_ahead(backlog, backlog, "a", size))
         assert wait_s is not None
         predicted.append(wait_s)
         number.append(cluster.come("a", size))
@@ -191,35 +192,36 @@ def test_predicted_waiting_is_what_comes_to_pass(slots: int, spread: float) -> N
 
 def test_what_waits_before_a_new_request_is_its_own_key_and_as_much_of_the_others() -> None:
     backlog = {"heavy": 50_000, "light": 300}
-    assert tokens_ahead(backlog, "light", 100) == 300 + 400
-    assert tokens_ahead(backlog, "new", 100) == 100 + 100
-    assert tokens_ahead(backlog, "heavy", 100) == 50_000 + 300
-    assert tokens_ahead({}, "new", 100) == 0
+    assert tokens_ahead(backlog, backlog, "light", 100) == 300 + 400
+    assert tokens_ahead(backlog, backlog, "new", 100) == 100 + 100
+    assert tokens_ahead(backlog, backlog, "heavy", 100) == 50_000 + 300
+    assert tokens_ahead({}, {}, "new", 100) == 0
+    assert tokens_ahead(backlog, {"heavy": 1000, "light": 30}, "light", 100) == 30 + 8, "a 125th of the heavy key's"
 
 
 def test_failures_teach_nothing_and_little_is_not_enough() -> None:
     service = Service()
     for number in range(20):
-        service.began("m", f"{number}", 100, 0.0)
-        service.ended("m", f"{number}", 0.001, is_measure=False)
+        service.began("m", f"{number}", 0.0)
+        service.ended("m", f"{number}", 0.001, None)
     assert service.wait_s("m", 1000) is None
     assert service.retry_after_s("m", None, 0.0) == UNKNOWN_RETRY_S
     for number in range(5):
-        service.began("m", f"{number}", 100, 0.0)
+        service.began("m", f"{number}", 0.0)
     for number in range(4):
-        service.ended("m", f"{number}", 10.0)
+        service.ended("m", f"{number}", 10.0, 100)
     assert service.wait_s("m", 1000) == pytest.approx(100.0)
     assert service.wait_s("other", 1000) is None
-    service.ended("m", "never began", 10.0)
+    service.ended("m", "never began", 10.0, 100)
     assert service.running("m") == 1
 
 
 def test_who_is_refused_is_told_when_enough_has_drained_in_whole_seconds() -> None:
     service = Service()
     for number in range(40):
-        service.began("m", f"{number}", 100, 0.0)
+        service.began("m", f"{number}", 0.0)
     for number in range(32):
-        service.ended("m", f"{number}", 10.0)
+        service.ended("m", f"{number}", 10.0, 100)
     assert service.tokens_per_s("m") == pytest.approx(80.0)  # eight run on, ten tokens a second each
     assert service.retry_after_s("m", 42.3, 30.0) == 13
     assert service.retry_after_s("m", None, 0.0) == 2  # 100 tokens at 80 a second: until the next one ends

@@ -204,13 +204,31 @@ async def test_who_has_no_time_for_the_queue_is_refused_at_once(cluster_of_four_
     service = cluster_of_four_slots
     await load(service, 0.5 * CAPACITY_PER_S, 1.0)  # now it knows how long answers take
     long = asking(prompt_of(6), max_tokens=300)
-    tasks = [asyncio.create_task(service.post(COMPLETIONS, long)) for _ in range(SLOTS + 1)]
-    await until(lambda: service.requests("queued") == 1)
+    tasks = [asyncio.create_task(service.post(COMPLETIONS, long)) for _ in range(SLOTS + 8)]
+    await until(lambda: service.requests("queued") == 8)
     reply = await service.post(COMPLETIONS, asking(prompt_of(9)), {"x-request-timeout-s": "0.1"})
     assert (reply.status, reply.error["code"]) == (503, "overloaded")
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_clients_that_leave_early_do_not_make_the_cluster_seem_fast() -> None:
+    async with running_cluster() as cluster, serving(cluster) as service:
+        await service.start("mixed", "m1", slow())
+        long = asking(prompt_of(6), max_tokens=400)
+        for _ in range(6):
+            async with service.streaming(COMPLETIONS, long) as streamed:
+                await streamed.heard(lambda answer: len(answer.chunks) > 5)
+        await until(lambda: service.gateway.dispatcher.requests == {})
+        tasks = [asyncio.create_task(service.post(COMPLETIONS, long)) for _ in range(SLOTS + 6)]
+        await until(lambda: service.requests("queued") == 6)
+        # of 6 + 400 tokens in a twentieth of a second there would be no queue to speak of
+        reply = await service.post(COMPLETIONS, asking(prompt_of(9)), {"x-request-timeout-s": "0.3"})
+        assert (reply.status, reply.error["code"]) == (503, "overloaded")
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 # -- stopping

@@ -53,10 +53,10 @@ class Slots:
         """Requests of `tokens` that took `seconds` each; so many more run now."""
         service = self.queue.service
         for number in range(requests):
-            service.began("m", f"past {number}", tokens, self.now_s - seconds)
-            service.ended("m", f"past {number}", self.now_s)
+            service.began("m", f"past {number}", self.now_s - seconds)
+            service.ended("m", f"past {number}", self.now_s, tokens)
         for number in range(still_running):
-            service.began("m", f"now {number}", tokens, self.now_s)
+            service.began("m", f"now {number}", self.now_s)
 
 
 @pytest.fixture
@@ -234,6 +234,29 @@ async def test_who_has_less_time_than_the_wait_is_refused_at_once() -> None:
     with pytest.raises(Overloaded, match="more than 5 s"):
         slots.join("b", deadline_s=slots.now_s + 5.0)
     slots.join("c", deadline_s=slots.now_s + 15.0)
+
+
+async def test_answers_that_might_be_long_and_will_be_short_are_waited_for_as_short_ones() -> None:
+    slots = Slots(predicted_wait_s=30.0)
+    slots.serve(seconds=10.0)  # 20 tokens in 10 s, one at a time
+    for name in "abcd":
+        slots.join(name, max_tokens=4000, answer_tokens=9.5)  # 0, 10, 20, 30 s
+    with pytest.raises(Overloaded, match="about 40 s: more than 30 s"):
+        slots.join("e", max_tokens=4000, answer_tokens=9.5)
+    short = Slots(predicted_wait_s=30.0)
+    short.serve(seconds=10.0)
+    for name in "abcd":
+        short.join(name, max_tokens=10, answer_tokens=500.0)  # none is expected to be longer than it may be
+
+
+async def test_turns_are_paid_with_what_an_answer_may_have_and_take_what_it_will_have() -> None:
+    slots = Slots(predicted_wait_s=30.0)
+    slots.serve(seconds=10.0)
+    for name in "abc":
+        slots.join(name, key="long", max_tokens=190, answer_tokens=10.0)  # 200 tokens of turns, 20 of work each
+    slots.join("d", key="short", max_tokens=190, answer_tokens=10.0)  # behind one of the other key's
+    with pytest.raises(Overloaded, match="60 tokens of work"):  # two of the other key's, and its own key's one
+        slots.join("e", key="short", max_tokens=190, answer_tokens=10.0, deadline_s=slots.now_s + 29.0)
 
 
 async def test_without_a_measurement_nothing_is_predicted(slots: Slots) -> None:
