@@ -92,7 +92,7 @@ class Intake:
         try:
             place = self._dispatcher.enter(demand)
         except Overloaded:
-            self._limits.leave(caller.key, job_id, 0, now_s)
+            self._limits.leave(caller.key, job_id, 0)
             raise
         return Arrival(self._dispatcher, self._limits, self._clock, caller, ask, demand, place)
 
@@ -140,7 +140,7 @@ class Arrival:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._dispatcher.leave(self._place)
-        self._limits.leave(self._caller.key, self._demand.request_id, self._unused_tokens, self._clock())
+        self._limits.leave(self._caller.key, self._demand.request_id, self._unused_tokens)
 
     async def job(self) -> tuple[Job, Node]:
         """Tokenize, check against the model's context and the key's tokens, fill in defaults."""

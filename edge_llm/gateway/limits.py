@@ -6,6 +6,9 @@ of its own (429), however idle the cluster is.
 Both rates are token buckets that hold one minute's worth: a key that was idle may use a minute's worth at once. Tokens
 are reserved at admission (prompt + max_tokens, as OpenAI counts them), what an answer did not use is given back.
 A request of more tokens than a minute's worth goes when the bucket is full and is paid off afterwards.
+
+Invariant: what a key has used stays used, whatever becomes of its entry in the keys file; new limits count from its
+next request on, and what came before still ends in the same account.
 """
 
 from __future__ import annotations
@@ -37,6 +40,12 @@ class Bucket:
     def give_back(self, amount: int) -> None:
         self.level = min(float(self.per_minute), self.level + amount)
 
+    def resize(self, per_minute: int, now_s: float) -> None:
+        """From now on another limit; what was used counts on."""
+        self._flow(now_s)
+        used = self.per_minute - self.level
+        self.per_minute, self.level = per_minute, per_minute - used
+
     def _flow(self, now_s: float) -> None:
         gained = (now_s - self.at_s) * self.per_minute / 60.0
         self.level, self.at_s = min(float(self.per_minute), self.level + max(0.0, gained)), max(now_s, self.at_s)
@@ -44,20 +53,22 @@ class Bucket:
 
 @dataclass(slots=True)
 class _Account:
-    requests: Bucket | None
-    tokens: Bucket | None
+    requests: Bucket | None = None
+    tokens: Bucket | None = None
     streams: set[str] = field(default_factory=set)
 
 
 class Limits:
-    """Accounts of all keys; one that changes its limits in the file begins a new minute."""
+    """Accounts of all keys, by id."""
 
     def __init__(self) -> None:
-        self._accounts: dict[str, tuple[ApiKey, _Account]] = {}
+        self._accounts: dict[str, _Account] = {}
 
     def arrive(self, key: ApiKey, request_id: str, now_s: float) -> None:
         """Count a request before anything is done for it. Raises LimitReached; then nothing was counted."""
-        account = self._account(key, now_s)
+        account = self._accounts.setdefault(key.id, _Account())
+        account.requests = _adapted(account.requests, key.requests_per_minute, now_s)
+        account.tokens = _adapted(account.tokens, key.tokens_per_minute, now_s)
         if key.max_streams is not None and len(account.streams) >= key.max_streams:
             raise LimitReached(
                 f"key {key.id} has {key.max_streams} answers under way, as many as it may", code="too_many_streams"
@@ -69,29 +80,28 @@ class Limits:
 
     def reserve(self, key: ApiKey, tokens: int, now_s: float) -> None:
         """Reserve the tokens of a request that has arrived. Raises LimitReached."""
-        bucket = self._account(key, now_s).tokens
+        bucket = self._accounts[key.id].tokens
         if bucket is not None:
-            _check(bucket, tokens, now_s, f"key {key.id} may use {key.tokens_per_minute} tokens a minute")
+            _check(bucket, tokens, now_s, f"key {key.id} may use {bucket.per_minute} tokens a minute")
             bucket.take(tokens)
 
-    def leave(self, key: ApiKey, request_id: str, unused_tokens: int, now_s: float) -> None:
-        """The request is over, with so many of its reserved tokens unused."""
-        account = self._account(key, now_s)
+    def leave(self, key: ApiKey, request_id: str, unused_tokens: int) -> None:
+        """A request that has arrived is over, with so many of its reserved tokens unused."""
+        account = self._accounts[key.id]
         account.streams.discard(request_id)
         if account.tokens is not None and unused_tokens > 0:
             account.tokens.give_back(unused_tokens)
 
-    def _account(self, key: ApiKey, now_s: float) -> _Account:
-        known, account = self._accounts.get(key.id, (None, None))
-        if account is None or known != key:
-            streams = account.streams if account else set()
-            account = _Account(_full(key.requests_per_minute, now_s), _full(key.tokens_per_minute, now_s), streams)
-            self._accounts[key.id] = (key, account)
-        return account
 
-
-def _full(per_minute: int | None, now_s: float) -> Bucket | None:
-    return None if per_minute is None else Bucket(per_minute, float(per_minute), now_s)
+def _adapted(bucket: Bucket | None, per_minute: int | None, now_s: float) -> Bucket | None:
+    """The bucket of a key that has this limit now: a new one is full."""
+    if per_minute is None:
+        return None
+    if bucket is None:
+        return Bucket(per_minute, float(per_minute), now_s)
+    if bucket.per_minute != per_minute:
+        bucket.resize(per_minute, now_s)
+    return bucket
 
 
 def _check(bucket: Bucket, amount: int, now_s: float, rule: str) -> None:

@@ -53,13 +53,14 @@ def test_tokens_are_reserved_and_what_was_not_used_comes_back() -> None:
     limits.arrive(key, "a", 0.0)
     limits.reserve(key, 500, 0.0)
     assert refused(limits, key, 0.0, tokens=200).retry_after_s == 10
-    limits.leave(key, "a", 450, 0.0)
+    limits.leave(key, "a", 450)
     limits.reserve(key, 550, 0.0)
     refused(limits, key, 0.0, tokens=1)
 
 
 def test_a_request_of_more_than_a_minutes_worth_waits_for_a_full_bucket_and_is_paid_off() -> None:
     key, limits = replace(KEY, tokens_per_minute=600), Limits()
+    limits.arrive(key, "a", 0.0)
     limits.reserve(key, 100, 0.0)
     assert refused(limits, key, 0.0, tokens=1200).retry_after_s == 10
     limits.reserve(key, 1200, 10.0)
@@ -72,20 +73,44 @@ def test_answers_under_way_are_counted_until_they_end() -> None:
     limits.arrive(key, "a", 0.0)
     limits.arrive(key, "b", 0.0)
     assert refused(limits, key, 0.0).code == "too_many_streams"
-    limits.leave(key, "refused", 0, 0.0)
+    limits.leave(key, "refused", 0)
     refused(limits, key, 0.0)
-    limits.leave(key, "a", 0, 0.0)
+    limits.leave(key, "a", 0)
     limits.arrive(key, "c", 0.0)
 
 
-def test_keys_have_accounts_of_their_own_and_new_limits_begin_anew_with_what_runs() -> None:
+def test_keys_have_accounts_of_their_own() -> None:
     key, limits = replace(KEY, requests_per_minute=1, max_streams=1), Limits()
     limits.arrive(key, "a", 0.0)
     limits.arrive(replace(key, id="bob"), "b", 0.0)
-    changed = replace(key, requests_per_minute=2)
-    assert refused(limits, changed, 0.0).code == "too_many_streams"
-    limits.leave(changed, "a", 0, 0.0)
-    limits.arrive(changed, "c", 0.0)
+    assert refused(limits, key, 0.0).code == "too_many_streams"
+    limits.leave(key, "a", 0)
+    assert refused(limits, key, 0.0).code == "rate_limit_exceeded"
+
+
+def test_a_change_of_the_keys_file_gives_nobody_a_new_minute() -> None:
+    key, limits = replace(KEY, requests_per_minute=2, tokens_per_minute=600), Limits()
+    limits.arrive(key, "a", 0.0)
+    limits.reserve(key, 500, 0.0)
+    other_tenant = replace(key, tenant="family", expires_s=1e9)
+    limits.arrive(other_tenant, "b", 0.0)
+    assert refused(limits, other_tenant, 0.0).retry_after_s == 30
+    assert refused(limits, other_tenant, 0.0, tokens=101).retry_after_s == 1
+    limits.leave(key, "a", 500)  # it came before the change
+    limits.reserve(other_tenant, 600, 0.0)
+
+
+def test_of_a_limit_that_changes_what_was_used_counts_on() -> None:
+    key, limits = replace(KEY, requests_per_minute=4, max_streams=9), Limits()
+    for number in range(3):
+        limits.arrive(key, f"{number}", 0.0)
+    more = replace(key, requests_per_minute=5)
+    limits.arrive(more, "3", 0.0)
+    limits.arrive(more, "4", 0.0)
+    refused(limits, more, 0.0)
+    fewer = replace(key, requests_per_minute=2)
+    assert refused(limits, fewer, 0.0).retry_after_s == 120, "three beyond the limit flow in first, then one"
+    limits.arrive(replace(key, requests_per_minute=None), "5", 0.0)
 
 
 @given(
