@@ -178,9 +178,7 @@ class OpenLoop:
                 tasks.append(group.create_task(self._ask(call, late_s)))
         return [task.result() for task in tasks]
 
-    async def saturate(
-        self, body_of: Callable[[int], Mapping[str, Any]], clients: int, seconds: float
-    ) -> list[Answer]:
+    async def saturate(self, body_of: Callable[[int], Mapping[str, Any]], clients: int, seconds: float) -> list[Answer]:
         """So many clients that ask again as soon as they have their answer (or soon after a refusal): a closed loop,
         which keeps a server full without drowning it."""
         numbers, answers, until_s = count(), list[Answer](), time.monotonic() + seconds

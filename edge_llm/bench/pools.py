@@ -154,9 +154,7 @@ async def measure(plan: Plan, launch: Launch, seen: Seen, run: Run, progress: An
     return figures(plan, seen, run)
 
 
-async def _together(
-    plan: Plan, policies: Sequence[str], launch: Launch, seen: Seen, run: Run, progress: Any
-) -> None:
+async def _together(plan: Plan, policies: Sequence[str], launch: Launch, seen: Seen, run: Run, progress: Any) -> None:
     """One cluster for each of `policies`; the trace begins when all are ready."""
     go = _Start(len(policies))
     name = ", ".join(policies)

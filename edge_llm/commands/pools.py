@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import click
@@ -52,10 +53,11 @@ def pools(
     phases = tuple(Phase(phase.kind, phase.until_s / 12, phase.per_s) for phase in PHASES) if quick else PHASES
     chosen = {"policies": policies} if policies else {}
     plan = Plan(phases=phases, seed=seed, wait_bound_s=wait_bound_s, one_by_one=one_by_one, **chosen)
+    launch = partial(local_cluster, model=SIMULATED_MODEL)
     run, seen = Run("pools", command_line(), plan.config), Seen()
     with steps() as report:
         found, is_complete = until_interrupted(
-            lambda: on_fast_loop(measure(plan, lambda layout: local_cluster(layout, SIMULATED_MODEL), seen, run, report)),
+            lambda: on_fast_loop(measure(plan, launch, seen, run, report)),
             lambda: figures(plan, seen, run),
         )
     finish(run, found, is_complete, output, as_json, missed(found) if check else [])
