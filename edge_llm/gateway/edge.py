@@ -51,7 +51,9 @@ _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 # W3C Trace Context, version 00; ids of zeros mean none
 _TRACE: Final = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 _JSON: Final = re.compile(r"application/(json|[a-z0-9.-]+\+json)(\s*;.*)?", re.IGNORECASE)
-_FORWARDED: Final = ("forwarded", "x-forwarded-for", "x-real-ip")
+# What proxies add, by default or as their manuals say: one on this machine speaks for others.
+_FORWARDED: Final = frozenset({"forwarded", "via", "x-real-ip", "x-client-ip", "x-original-forwarded-for"})
+_FORWARDED_PREFIX: Final = "x-forwarded-"
 log = structlog.get_logger()
 
 
@@ -174,5 +176,8 @@ def is_loopback(host: str) -> bool:
 
 
 def _is_of_this_machine(scope: Scope, headers: Headers) -> bool:
-    """Whether nobody but this machine asks: a proxy on it speaks for others."""
-    return is_loopback(_client(scope)) and not any(name in headers for name in _FORWARDED)
+    """Whether nobody but this machine asks. A proxy on it speaks for others; one that says so in no header cannot be
+    told from its own programs, and must keep the path to itself (README)."""
+    names = {name.lower() for name in headers}
+    is_forwarded = names & _FORWARDED or any(name.startswith(_FORWARDED_PREFIX) for name in names)
+    return is_loopback(_client(scope)) and not is_forwarded

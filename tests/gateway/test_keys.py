@@ -311,7 +311,15 @@ async def test_a_key_sees_only_the_models_it_may_use(guarded: Service) -> None:
 
 @pytest.mark.anyio
 async def test_figures_are_for_this_machine_and_for_keys_and_a_proxy_here_speaks_for_others(guarded: Service) -> None:
-    for headers in ({"x-forwarded-for": "203.0.113.7"}, {"forwarded": "for=203.0.113.7"}):
+    added = {
+        "x-forwarded-for": "203.0.113.7",
+        "X-Forwarded-Proto": "https",
+        "forwarded": "for=203.0.113.7",
+        "x-real-ip": "203.0.113.7",
+        "Via": "1.1 proxy",
+    }
+    for name, value in added.items():
+        headers = {name: value}
         async with guarded.client.get("/metrics", headers=headers) as reply:
             assert reply.status == 401
         async with guarded.client.get("/metrics", headers=headers | CREDENTIALS["right"]) as reply:
