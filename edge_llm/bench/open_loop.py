@@ -125,7 +125,7 @@ class Answer(asyncio.Protocol):
     def queue_s(self) -> float | None:
         """What the server says of the time until the request was given to a worker."""
         waited_ms = self._last("timings").get("edge_llm", {}).get("queue_ms")
-        return None if waited_ms is None else waited_ms / 1e3
+        return None if waited_ms is None else float(waited_ms) / 1e3
 
     @property
     def retry_after_s(self) -> float | None:

@@ -207,7 +207,7 @@ async def _on_a_cluster(plan: Plan, policy: str, launch: Launch, go: _Start, see
         began_s = await go.ready(cluster.processes)
         watching = asyncio.create_task(_look(cluster.url, policy, began_s, seen))
         try:
-            client = OpenLoop(cluster.url, lambda answer: _count(policy, answer, began_s, run))
+            client = OpenLoop(cluster.url, lambda answer: _count(plan, policy, answer, run))
             await client.offer(calls(plan), began_s)
             await asyncio.sleep(2 * _LOOK_S)
         finally:
@@ -230,24 +230,25 @@ async def _look(url: str, policy: str, began_s: float, seen: Seen) -> None:
             await asyncio.sleep(_LOOK_S)
 
 
-def _count(policy: str, answer: Answer, began_s: float, run: Run) -> None:
-    """One answer is over."""
+def _count(plan: Plan, policy: str, answer: Answer, run: Run) -> None:
+    """One answer is over. Its delay is all of the time to first token (of a refusal: until it came) that its prompt
+    alone would not have taken: in the queue, at a worker behind other prompts, beside streams."""
     run.add("late_s", answer.late_s)
-    due_s = answer.call.due_s
-    waited_s = answer.queue_s
+    due_s, delay_s = answer.call.due_s, answer.took_s
     if answer.is_whole and answer.ttft_s is not None:
+        alone_s = (len(answer.call.body["prompt"]) + 1) / plan.prompt_tokens_per_s
+        delay_s = max(0.0, answer.ttft_s - alone_s)
+        run.add(f"{policy}.queue_s", answer.queue_s or 0.0)
         for name in (answer.call.kind, "all"):
             run.add(f"{policy}.{name}.ttft_s", answer.ttft_s)
             if answer.tpot_s is not None:
                 run.add(f"{policy}.{name}.tpot_s", answer.tpot_s)
     elif answer.is_refused:
         run.add(f"{policy}.refused_at_s", due_s)
-        waited_s = answer.took_s
     else:
         run.add(f"{policy}.failed_at_s", due_s)
         run.notes.append(f"{policy}: the request at {due_s:.1f} s failed: {answer.complaint}")
-        waited_s = answer.took_s if waited_s is None else waited_s
-    run.add(f"{policy}.wait_s", waited_s if waited_s is not None else answer.took_s)
+    run.add(f"{policy}.delay_s", delay_s)
 
 
 # -- results
@@ -276,12 +277,13 @@ def figures(plan: Plan, seen: Seen, run: Run) -> dict[str, Any]:
 
 
 def _of(policy: str, plan: Plan, seen: Seen, run: Run) -> dict[str, Any]:
-    waits = run.samples.get(f"{policy}.wait_s", [])
+    delays, queued = run.samples.get(f"{policy}.delay_s"), run.samples.get(f"{policy}.queue_s")
     return {
         "answered": len(run.samples.get(f"{policy}.all.ttft_s", [])),
         "refused": len(run.samples.get(f"{policy}.refused_at_s", [])),
         "failed": len(run.samples.get(f"{policy}.failed_at_s", [])),
-        "longest_wait_s": round(max(waits), 3) if waits else None,
+        "longest_wait_s": round(max(delays), 3) if delays else None,
+        "longest_in_queue_s": round(max(queued), 3) if queued else None,
         "events": _events(policy, plan, seen),
         "ttft_s": {name: _spread(run, f"{policy}.{name}.ttft_s") for name in (*plan.windows, "all")},
         "tpot_s": {name: _spread(run, f"{policy}.{name}.tpot_s") for name in (*plan.windows, "all")},

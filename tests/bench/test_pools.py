@@ -69,7 +69,7 @@ def measured(at_s: tuple[tuple[float, str], ...], ours_s: float = 0.5, wait_s: f
     run = Run("pools", [], {})
     for policy, ttft_s in (("predicted", ours_s), ("random", 1.0), ("round_robin", 1.0)):
         run.add(f"{policy}.all.ttft_s", ttft_s)
-        run.add(f"{policy}.wait_s", wait_s)
+        run.add(f"{policy}.delay_s", wait_s)
     return figures(PLAN, seen(*at_s), run)
 
 
