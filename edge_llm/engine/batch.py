@@ -1,14 +1,17 @@
 """Which tokens go into the next llama_decode: pure arithmetic on positions, slots and measured seconds.
 
-Owns two rules. Prompt pieces: end at the next absolute chunk border, or earlier when running streams would wait
-longer than their budget. Decode rows: llama.cpp splits a call whose sequence ids have holes into one graph run
-per unbroken stretch (blueprint section 4); a hole is cheaper filled with a throw-away row when that row costs
-less than another run.
+Owns three rules. Prompt pieces: end at the next absolute chunk border, or earlier when running streams would wait
+longer than their budget. Holes: llama.cpp splits a call whose sequence ids have holes into one graph run per
+unbroken stretch (blueprint section 4); a hole is cheaper filled with a throw-away row when that row costs less than
+another run. Depths: llama.cpp reads for every row of a graph run as many KV cells as its deepest row has
+(llama_kv_cache::get_n_kv); a long sequence gets a call of its own when that costs less than making its neighbours
+read as far.
 Refuses to know engines, requests and clocks.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,10 +27,12 @@ _SMOOTHING: Final = 0.125
 
 @dataclass(frozen=True, slots=True)
 class RowCost:
-    """Seconds of a decode call: `run_s` for each graph run (weights are read once), `row_s` for each row."""
+    """Seconds of a decode call: `run_s` for each graph run (weights are read once), `row_s` for each row, `cell_s` for
+    each KV cell that a row reads."""
 
     run_s: float
     row_s: float
+    cell_s: float = 0.0
 
     @classmethod
     def fit(cls, one_row_s: float, many_rows_s: float, rows: int) -> RowCost:
@@ -74,3 +79,29 @@ def fillers(slots: Sequence[int], filled: Set[int], cost: RowCost) -> list[int]:
         if hole and len(hole) * cost.row_s < cost.run_s and filled.isdisjoint(hole):
             chosen.extend(hole)
     return chosen
+
+
+def calls(cells: Sequence[int], cost: RowCost) -> list[range]:
+    """The cheapest way to decode neighbouring slots with `cells` KV cells each: consecutive calls, as index ranges.
+
+    One call reads max(cells) for each of its rows. Stretches of neighbours only: others would leave holes.
+    """
+    count = len(cells)
+    # a second call costs at least run_s and saves at most what one call reads in vain
+    if (count * max(cells) - sum(cells)) * cost.cell_s <= cost.run_s:
+        return [range(count)]
+    best_s = [0.0] + [math.inf] * count
+    begins = [0] * (count + 1)
+    for end in range(1, count + 1):
+        deepest = 0
+        for begin in reversed(range(end)):
+            deepest = max(deepest, cells[begin])
+            seconds = best_s[begin] + cost.run_s + (end - begin) * deepest * cost.cell_s
+            if seconds < best_s[end]:
+                best_s[end], begins[end] = seconds, begin
+    found: list[range] = []
+    end = count
+    while end:
+        found.append(range(begins[end], end))
+        end = begins[end]
+    return found[::-1]

@@ -112,7 +112,8 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one step did. `decoded_rows` rows shared the decode call, `prompt_tokens` were prefilled."""
+    """What one step did. `decoded_rows` rows were decoded, `widest_call` of them in one call; `prompt_tokens` were
+    prefilled."""
 
     events: tuple[TokenEvent, ...] = ()
     chunks: tuple[KVChunk, ...] = ()
@@ -120,6 +121,7 @@ class Step:
     failures: tuple[Failure, ...] = ()
     kept: tuple[KeptKV, ...] = ()
     decoded_rows: int = 0
+    widest_call: int = 0
     prompt_tokens: int = 0
     decode_s: float = 0.0
     prompt_s: float = 0.0

@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
+import numpy as np
+
 from edge_llm.engine.backend import Interrupted, Logits, Row
 from edge_llm.engine.batch import RowCost, fillers
 from edge_llm.engine.engine import EngineFacts
@@ -29,6 +31,8 @@ from edge_llm.kv.codec import BlobLayout, StateBlob, UnaccountedState, cut, extr
 
 _SELF_TEST_TOKENS: Final = 24
 _TIMED_TOKENS: Final = 64  # enough rows for the kernels of prompts, under 2 s at 40 tokens/s
+_TIMED_CELLS: Final = 1000  # llama.cpp reads multiples of 256 cells (llama_kv_cache::get_n_kv)
+_TIMED_STEPS: Final = 4
 _SERVED, _EXPORT = 0, 1  # sequence ids of the prompt context
 
 
@@ -74,7 +78,8 @@ class LlamaBackend:
     @property
     def first_rates(self) -> Rates:
         """What `start` measured, before any work."""
-        return Rates(self._row_cost.run_s, self._row_cost.row_s, token_s=self._prompt_token_s)
+        cost = self._row_cost
+        return Rates(cost.run_s, cost.row_s, cost.cell_s, token_s=self._prompt_token_s)
 
     @property
     def pieces(self) -> LlamaVocabulary:
@@ -144,9 +149,9 @@ class LlamaBackend:
         if 0 < self._window < n_tokens:
             # llama_kv_cache::state_write leaves out what the window masks
             raise WorkerError(f"only the last {self._window} positions of a running sequence of this model travel")
-        # asking llama.cpp for the size costs as much as the copy, and running streams wait for both
-        state = bytearray(self._facts.layout.size(n_tokens))
-        self._slots.state_into(slot, memoryview(state))
+        # asking llama.cpp for the size costs as much as the copy, zeroing a buffer more; running streams wait for both
+        state = np.empty(self._facts.layout.size(n_tokens), np.uint8).data
+        self._slots.state_into(slot, state)
         return StateBlob.from_native(self._facts.layout, state, n_tokens)
 
     def serve_open(self, blob: StateBlob | None = None) -> None:
@@ -289,7 +294,30 @@ class LlamaBackend:
     def _measure_rows(self) -> RowCost:
         rows = min(self._facts.slots, 4)
         one_row_s, many_rows_s = self._time_rows(1), self._time_rows(rows)
-        return RowCost.fit(one_row_s, many_rows_s, rows)
+        cost = RowCost.fit(one_row_s, many_rows_s, rows)
+        return replace(cost, cell_s=self._time_cell(one_row_s))
+
+    def _time_cell(self, one_row_s: float) -> float:
+        """Seconds of reading one KV cell, from a row behind many cells of zeros; 0 where that cannot be tried."""
+        layout = self._facts.layout
+        cells = min(_TIMED_CELLS, self._facts.n_ctx - _TIMED_STEPS)
+        if layout is None or cells < _TIMED_CELLS // 2:
+            return 0.0
+        zeros = StateBlob(layout, cells, 0)
+        zeros.place(0, cells, bytes(layout.geometry.payload_bytes(cells)), self._facts.v_layout)
+        try:
+            self.restore(0, zeros)
+            best_s = min(self._timed_row(cells + step) for step in range(_TIMED_STEPS))
+        except RestoreRefused:
+            return 0.0
+        finally:
+            self.drop(0)
+        return max(0.0, best_s - one_row_s) / cells
+
+    def _timed_row(self, position: int) -> float:
+        started_s = time.perf_counter()
+        self._slots.decode([1], [position], [0])
+        return time.perf_counter() - started_s
 
     def _time_prompt(self, context: NativeContext) -> float:
         """Seconds per token of a piece of a prompt at its beginning."""

@@ -1,6 +1,6 @@
 """How long this engine's work takes, fitted while it works: seconds as sums of a few products.
 
-    decode step  = run_s + row_s * rows + cell_s * (KV cells read by all rows)
+    decode call  = run_s + row_s * rows + cell_s * (KV cells read by all rows)
     prompt piece = call_s + token_s * n + pair_s * n * (p0 + p1) / 2
 
 Quadratic in the prompt, linear in context and batch: the form DistServe fits (papers.md 3.4). Owns the fit; refuses to
@@ -26,8 +26,10 @@ from typing import Final
 Vector = tuple[float, float, float]
 Matrix = tuple[Vector, Vector, Vector]
 
-# About the last 200 samples count: a decode step of 10 ms forgets a throttled minute within seconds.
+# About the last 200 samples count: decode steps of 10 ms forget a throttled minute within seconds.
 _FORGETTING: Final = 0.995
+_LEARNT: Final = 64
+_OBSERVED_STEPS: Final = 4
 _SURPRISE: Final = 1.5
 _BELIEVED_AFTER: Final = 4
 # Weight of a first estimate against one sample; the sums hold up to 1 / (1 - _FORGETTING) samples.
@@ -77,6 +79,11 @@ class Fit:
     @property
     def samples(self) -> int:
         return self._sums.count
+
+    @property
+    def expected(self) -> Vector:
+        """The coefficients as last solved: they may lag a few samples behind, and cost nothing."""
+        return self._expected
 
     def observe(self, features: Vector, seconds: float) -> None:
         """Take one sample. Features are counts >= 0, the first one 1."""
@@ -130,9 +137,21 @@ class RateBook:
     def __init__(self, first: Rates = NOTHING_KNOWN) -> None:
         self._decode = Fit((first.run_s, first.row_s, first.cell_s))
         self._prompt = Fit((first.call_s, first.token_s, first.pair_s))
+        self._steps = 0
+
+    def begin_step(self) -> bool:
+        """Whether the decode calls of the step that begins shall be observed: all while little is known, then every
+        fourth step. Observing costs as much as drawing a token."""
+        self._steps += 1
+        return self._decode.samples < _LEARNT or self._steps % _OBSERVED_STEPS == 0
+
+    @property
+    def decode_law(self) -> Vector:
+        """(run_s, row_s, cell_s) as last solved."""
+        return self._decode.expected
 
     def on_decode(self, rows: int, cells: int, seconds: float) -> None:
-        """A decode step of `rows` rows that read `cells` KV cells in all."""
+        """A decode call of `rows` rows that read `cells` KV cells in all."""
         self._decode.observe((1.0, float(rows), float(cells)), seconds)
 
     def on_prompt(self, p0: int, p1: int, seconds: float) -> None:

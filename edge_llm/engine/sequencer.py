@@ -4,8 +4,8 @@ Owns slots, the prompt queue, the time budget, sampling calls, stop rules and to
 llama.cpp, networks, tickets and JSON. Implements `engine.Engine`; the same class drives the real and the
 simulated backend, so the rules below exist once.
 
-One `step`: one piece of the oldest prompt that may advance (bounded by the budget when streams run), then one
-decode call with a row for every sequence whose KV is complete up to its last token.
+One `step`: one piece of the oldest prompt that may advance (bounded by the budget when streams run), then a row for
+every sequence whose KV is complete up to its last token, in one decode call or in several where depths differ much.
 
 Invariants: `kv_tokens` positions of a slot have KV, always contiguous from 0; a sequence decodes exactly when
 `kv_tokens == len(ids) - 1`; an interrupted piece leaves no KV and is simply done again.
@@ -14,11 +14,11 @@ Invariants: `kv_tokens` positions of a slot have KV, always contiguous from 0; a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from edge_llm.engine.backend import Backend, Interrupted, Logits, Row
-from edge_llm.engine.batch import next_border, piece_end, smoothed, token_budget
+from edge_llm.engine.batch import RowCost, calls, next_border, piece_end, smoothed, token_budget
 from edge_llm.engine.engine import EngineFacts, Failure, KeptKV, KVChunk, PromptProgress, ServedPrompt, Step, Vocabulary
 from edge_llm.engine.rates import NOTHING_KNOWN, RateBook, Rates
 from edge_llm.engine.sampling import sample
@@ -36,6 +36,7 @@ class _Sequence:
     kv_tokens: int
     text: TextStream
     keeps_kv: bool
+    # Its KV became complete in this step: running streams waited for that, a new row must not add to it.
     waits_a_step: bool = False
 
     @property
@@ -70,6 +71,7 @@ class _Outcome:
     failures: list[Failure] = field(default_factory=list)
     kept: list[KeptKV] = field(default_factory=list)
     decoded_rows: int = 0
+    widest_call: int = 0
     prompt_tokens: int = 0
     decode_s: float = 0.0
     prompt_s: float = 0.0
@@ -113,6 +115,10 @@ class Sequencer:
         return bool(self._sequences) or self._can_serve
 
     @property
+    def _has_streams(self) -> bool:
+        return any(sequence.is_decoding for sequence in self._sequences.values())
+
+    @property
     def _can_serve(self) -> bool:
         return self._served is not None and not self._served.is_held
 
@@ -130,8 +136,7 @@ class Sequencer:
         sequence = _Sequence(slot, generation, ids, restored, TextStream(generation.stop), keeps_kv)
         for token_id in generation.delivered_ids:
             sequence.text.push(self._vocabulary.piece(token_id))
-        # running streams waited for the restore: their next step is not made longer by a new row as well
-        sequence.waits_a_step = restored > 0 and any(other.is_decoding for other in self._sequences.values())
+        sequence.waits_a_step = restored > 0 and self._has_streams
         self._sequences[slot] = sequence
         if not sequence.is_decoding:
             self._prompts.append(slot)
@@ -169,6 +174,7 @@ class Sequencer:
             tuple(outcome.failures),
             tuple(outcome.kept),
             outcome.decoded_rows,
+            outcome.widest_call,
             outcome.prompt_tokens,
             outcome.decode_s,
             outcome.prompt_s,
@@ -225,9 +231,8 @@ class Sequencer:
             self._advance_local(self._sequences[self._prompts[0]], outcome)
 
     def _piece_end(self, position: int, total: int) -> int:
-        streams = any(sequence.is_decoding for sequence in self._sequences.values())
         budget = None
-        if streams and not self._has_fixed_pieces:
+        if self._has_streams and not self._has_fixed_pieces:
             budget = token_budget(self._decode_step_s, self._prompt_token_s)
         return piece_end(position, total, self.facts.chunk_tokens, budget)
 
@@ -245,6 +250,7 @@ class Sequencer:
         except EngineFailed as error:
             self._fail(sequence, error, outcome)
             return
+        sequence.waits_a_step = p1 == total and self._has_streams
         sequence.kv_tokens = p1
         outcome.progress.append(PromptProgress(request_id, p1, total))
         # oldest first keeps time to first token fair; a finished prompt leaves the queue
@@ -298,26 +304,37 @@ class Sequencer:
         running = self._rows_of_this_step()
         if not running:
             return
+        is_observed, ended = self._book.begin_step(), list[_Sequence]()
+        started_s = self._clock()
+        for part in calls([len(sequence.ids) for sequence in running], RowCost(*self._book.decode_law)):
+            ended += self._decode_call(running[part.start : part.stop], is_observed, outcome)
+        outcome.decode_s = self._clock() - started_s
+        self._decode_step_s = smoothed(self._decode_step_s, outcome.decode_s)
+        for sequence in ended:  # after the clock was read: it is no part of a decode step
+            self._keep(sequence, outcome)
+            self.end(sequence.slot)
+
+    def _decode_call(self, running: Sequence[_Sequence], is_observed: bool, outcome: _Outcome) -> list[_Sequence]:
+        """One call for neighbouring slots; those that ended with it. A call that fails leaves the others alone."""
         rows = [Row(sequence.slot, sequence.ids[-1], len(sequence.ids) - 1) for sequence in running]
+        deepest = max(row.position for row in rows) + 1
         started_s = self._clock()
         try:
             logits = self._backend.decode(rows)
         except EngineFailed as error:
             for sequence in running:
                 self._fail(sequence, error, outcome)
-            return
+            return []
         ended = [
             sequence
             for sequence, row_logits in zip(running, logits, strict=True)
             if self._draw(sequence, row_logits, outcome)
         ]
-        outcome.decode_s = self._clock() - started_s
-        outcome.decoded_rows = len(rows)
-        self._decode_step_s = smoothed(self._decode_step_s, outcome.decode_s)
-        self._book.on_decode(len(rows), sum(row.position + 1 for row in rows), outcome.decode_s)
-        for sequence in ended:  # after the clock was read: it is no part of a decode step
-            self._keep(sequence, outcome)
-            self.end(sequence.slot)
+        outcome.decoded_rows += len(rows)
+        outcome.widest_call = max(outcome.widest_call, len(rows))
+        if is_observed:
+            self._book.on_decode(len(rows), len(rows) * deepest, self._clock() - started_s)
+        return ended
 
     def _rows_of_this_step(self) -> list[_Sequence]:
         """Sequences whose KV is complete, in slot order; one that was just restored joins at the next step."""

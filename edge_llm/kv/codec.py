@@ -210,8 +210,7 @@ def _write_heads(blob: memoryview, layout: BlobLayout, n_tokens: int, stream: in
     cells["pos"], cells["n_seq"], cells["seq"] = np.arange(n_tokens), 1, stream
     for number, cache in enumerate(layout.geometry.caches):
         at = offsets.cells[number]
-        _U32.pack_into(blob, at - _U32.size * (2 + stream), layout.n_stream)
-        _U32.pack_into(blob, at - _U32.size, n_tokens)
+        _write_counts(blob, layout.n_stream, n_tokens, stream, at)
         blob[at : at + cells.nbytes] = cells.tobytes()
         _LAYOUT.pack_into(blob, at + cells.nbytes, int(layout.v_columns), len(cache.layers))
         for layer, k_at, v_at in zip(cache.layers, offsets.k[number], offsets.v[number], strict=True):
@@ -221,7 +220,16 @@ def _write_heads(blob: memoryview, layout: BlobLayout, n_tokens: int, stream: in
                 _COLUMNS.pack_into(blob, v_at - _COLUMNS.size, layer.v_type, layer.v_element_bytes, dimensions)
             else:
                 _ROWS.pack_into(blob, v_at - _ROWS.size, layer.v_type, layer.v_row_bytes)
+        end = offsets.v[number][-1] + n_tokens * cache.layers[-1].v_row_bytes
+        behind = _U32.size * (layout.n_stream - 1 - stream)
+        blob[end : end + behind] = bytes(behind)
     return offsets
+
+
+def _write_counts(blob: memoryview, n_stream: int, n_tokens: int, stream: int, cells_at: int) -> None:
+    """Number of streams, then the cells of each: none before `stream`, whose cells begin at `cells_at`."""
+    counts = struct.pack(f"<{2 + stream}I", n_stream, *([0] * stream), n_tokens)
+    blob[cells_at - len(counts) : cells_at] = counts
 
 
 class _Parts:
@@ -314,12 +322,15 @@ class StateBlob:
         self.layout, self.n_tokens, self.filled_to = layout, n_tokens, 0
         # the place of the cells is read past when a target sequence is given (state_read), so 0 serves all slots
         self._stream = min(stream, layout.n_stream - 1)
-        self._native = memoryview(bytearray(layout.size(n_tokens)))
+        # not bytearray: zeroing it holds the interpreter lock, 50 ms for 40 MB, and running streams wait. These pages
+        # come with the first write to them; what was not placed is never read.
+        native = np.empty(layout.size(n_tokens), np.uint8)
+        self._native = native.data
         offsets = _write_heads(self._native, layout, n_tokens, self._stream)
-        self._parts = _Parts(np.frombuffer(self._native, np.uint8), layout, n_tokens, offsets)
+        self._parts = _Parts(native, layout, n_tokens, offsets)
 
     @classmethod
-    def from_native(cls, layout: BlobLayout, blob: bytearray, n_tokens: int) -> StateBlob:
+    def from_native(cls, layout: BlobLayout, blob: bytearray | memoryview, n_tokens: int) -> StateBlob:
         """A filled StateBlob of a native state of positions [0, n_tokens). Takes `blob` over: nothing is copied."""
         made = cls.__new__(cls)
         made.layout, made.n_tokens, made.filled_to = layout, n_tokens, n_tokens

@@ -54,6 +54,7 @@ from edge_llm.worker.messages import (
     decode,
 )
 from edge_llm.worker.metrics import Readings, WorkerMetrics
+from edge_llm.worker.offload import modest_threads
 from edge_llm.worker.outbox import Outboxes
 from edge_llm.worker.prefill import PrefillRole
 from edge_llm.worker.prefixes import Prefixes
@@ -121,6 +122,7 @@ class Worker:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Start the engine thread and the sweeper; stop both."""
+        asyncio.get_running_loop().set_default_executor(modest_threads())
         async with Puller(self._monotonic, self._patience, self.links) as puller:
             self.prefill.holders = Holders(puller, self.keys, lambda: self.facts, self.links)
             if self.facts.slots:

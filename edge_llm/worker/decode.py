@@ -312,7 +312,7 @@ class DecodeRole:
 
     def _measure(self, step: Step) -> None:
         if step.decoded_rows:
-            self.widest_rows = max(self.widest_rows, step.decoded_rows)
+            self.widest_rows = max(self.widest_rows, step.widest_call)
             self.decode_step_s = _smoothed(self.decode_step_s, step.decode_s)
         if step.prompt_tokens:
             self.prompt_token_s = _smoothed(self.prompt_token_s, step.prompt_s / step.prompt_tokens)

@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_llm.engine.batch import RowCost, fillers, next_border, piece_end, smoothed, token_budget
+from edge_llm.engine.batch import RowCost, calls, fillers, next_border, piece_end, smoothed, token_budget
 
 
 @given(st.integers(0, 5000), st.integers(1, 5000), st.integers(1, 512), st.integers(1, 600) | st.none())
@@ -58,3 +58,38 @@ def test_a_running_mean_starts_at_the_first_sample_and_moves_towards_later_ones(
     mean = smoothed(0.0, 8.0)
     assert mean == 8.0
     assert smoothed(mean, 16.0) == 9.0
+
+
+COST = RowCost(run_s=0.002, row_s=0.010, cell_s=4e-6)
+
+
+def call_s(cells: list[int], cost: RowCost) -> float:
+    """llama.cpp: weights once, and for every row as many cells as the deepest one has."""
+    return cost.run_s + len(cells) * (cost.row_s + max(cells) * cost.cell_s)
+
+
+def test_a_long_sequence_gets_a_call_of_its_own_when_its_neighbours_would_read_as_far() -> None:
+    assert calls([400, 400, 400, 400, 1700], COST) == [range(0, 4), range(4, 5)]
+    assert calls([400, 1700, 400], COST) == [range(0, 1), range(1, 2), range(2, 3)]
+
+
+def test_rows_of_like_depth_stay_in_one_call() -> None:
+    assert calls([400, 410, 395, 402], COST) == [range(0, 4)]
+    assert calls([17], COST) == [range(0, 1)]
+
+
+def test_where_weights_cost_more_than_cells_or_nothing_is_known_one_call_does_it() -> None:
+    assert calls([400, 1700, 400], RowCost(run_s=0.1, row_s=0.01, cell_s=4e-6)) == [range(0, 3)]
+    assert calls([400, 1700, 400], RowCost(run_s=0.0, row_s=0.0)) == [range(0, 3)]
+
+
+@given(st.lists(st.integers(1, 4000), min_size=1, max_size=6), st.floats(0, 0.05), st.floats(0, 1e-5))
+def test_no_other_way_to_cut_neighbours_into_calls_is_cheaper(cells: list[int], run_s: float, cell_s: float) -> None:
+    cost = RowCost(run_s, 0.01, cell_s)
+    found = calls(cells, cost)
+    assert [index for part in found for index in part] == list(range(len(cells)))
+    took_s = sum(call_s(cells[part.start : part.stop], cost) for part in found)
+    for cuts in range(2 ** (len(cells) - 1)):
+        ends = [i + 1 for i in range(len(cells) - 1) if cuts >> i & 1] + [len(cells)]
+        other_s = sum(call_s(cells[a:b], cost) for a, b in zip([0, *ends], ends, strict=False))
+        assert took_s <= other_s + 1e-12

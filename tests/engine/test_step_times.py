@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from edge_llm.engine.backend import Logits, Row
+from edge_llm.engine.rates import NOTHING_KNOWN, Rates
 from edge_llm.engine.sequencer import Sequencer
 from edge_llm.engine.simulated import SimulatedBackend, SimulatedSettings, SimulatedVocabulary
 from edge_llm.kv.codec import StateBlob
@@ -17,17 +18,20 @@ GREEDY = SamplingParams(temperature=0.0)
 
 
 class Timed(SimulatedBackend):
-    """Takes time on a clock of its own: a step for decoding, ten steps for reading KV out."""
+    """Takes time on a clock of its own: a step for decoding and more for deep rows, ten steps for reading KV out."""
 
-    def __init__(self) -> None:
-        super().__init__(SimulatedSettings(slots=2))
-        self.now_s = 0.0
+    def __init__(self, slots: int = 2, cell_s: float = 0.0) -> None:
+        super().__init__(SimulatedSettings(slots=slots))
+        self.now_s, self.cell_s = 0.0, cell_s
+        self.calls: list[list[int]] = []
 
     def clock(self) -> float:
         return self.now_s
 
     def decode(self, rows: Sequence[Row]) -> Logits:
-        self.now_s += STEP_S
+        self.calls.append([row.slot for row in rows])
+        deepest = max(row.position for row in rows) + 1
+        self.now_s += STEP_S + len(rows) * deepest * self.cell_s
         return super().decode(rows)
 
     def export(self, slot: int, n_tokens: int) -> StateBlob:
@@ -79,3 +83,52 @@ def test_a_restored_sequence_alone_does_not_wait() -> None:
     donor.prompt(0, [7, 8, 9], 0)
     engine.begin(0, Generation("restored", 0, (7, 8, 9, 6), 5, GREEDY), donor.export(0, 3))
     assert engine.step().decoded_rows == 1
+
+
+def test_a_sequence_whose_prompt_was_just_computed_lets_running_streams_take_a_step_before_it_joins() -> None:
+    """Else one gap of theirs would hold its last piece and a wider step."""
+    backend = Timed()
+    engine = Sequencer(backend, SimulatedVocabulary(), clock=backend.clock)
+    engine.begin(0, Generation("running", 0, (5,), 50, GREEDY))
+    engine.step()
+    engine.begin(1, Generation("computed", 0, (7, 8), 5, GREEDY))
+    rows = [(step.prompt_tokens, step.decoded_rows) for step in (engine.step() for _ in range(3))]
+    assert rows == [(1, 1), (0, 2), (0, 2)]
+
+
+def test_streams_do_not_pay_for_the_depth_of_another_and_all_get_their_tokens() -> None:
+    def deep(backend: Timed, first: Rates) -> tuple[dict[str, list[int]], list[list[int]]]:
+        engine = Sequencer(backend, SimulatedVocabulary(), clock=backend.clock, first=first)
+        ids: dict[str, list[int]] = {"short": [], "long": [], "other": []}
+        engine.begin(0, Generation("short", 0, (5, 6), 120, GREEDY))
+        engine.begin(1, Generation("other", 0, (5, 7), 120, GREEDY))
+        engine.begin(2, Generation("long", 0, (9,) * 300, 120, GREEDY))
+        while engine.has_work:
+            step = engine.step()
+            for event in step.events:
+                ids[event.request_id].append(event.token_id)
+            if step.decoded_rows == 3:
+                assert step.widest_call == (2 if first.cell_s else 3)
+        return ids, backend.calls
+
+    known = Rates(run_s=STEP_S, cell_s=1e-4)
+    apart, calls = deep(Timed(3, 1e-4), known)
+    assert [0, 1] in calls
+    assert [2] in calls
+    together, calls = deep(Timed(3), NOTHING_KNOWN)
+    assert [0, 1, 2] in calls
+    assert apart == together
+    assert {len(found) for found in apart.values()} == {120}
+
+
+def test_an_engine_learns_from_its_own_steps_what_depth_costs() -> None:
+    backend = Timed(2, 1e-4)
+    engine = Sequencer(backend, SimulatedVocabulary(), clock=backend.clock)
+    engine.begin(0, Generation("short", 0, (5, 6), 1000, GREEDY))
+    for _ in range(100):
+        engine.step()
+    engine.begin(1, Generation("long", 0, (9,) * 400, 1000, GREEDY))
+    for _ in range(200):
+        engine.step()
+    assert engine.rates.cell_s == pytest.approx(1e-4, rel=0.05)
+    assert backend.calls[-2:] == [[0], [1]]

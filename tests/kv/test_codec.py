@@ -183,3 +183,17 @@ def test_a_damaged_state_never_does_more_than_be_refused_or_read_as_data(at: int
 def test_v_layout_words_are_the_ones_that_travel() -> None:
     words: set[VLayout] = {layout(GEOMETRY, 1, True).v_layout, layout(GEOMETRY, 1, False).v_layout}
     assert words == {"columns", "rows"}
+
+
+@pytest.mark.parametrize("stream", [0, 1, 2])
+def test_a_state_is_the_same_in_memory_that_held_something_else(stream: int) -> None:
+    """It is not zeroed: every byte that no payload brings has to be written."""
+    shape, n = layout(GEOMETRIES[1], n_stream=3), 50
+    rows = bytes(range(256)) * (shape.geometry.payload_bytes(n) // 256 + 1)
+    values = rows[: shape.geometry.payload_bytes(n)]
+    for _ in range(8):
+        used = np.full(shape.size(n), 0xFF, np.uint8)
+        del used
+        state = StateBlob(shape, n, stream)
+        state.place(0, n, values, "rows")
+        assert bytes(state.buffer) == native(shape, values, 0, n, stream)
