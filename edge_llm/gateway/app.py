@@ -165,8 +165,8 @@ def create_app(gateway: Gateway) -> FastAPI:
         return JSONResponse(_model_entry(gateway, model))
 
     @app.get("/cluster")
-    async def cluster() -> Response:
-        of = gateway.dispatcher
+    async def cluster(request: Request) -> Response:
+        of, key = gateway.dispatcher, caller_of(request).key
         nodes, planner = of.view.nodes, of.planner
         body = overview(
             gateway.name,
@@ -175,7 +175,7 @@ def create_app(gateway: Gateway) -> FastAPI:
             planner.booked(of.view),
             time.monotonic(),
             {node.worker: planner.pool_of(node) for node in nodes},
-            planner.decisions,
+            planner.decisions(None if key.is_operator else key.tenant),
             planner.pool_events,
         )
         return Response(body, media_type="application/json")

@@ -10,6 +10,7 @@ The keys file is YAML (JSON is YAML too), a list of entries; `edge-llm serve api
     max_streams: 4               # answers at once
     models: [smollm2-135m-instruct-q4_1]
     expires: 2030-01-31          # a date (its end, UTC) or a time with its zone
+    operator: true               # sees the decisions on everybody's requests in GET /cluster, not only its tenant's
 
 Owns the format, the comparison and reading the file again when it changes. Refuses to know HTTP and counting. A plain
 SHA-256 is enough for what is stored: keys are 256 random bits, nobody guesses them.
@@ -55,13 +56,14 @@ class ApiKey:
     max_streams: int | None = None
     models: frozenset[str] | None = None
     expires_s: float | None = None
+    is_operator: bool = False
 
     def may_use(self, model: str) -> bool:
         return self.models is None or model in self.models
 
 
-# For an endpoint without keys: everybody on this machine.
-ANYBODY: Final = ApiKey(id="anybody", tenant="")
+# For an endpoint without keys: everybody on this machine, whose user may see all.
+ANYBODY: Final = ApiKey(id="anybody", tenant="", is_operator=True)
 
 
 class Credentials(Protocol):
@@ -187,6 +189,7 @@ class _Entry(BaseModel):
     max_streams: _Count | None = None
     models: Annotated[list[str], Field(min_length=1)] | None = None
     expires: Annotated[datetime | date | None, PlainValidator(_moment)] = None
+    operator: Annotated[bool, Field(strict=True)] = False
 
 
 _ENTRIES: Final = TypeAdapter(list[_Entry])
@@ -225,6 +228,7 @@ def _key(entry: _Entry, where: str) -> ApiKey:
         max_streams=entry.max_streams,
         models=None if entry.models is None else frozenset(entry.models),
         expires_s=_end_s(entry.expires, where),
+        is_operator=entry.operator,
     )
 
 

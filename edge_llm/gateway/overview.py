@@ -26,7 +26,8 @@ def overview(
     pool_events: Sequence[object] = (),
 ) -> bytes:
     """The JSON. `booked`: the work that this gateway believes each worker to have; `now_s` on the clock of
-    `Node.seen_s`; `pools`: for which phase a worker stands now, where that is not what its role says."""
+    `Node.seen_s`; `pools`: for which phase a worker stands now, where that is not what its role says; `decisions`:
+    those that the caller may see."""
     return msgspec.json.encode(
         {
             "gateway": gateway,

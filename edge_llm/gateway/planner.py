@@ -40,6 +40,7 @@ class Decision:
     believed to be kept where it is computed."""
 
     request_id: str
+    tenant: str
     model: str
     at_s: float
     plan: Plan
@@ -200,6 +201,7 @@ class Planner:
             _tell(self._pools.spilled(node.worker, node.status.role, pool, now_s))
         decision = Decision(
             request_id=running.job.request_id,
+            tenant=running.job.tenant,
             model=running.job.model,
             at_s=now_s,
             plan=plan,
@@ -300,11 +302,11 @@ class Planner:
         """The same of those that have something to do."""
         return {worker: work for worker, work in self.works(view).items() if work != Work()}
 
-    @property
-    def decisions(self) -> list[dict[str, Any]]:
-        """The last ones, the newest first."""
+    def decisions(self, tenant: str | None = None) -> list[dict[str, Any]]:
+        """The last ones, the newest first; of one tenant's requests if named."""
         now_s = self._clock()
-        return [decision.entry(now_s) for decision in reversed(self._decisions)]
+        told = (decision for decision in reversed(self._decisions) if tenant in (None, decision.tenant))
+        return [decision.entry(now_s) for decision in told]
 
     @property
     def pool_events(self) -> tuple[PoolEvent, ...]:

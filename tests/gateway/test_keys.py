@@ -224,6 +224,12 @@ MATRIX: Final = (
     + line_of("expired", "expired", expires="2020-01-01")
     + line_of("other", "other model", models=["another"])
 )
+TENANTS: Final = (
+    line_of("alice", "a", tenant="family")
+    + line_of("bob", "b", tenant="family")
+    + line_of("carol", "c")
+    + line_of("root", "r", operator=True)
+)
 CREDENTIALS: Final[dict[str, dict[str, str]]] = {
     "none": {},
     "empty": {"authorization": "Bearer "},
@@ -324,6 +330,26 @@ async def test_figures_are_for_this_machine_and_for_keys_and_a_proxy_here_speaks
             assert reply.status == 401
         async with guarded.client.get("/metrics", headers=headers | CREDENTIALS["right"]) as reply:
             assert reply.status == 200
+
+
+@pytest.mark.anyio
+async def test_a_key_sees_decisions_on_its_tenants_requests_and_only_an_operators_all(tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    file.write_text(TENANTS)
+    file.chmod(0o600)
+    async with running_cluster() as cluster, serving(cluster, KeysFile(file)) as service:
+        await service.start("mixed", "m1")
+        for who in "abc":
+            body = asking(prompt_of(4), max_tokens=1)
+            reply = await service.post(COMPLETIONS, body, {"x-api-key": who, "x-request-id": f"of-{who}"})
+            assert reply.status == 200
+        seen: dict[str, list[str]] = {}
+        for who in "abcr":
+            async with service.client.get("/cluster", headers={"x-api-key": who}) as answer:
+                view = await answer.json()
+            seen[who] = [decision["request_id"].split(".")[0] for decision in view["decisions"]]
+            assert [node["worker"] for node in view["nodes"]] == ["m1"]
+    assert seen == {"a": ["of-b", "of-a"], "b": ["of-b", "of-a"], "c": ["of-c"], "r": ["of-c", "of-b", "of-a"]}
 
 
 @pytest.mark.anyio

@@ -103,7 +103,7 @@ class Scene:
 
     @property
     def last(self) -> dict[str, Any]:
-        return self.planner.decisions[0]
+        return self.planner.decisions()[0]
 
 
 P1, P2 = node("p1", "prefill"), node("p2", "prefill")
@@ -310,7 +310,7 @@ def test_the_last_decisions_are_kept_newest_first_and_can_be_sent() -> None:
     scene = Scene(D1)
     for _ in range(DECISIONS_KEPT + 5):
         scene.served(scene.request(), tokens=1)
-    decisions = scene.planner.decisions
+    decisions = scene.planner.decisions()
     assert len(decisions) == DECISIONS_KEPT
     assert decisions[0]["request_id"] == f"r{DECISIONS_KEPT + 5}"
     assert decisions[0]["ago_s"] < decisions[-1]["ago_s"]
