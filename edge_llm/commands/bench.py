@@ -12,6 +12,7 @@ import click
 
 from edge_llm.commands.faults import faults
 from edge_llm.commands.gateway_load import gateway_load
+from edge_llm.commands.goodput import goodput
 from edge_llm.commands.measuring import (
     Report,
     check_option,
@@ -160,5 +161,5 @@ def _last_core() -> int:
     return max(os.sched_getaffinity(0))
 
 
-for command in (theorem, faults, gateway_load, turns, pools, overload):
+for command in (theorem, faults, gateway_load, turns, pools, overload, goodput):
     bench.add_command(command)

@@ -26,6 +26,7 @@ from edge_llm.config import UpConfig, load_settings
 _READY_S: Final = 300.0
 _POLL_S: Final = 0.1
 _END_S: Final = 10.0
+_OUR_KERNELS: Final = ("-fa", "off", "--no-kv-unified")
 
 
 @asynccontextmanager
@@ -76,15 +77,23 @@ async def local_cluster(
 
 
 @asynccontextmanager
-async def llama_server(tool: Path, model: Path, core: int, slots: int, n_ctx: int) -> AsyncIterator[Started]:
-    """llama-server on one core with our kernel settings. Raises MeasureFailed when it does not become ready."""
+async def llama_server(
+    tool: Path, model: Path, core: int, slots: int, n_ctx: int, stock_options: Sequence[str] | None = None
+) -> AsyncIterator[Started]:
+    """llama-server on one core with our kernel settings, or a stock one with all its defaults but `stock_options`.
+    Raises MeasureFailed when it does not become ready."""
     port = free_port()
     command = [str(tool), "-m", str(model), "--host", LOOPBACK, "--port", str(port), "-t", "1", "-tb", "1"]
-    command += ["-np", str(slots), "-c", str(slots * n_ctx), "-fa", "off", "--no-kv-unified"]
+    command += ["-np", str(slots), "-c", str(slots * n_ctx)]
+    command += _OUR_KERNELS if stock_options is None else stock_options
     with tempfile.TemporaryFile() as log:
         with pinned([core]):
             child = await asyncio.create_subprocess_exec(
-                *command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=_environment()
+                *command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=_environment() if stock_options is None else None,
             )
         try:
             url = f"http://{LOOPBACK}:{port}"

@@ -83,16 +83,22 @@ def until_interrupted(work: Callable[[], dict[str, Any]], partial: Callable[[], 
 
 
 def finish(
-    run: Any, figures: dict[str, Any], is_complete: bool, output: Path, as_json: bool, misses: list[str]
+    run: Any,
+    figures: dict[str, Any],
+    is_complete: bool,
+    output: Path,
+    as_json: bool,
+    misses: list[str],
+    show: Callable[[dict[str, Any]], None] | None = None,
 ) -> None:
-    """Record, print, and the exit code."""
+    """Record, print (`show`: for people, instead of a tree of all numbers), and the exit code."""
     from edge_llm.bench.record import write
 
     path = write(run.record(figures, is_complete), output)
     if as_json:
         click.echo(json.dumps({**figures, "record": str(path)}))
     else:
-        _print(figures)
+        (show or _print)(figures)
         click.echo(f"record: {path}")
     for failure in run.failures:
         click.echo(f"not measured: {failure.what}: {failure.why}", err=True)

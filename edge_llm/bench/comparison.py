@@ -1,0 +1,280 @@
+"""`edge-llm bench goodput`: the same requests at the same times to four ways of using two nodes.
+
+Owns the experiment: what each arrangement is sent, how fast, in which order and for how long. The arrangements are
+contestants.py's, the figures verdicts.py's. Refuses to know how a request is served.
+
+Rules: a trace is cut to its beginning, scaled, and thinned to each rate (traces.py); prompts are random token ids that
+depend on trace, rate and row only, so all arrangements get the same and nobody finds a prefix of an earlier one. Rates
+are shares of what two unsplit nodes were seen to serve when flooded. Limits are multiples of what a request takes
+alone on one node (goodput.py). One replay serves all regimes: they differ in their limits only. Rates are visited in
+passes, each arrangement once in each pass and every other pass backwards, so that a machine that drifts drifts for all.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import aiohttp
+
+from edge_llm.bench.contestants import Arrangement, Send, Servers, arrangements, plain, running
+from edge_llm.bench.goodput import Unloaded
+from edge_llm.bench.layout import Launch
+from edge_llm.bench.processes import MeasureFailed
+from edge_llm.bench.replay import Answer, Call, served_per_s
+from edge_llm.bench.replayed import Replayed, Tally, Workload, keep
+from edge_llm.bench.run import Run
+from edge_llm.bench.stats import median
+from edge_llm.bench.streams import prompt_ids
+from edge_llm.bench.traces import Row, Trace, scaled, thinned
+from edge_llm.errors import EdgeLLMError
+
+# Of what two unsplit nodes serve when flooded: from where everybody is fast to where nobody can be.
+RATE_SHARES: Final = (0.15, 0.3, 0.45, 0.6, 0.8, 1.0)
+PASSES: Final = 2
+# When fewer requests than this keep the limits of any regime, higher rates of that arrangement are left out.
+HOPELESS: Final = 0.5
+FLOOD: Final = 16
+WARM_UP: Final = 6
+_ALONE: Final = 3
+_ALONE_ANSWER: Final = 32
+_LEAST_REQUESTS: Final = 4
+_LEAST_SECONDS: Final = 5.0
+# For the plan of the budget: starting and warming servers, and what a replay takes beyond its last request.
+_LAUNCH_S: Final = 20.0
+_DRAIN_S: Final = 10.0
+_BASELINE_S: Final = 100.0
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to measure. `scale`: of prompts and answers alike; `trace_s`: how much of a trace is used."""
+
+    seconds_per_point: float
+    budget_s: float
+    vocab_size: int
+    n_ctx: int = 2048
+    slots: int = 8
+    scale: float = 0.25
+    trace_s: float = 600.0
+    seed: int = 0
+    rate_shares: tuple[float, ...] = RATE_SHARES
+    passes: int = PASSES
+
+    @property
+    def size(self) -> tuple[str, ...]:
+        """Options of our workers."""
+        return ("--slots", str(self.slots), "--n-ctx", str(self.n_ctx))
+
+
+def workload(plan: Plan, trace: Trace) -> Workload:
+    return Workload(*scaled(trace.beginning(plan.trace_s), plan.scale, plan.n_ctx))
+
+
+def fitting_seconds(plan: Plan, workloads: int, contestants: int, trials: int) -> float:
+    """Seconds of each replay: what was asked, or what the budget leaves. Raises MeasureFailed when that is nothing."""
+    replays = workloads * contestants * len(plan.rate_shares) + trials
+    beside_s = workloads * (_BASELINE_S + contestants * plan.passes * _LAUNCH_S) + trials * _LAUNCH_S
+    left_s = (plan.budget_s - beside_s) / replays - _DRAIN_S
+    if left_s < _LEAST_SECONDS:
+        least_min = (beside_s + replays * (_LEAST_SECONDS + _DRAIN_S)) / 60
+        raise MeasureFailed(
+            f"{replays} replays do not fit into {plan.budget_s / 60:.0f} minutes: give at least {least_min:.0f}, "
+            "or fewer traces"
+        )
+    return min(plan.seconds_per_point, left_s)
+
+
+async def measure(
+    plan: Plan,
+    workloads: Sequence[Workload],
+    launch: Launch,
+    servers: Servers | None,
+    run: Run,
+    tally: Tally,
+    progress: Progress,
+    clock: Callable[[], float] = time.monotonic,
+) -> None:
+    """Fills `tally` and `run` as it goes; a part that fails is noted there and leaves the others."""
+    tally.workloads.extend(workloads)
+    ours = arrangements(launch, plan.size)
+    trials = len(servers.trials) if servers is not None and len(servers.trials) > 1 else 0
+    tally.seconds_per_point = fitting_seconds(plan, len(workloads), len(ours) + (servers is not None), trials)
+    if tally.seconds_per_point < plan.seconds_per_point:
+        run.notes.append(f"replays last {tally.seconds_per_point:.0f} s: more do not fit into the budget")
+    contest = _Contest(plan, run, tally, progress, clock)
+    if not await contest.tried("one request alone, and a flood", contest.baseline(ours[1], workloads)):
+        return
+    contestants = list(ours)
+    if servers is not None:
+        contestants.append(await contest.tuned(servers, workloads[0]))
+    for one in workloads:
+        for number in range(plan.passes):
+            for arrangement in contestants if number % 2 == 0 else contestants[::-1]:
+                what = f"{one.name}, {arrangement.name}, pass {number + 1}"
+                await contest.tried(what, contest.one_pass(one, arrangement, number))
+
+
+class _Contest:
+    """What all parts of one measurement share."""
+
+    def __init__(self, plan: Plan, run: Run, tally: Tally, progress: Progress, clock: Callable[[], float]) -> None:
+        self._plan, self._run, self._tally, self._progress, self._clock = plan, run, tally, progress, clock
+        self._until_s = clock() + plan.budget_s
+
+    async def tried(self, what: str, step: Awaitable[None]) -> bool:
+        try:
+            await step
+        except (EdgeLLMError, aiohttp.ClientError, OSError) as error:
+            self._run.fail(what, str(error) or type(error).__name__)
+            return False
+        return True
+
+    # -- parts
+
+    async def baseline(self, local: Arrangement, workloads: Sequence[Workload]) -> None:
+        """On two unsplit nodes: a request alone, with a prompt that 90 % of the trace's do not exceed, then more at
+        once than they can work on."""
+        async with running(self._run, local) as send:
+            for one in workloads:
+                self._progress(f"{one.name}: warming up", 0, 0)
+                await send(self._calls(one, one.trace.rows[:WARM_UP], "baseline warm-up", local, at_once=True))
+                alone = Row(0, 0.0, one.trace.prompt_percentile(0.9), self._alone_answer(one))
+                for number in range(_ALONE):
+                    self._progress(f"{one.name}: one request alone", number, _ALONE)
+                    (answer,) = await send(self._calls(one, [alone], f"alone {number}", local))
+                    if answer.ttft_s is None or answer.tpot_s is None or not answer.is_complete:
+                        raise MeasureFailed(f"a request alone was not answered: {answer.error or 'too few tokens'}")
+                    self._run.add(f"{one.name}, alone: ttft_s", answer.ttft_s)
+                    self._run.add(f"{one.name}, alone: tpot_s", answer.tpot_s)
+                self._progress(f"{one.name}: a flood", 0, 0)
+                rows = thinned(one.trace, min(FLOOD, len(one.trace.rows)), 0.0, self._plan.seed)
+                served = served_per_s(await send(self._calls(one, rows, "flood", local)))
+                if not served:
+                    raise MeasureFailed("a flood of requests got no answer")
+                self._run.add(f"{one.name}, flood: served_per_s", served)
+                self._tally.capacity_per_s[one.name] = served
+                self._tally.unloaded[one.name] = Unloaded(
+                    median(self._run.samples[f"{one.name}, alone: ttft_s"]),
+                    median(self._run.samples[f"{one.name}, alone: tpot_s"]),
+                )
+
+    def _alone_answer(self, one: Workload) -> int:
+        """Long enough for a mean, within the context."""
+        room = self._plan.n_ctx - one.trace.prompt_percentile(0.9)
+        return min(room, max(_ALONE_ANSWER, round(one.trace.mean_answer_tokens)))
+
+    async def tuned(self, servers: Servers, one: Workload) -> Arrangement:
+        """The servers with those flags, of the ones to be tried, that keep the limits of most requests at a middle
+        rate, all regimes together. Of equals the first."""
+        best, found, rates = -1.0, next(iter(servers.trials)), self.rates(one)
+        for flags, launches in servers.trials.items() if len(servers.trials) > 1 else ():
+            arrangement = plain(launches)
+            rate = rates[len(rates) // 2]
+            self._progress(f"llama-server with {flags}", 0, 0)
+            score = [0.0]
+            if await self.tried(f"llama-server with {flags}", self._trial(one, arrangement, rate, score)):
+                self._run.add(f"llama-server with {flags}: attainment", score[0])
+                best, found = max((best, found), (score[0], flags), key=lambda pair: pair[0])
+        self._tally.server_flags = found
+        return plain(servers.trials[found])
+
+    async def _trial(self, one: Workload, arrangement: Arrangement, rate: float, score: list[float]) -> None:
+        async with running(self._run, arrangement) as send:
+            await self._warm(send, one, arrangement, 0)
+            answers = await self._at_rate(send, one, arrangement, rate, "trial")
+        limits = self._tally.limits(one.name).values()
+        met = [answer.timing.meets(limit) for answer in answers for limit in limits]
+        score[0] = sum(met) / len(met)
+
+    async def one_pass(self, one: Workload, arrangement: Arrangement, number: int) -> None:
+        rates = self.rates(one)[number :: self._plan.passes]
+        if not any(self._is_worth(one, arrangement, rate) for rate in rates):
+            return
+        async with running(self._run, arrangement) as send:
+            await self._warm(send, one, arrangement, number)
+            for rate in rates:
+                if not self._is_worth(one, arrangement, rate):
+                    continue
+                if self._clock() > self._until_s:
+                    raise MeasureFailed("the budget of time was over: give more with --budget-minutes")
+                answers = await self._at_rate(send, one, arrangement, rate, f"{rate:.6f}")
+                done = Replayed(one.name, arrangement.name, rate, tuple(answers))
+                self._tally.replays.append(done)
+                keep(self._run, done)
+
+    # -- what is sent
+
+    def rates(self, one: Workload) -> list[float]:
+        """So that each is a whole number of requests, ascending."""
+        seconds, capacity = self._tally.seconds_per_point, self._tally.capacity_per_s[one.name]
+        most = len(one.trace.rows)
+        counts = {
+            min(most, max(_LEAST_REQUESTS, round(share * capacity * seconds))) for share in self._plan.rate_shares
+        }
+        return [count / seconds for count in sorted(counts)]
+
+    def _is_worth(self, one: Workload, arrangement: Arrangement, rate: float) -> bool:
+        """Whether nothing lower was hopeless already."""
+        limits = self._tally.limits(one.name).values()
+        return not any(
+            done.rate_per_s < rate
+            and all(sum(a.timing.meets(limit) for a in done.answers) < HOPELESS * len(done.answers) for limit in limits)
+            for done in self._tally.replays
+            if (done.workload, done.arrangement) == (one.name, arrangement.name)
+        )
+
+    async def _warm(self, send: Send, one: Workload, arrangement: Arrangement, number: int) -> None:
+        """Pages, connections and code touched for the first time are no part of a replay; rates are learned."""
+        self._progress(f"{one.name}, {arrangement.name}: warming up", 0, 0)
+        rows = one.trace.rows[:WARM_UP]
+        await send(self._calls(one, rows, f"warm-up {number}", arrangement, at_once=True))
+
+    async def _at_rate(
+        self, send: Send, one: Workload, arrangement: Arrangement, rate: float, label: str
+    ) -> list[Answer]:
+        seconds = self._tally.seconds_per_point
+        rows = thinned(one.trace, round(rate * seconds), seconds, self._plan.seed)
+        longest = max(row.answer_tokens for row in rows)
+        limits = self._tally.limits(one.name).values()
+        # who is not over by then has missed whatever limit
+        cut_after_s = max(limit.ttft_s + longest * limit.tpot_s for limit in limits)
+        what = f"{one.name}, {arrangement.name}, {rate:.2f} requests/s"
+        began_s, cpu_s = time.monotonic(), time.process_time()
+        answers = await send(
+            self._calls(one, rows, label, arrangement),
+            cut_after_s,
+            lambda sent: self._progress(what, sent, len(rows)),
+        )
+        share = (time.process_time() - cpu_s) / (time.monotonic() - began_s)
+        self._run.add("generator_cpu_share", share)
+        return answers
+
+    def _calls(
+        self, one: Workload, rows: Sequence[Row], label: str, arrangement: Arrangement, *, at_once: bool = False
+    ) -> list[Call]:
+        """The same prompts for the same trace, label and row, whatever the arrangement."""
+        return [
+            Call(
+                0.0 if at_once else row.at_s,
+                {
+                    "prompt": prompt_ids(
+                        row.prompt_tokens,
+                        self._plan.vocab_size,
+                        zlib.crc32(f"{self._plan.seed}/{one.name}/{label}/{row.number}".encode()),
+                    ),
+                    "max_tokens": row.answer_tokens,
+                    "temperature": 0,
+                    "ignore_eos": True,
+                    "stream": True,
+                    "stream_options": {"include_usage": True},
+                    **arrangement.extra,
+                },
+                row.answer_tokens,
+            )
+            for row in rows
+        ]

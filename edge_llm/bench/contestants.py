@@ -1,0 +1,105 @@
+"""The ways to use two nodes that are compared, and each of them running, with a client before it.
+
+Owns what is started for each and what its requests say of how to be served. Refuses to know how servers are started
+(`Launch`), what is sent and when.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+from edge_llm.bench.layout import Launch, Layout, LocalProcess
+from edge_llm.bench.least_busy import LeastBusy
+from edge_llm.bench.record import Process
+from edge_llm.bench.replay import Answer, Call, replay, sending
+from edge_llm.bench.run import Run
+from edge_llm.machine import peak_memory_bytes, process_usage
+
+SPLIT, LOCAL, AUTO, SERVER = "split", "local", "auto", "llama_server"
+NODES: Final = 2
+_CUT_S: Final = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Arrangement:
+    """A way to use the nodes: what is started, and what goes into every body sent to it."""
+
+    name: str
+    layout: Layout
+    launches: tuple[Launch, ...]
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Servers:
+    """Two servers that know nothing of each other, started with flags to be tried; the best ones are used."""
+
+    trials: Mapping[str, tuple[Launch, ...]]
+
+
+def arrangements(launch: Launch, options: tuple[str, ...]) -> list[Arrangement]:
+    """Ours. A mixed worker may read prompts for the other one: in mode local it never does, in auto when that is
+    predicted to be better."""
+    return [
+        Arrangement(SPLIT, Layout(SPLIT, prefill=1, decode=1, options=options), (launch,), _mode("split")),
+        Arrangement(LOCAL, Layout(LOCAL, mixed=NODES, options=options), (launch,), _mode("local")),
+        Arrangement(AUTO, Layout(AUTO, mixed=NODES, options=options), (launch,), _mode("auto")),
+    ]
+
+
+def _mode(mode: str) -> Mapping[str, Any]:
+    return {"edge_llm": {"mode": mode}}
+
+
+def plain(launches: tuple[Launch, ...]) -> Arrangement:
+    """Servers without a gateway: the client asks the least busy one."""
+    return Arrangement(SERVER, Layout(SERVER), launches)
+
+
+class Send(Protocol):
+    """Replays calls to a running arrangement."""
+
+    async def __call__(
+        self, calls: Sequence[Call], cut_after_s: float = ..., on_sent: Callable[[int], None] = ...
+    ) -> list[Answer]: ...
+
+
+@asynccontextmanager
+async def running(run: Run, arrangement: Arrangement) -> AsyncIterator[Send]:
+    """Started for the block; what the processes used goes into `run`."""
+    async with AsyncExitStack() as stack:
+        started = [await stack.enter_async_context(launch(arrangement.layout)) for launch in arrangement.launches]
+        session = await stack.enter_async_context(sending())
+        servers = LeastBusy([server.url for server in started])
+        processes = [process for server in started for process in server.processes]
+        before, began_s = {process.pid: _rss(process) for process in processes}, time.monotonic()
+
+        async def send(
+            calls: Sequence[Call], cut_after_s: float = _CUT_S, on_sent: Callable[[int], None] = lambda _sent: None
+        ) -> list[Answer]:
+            return await replay(calls, session, servers, cut_after_s, on_sent)
+
+        try:
+            yield send
+        finally:
+            wall_s = time.monotonic() - began_s
+            for process in processes:
+                name = f"{arrangement.name}: {process.name}"
+                run.used(_usage(process, name, before[process.pid], wall_s))
+
+
+def _rss(process: LocalProcess) -> int:
+    usage = process_usage(process.pid)
+    return usage.rss_bytes if usage else 0
+
+
+def _usage(process: LocalProcess, name: str, rss_before: int, wall_s: float) -> Process | None:
+    usage = process_usage(process.pid)
+    if usage is None:
+        return None
+    peak = peak_memory_bytes(process.pid) or usage.rss_bytes
+    return Process(name, process.cores, wall_s, usage.cpu_s, rss_before, usage.rss_bytes, peak, readings=2)

@@ -1,0 +1,81 @@
+"""What the replays of one comparison have given so far, and how it goes into the record.
+
+Owns the words that measuring (comparison.py) and judging (verdicts.py) share. Refuses to know how it was measured and
+what it means.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from edge_llm.bench.goodput import REGIMES, Limits, Unloaded
+from edge_llm.bench.replay import Answer
+from edge_llm.bench.run import Run
+from edge_llm.bench.traces import Clipping, Trace
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """A trace as it is replayed."""
+
+    trace: Trace
+    clipping: Clipping
+
+    @property
+    def name(self) -> str:
+        return self.trace.name
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """One rate of one arrangement. Answers are in order of arrival, the same requests for all arrangements."""
+
+    workload: str
+    arrangement: str
+    rate_per_s: float
+    answers: tuple[Answer, ...]
+
+    @property
+    def where(self) -> str:
+        return f"{self.workload}, {self.arrangement}, {self.rate_per_s:.3f}/s"
+
+
+@dataclass(slots=True)
+class Tally:
+    """What is known so far."""
+
+    workloads: list[Workload] = field(default_factory=list)
+    unloaded: dict[str, Unloaded] = field(default_factory=dict)
+    capacity_per_s: dict[str, float] = field(default_factory=dict)
+    replays: list[Replayed] = field(default_factory=list)
+    seconds_per_point: float = 0.0
+    server_flags: str | None = None
+
+    def limits(self, workload: str) -> dict[str, Limits]:
+        """By regime."""
+        return {regime.name: regime.limits(self.unloaded[workload]) for regime in REGIMES}
+
+
+def keep(run: Run, done: Replayed) -> None:
+    """Raw times of every request. Lists of what not all have (`ttft_s`) follow `is_answered` and `is_complete`."""
+    for answer in done.answers:
+        values = {
+            "at_s": answer.at_s,
+            "late_s": answer.late_s,
+            "asked_tokens": answer.asked_tokens,
+            "tokens": answer.tokens,
+            "is_answered": answer.ttft_s is not None,
+            "is_complete": answer.is_complete,
+            "ttft_s": answer.ttft_s,
+            "tpot_s": answer.tpot_s if answer.is_complete else None,
+            "e2e_s": answer.e2e_s if answer.is_complete else None,
+            "is_split": answer.own.get("mode") == "split" if answer.own.get("mode") else None,
+            "queue_ms": answer.own.get("queue_ms"),
+            "prefill_ms": answer.own.get("prefill_ms"),
+        }
+        for name, value in values.items():
+            if value is not None:
+                run.add(f"{done.where}: {name}", float(value))
+    for error, count in Counter(answer.error for answer in done.answers if answer.error).items():
+        run.notes.append(f"{done.where}: {count} of {len(done.answers)} requests failed: {error}")

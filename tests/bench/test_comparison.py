@@ -1,0 +1,269 @@
+"""Four arrangements get the same requests at the same times; what is said of them follows from what came back."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+
+from edge_llm.bench.comparison import Plan, fitting_seconds, measure, workload
+from edge_llm.bench.contestants import AUTO, LOCAL, SERVER, SPLIT, Servers
+from edge_llm.bench.goodput import REGIMES, STRICT_TPOT, STRICT_TTFT, Unloaded
+from edge_llm.bench.layout import Layout, Started
+from edge_llm.bench.processes import MeasureFailed
+from edge_llm.bench.replay import Answer
+from edge_llm.bench.replayed import Replayed, Tally, Workload
+from edge_llm.bench.run import Run
+from edge_llm.bench.traces import Row, Trace
+from edge_llm.bench.verdicts import figures, missed
+from edge_llm.errors import WorkerError
+
+TRACE = Trace("made_up", tuple(Row(number, number * 0.5, 40 + number, 12) for number in range(40)))
+PLAN = Plan(
+    seconds_per_point=0.2, budget_s=600.0, vocab_size=1000, n_ctx=256, scale=0.5, rate_shares=(0.5, 1.0), passes=2
+)
+
+
+class Cluster:
+    """Servers that answer at once and remember what they were asked, by the name of their layout."""
+
+    def __init__(self, broken: str = "", fails: str = "") -> None:
+        self.bodies: dict[str, list[dict[str, Any]]] = {}
+        self._broken, self._fails = broken, fails
+
+    def launch(self, layout: Layout) -> AbstractAsyncContextManager[Started]:
+        if layout.name == self._broken:
+            raise WorkerError(f"{layout.name} could not start: no memory")
+        return self._running(layout.name)
+
+    @asynccontextmanager
+    async def _running(self, name: str) -> AsyncIterator[Started]:
+        async def answer(request: web.Request) -> web.StreamResponse:
+            body = await request.json()
+            self.bodies.setdefault(name, []).append(body)
+            if name == self._fails:
+                return web.json_response({"error": {"message": "overloaded"}}, status=503)
+            return await _stream(request, body)
+
+        app = web.Application()
+        app.router.add_post("/v1/completions", answer)
+        async with TestServer(app) as server:
+            yield Started(str(server.make_url("")), ())
+
+
+async def _stream(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+    own = {"mode": body["edge_llm"]["mode"].replace("auto", "split")} if "edge_llm" in body else None
+    last = {"choices": [], "timings": {"predicted_n": body["max_tokens"], "edge_llm": own}}
+    reply = web.StreamResponse(headers={"content-type": "text/event-stream"})
+    await reply.prepare(request)
+    for event in ({"choices": [{"text": "a"}]}, {"choices": [{"text": "b"}]}, last):
+        await reply.write(f"data: {json.dumps(event)}\n\n".encode())
+    await reply.write(b"data: [DONE]\n\n")
+    return reply
+
+
+def say_nothing(_what: str, _done: int, _total: int) -> None:
+    return
+
+
+async def compared(cluster: Cluster, plan: Plan = PLAN, servers: Servers | None = None) -> tuple[Run, Tally]:
+    run, tally = Run("goodput", ["test"], {}), Tally()
+    await measure(plan, [workload(plan, TRACE)], cluster.launch, servers, run, tally, say_nothing)
+    return run, tally
+
+
+@pytest.mark.anyio
+async def test_all_arrangements_get_the_same_requests_and_nobody_gets_a_prompt_twice() -> None:
+    cluster = Cluster()
+    servers = Servers({"its defaults": (cluster.launch, cluster.launch)})
+    run, tally = await compared(cluster, servers=servers)
+    assert run.failures == []
+    assert {done.arrangement for done in tally.replays} == {SPLIT, LOCAL, AUTO, SERVER}
+    asked = {
+        name: [(tuple(body["prompt"]), body["max_tokens"]) for body in bodies]
+        for name, bodies in cluster.bodies.items()
+    }
+    assert set(asked[SPLIT]) == set(asked[AUTO]) == set(asked[SERVER])
+    assert set(asked[SPLIT]) < set(asked[LOCAL]), "local was asked for the baseline as well"
+    prompts = [prompt for prompt, _ in asked[SPLIT]]
+    assert len(set(prompts)) == len(prompts), "a prompt that came before would be found in a cache"
+    for mode in (SPLIT, LOCAL, AUTO):
+        assert {body["edge_llm"]["mode"] for body in cluster.bodies[mode]} == {mode}
+    assert all("edge_llm" not in body and body["ignore_eos"] for body in cluster.bodies[SERVER])
+
+
+@pytest.mark.anyio
+async def test_the_record_has_every_request_and_the_figures_every_arrangement() -> None:
+    run, tally = await compared(Cluster())
+    found = figures(tally)
+    trace = found["traces"]["made_up"]
+    assert trace["auto_split_share"]["share"] == 1.0
+    assert trace["clipping"]["requests"] == 40
+    for regime in REGIMES:
+        result = trace["regimes"][regime.name]
+        assert list(result["arrangements"]) == [SPLIT, LOCAL, AUTO]
+        assert result["limits"] == {
+            "ttft_s": pytest.approx(regime.ttft_scale * trace["unloaded"]["ttft_s"]),
+            "tpot_s": pytest.approx(regime.tpot_scale * trace["unloaded"]["tpot_s"]),
+        }
+    for done in tally.replays:
+        assert len(run.samples[f"{done.where}: at_s"]) == len(done.answers)
+        assert len(run.samples[f"{done.where}: ttft_s"]) == sum(run.samples[f"{done.where}: is_answered"])
+    assert found["answers_of_other_length"] == 0
+    assert json.dumps(found)
+
+
+@pytest.mark.anyio
+async def test_an_arrangement_that_cannot_start_is_a_failure_and_leaves_the_others() -> None:
+    run, tally = await compared(Cluster(broken=SPLIT))
+    assert {failure.why for failure in run.failures} == {"split could not start: no memory"}
+    found = figures(tally)
+    rows = found["traces"]["made_up"]["regimes"][STRICT_TPOT.name]["arrangements"]
+    assert list(rows) == [LOCAL, AUTO]
+    assert any("not measured" in line for line in missed(found))
+
+
+@pytest.mark.anyio
+async def test_without_a_request_alone_there_are_no_limits_and_nothing_is_measured() -> None:
+    run, tally = await compared(Cluster(fails=LOCAL))
+    assert len(run.failures) == 1
+    assert "overloaded" in run.failures[0].why
+    assert tally.replays == []
+    assert missed(figures(tally)) == ["nothing was measured"]
+
+
+@pytest.mark.anyio
+async def test_higher_rates_than_a_hopeless_one_are_left_out() -> None:
+    run, tally = await compared(Cluster(fails=SPLIT), replace(PLAN, passes=1))
+    rates = {name: {done.rate_per_s for done in tally.replays if done.arrangement == name} for name in (SPLIT, LOCAL)}
+    assert rates[SPLIT] == {min(rates[LOCAL])}
+    assert any("overloaded" in note for note in run.notes), "why they failed is said"
+
+
+@pytest.mark.anyio
+async def test_flags_of_the_other_server_are_tried_and_the_best_are_used() -> None:
+    bad, good = Cluster(fails=SERVER), Cluster()
+    servers = Servers({"its defaults": (bad.launch, bad.launch), "others": (good.launch, good.launch)})
+    _, tally = await compared(good, servers=servers)
+    assert tally.server_flags == "others"
+    assert all(answer.is_complete for done in tally.replays if done.arrangement == SERVER for answer in done.answers)
+
+
+@pytest.mark.anyio
+async def test_when_the_budget_is_over_what_is_left_is_named() -> None:
+    ticks = iter(range(0, 10**6, 250))
+    run, tally = Run("goodput", ["test"], {}), Tally()
+    await measure(
+        PLAN, [workload(PLAN, TRACE)], Cluster().launch, None, run, tally, say_nothing, clock=lambda: float(next(ticks))
+    )
+    assert 0 < len(tally.replays) < 6
+    assert any("--budget-minutes" in failure.why for failure in run.failures)
+
+
+def test_replays_are_shortened_to_fit_into_the_budget_or_refused() -> None:
+    plan = replace(PLAN, seconds_per_point=75.0, budget_s=4800.0, rate_shares=(0.1,) * 6)
+    assert fitting_seconds(plan, workloads=2, contestants=4, trials=3) > 60
+    short = fitting_seconds(replace(plan, budget_s=2400.0), 2, 4, 3)
+    assert 5 <= short < 40
+    with pytest.raises(MeasureFailed, match="at least"):
+        fitting_seconds(replace(plan, budget_s=600.0), 2, 4, 3)
+
+
+# -- what it means
+
+
+def answered(at_s: float, ttft_s: float, tpot_s: float, mode: str | None = None) -> Answer:
+    own = {"mode": mode} if mode else {}
+    return Answer(at_s, 11, "u", at_s, at_s + ttft_s, at_s + ttft_s + 10 * tpot_s, at_s + 99, 11, 11, own=own)
+
+
+def tally_of(**arrangements: list[list[Answer]]) -> Tally:
+    """Rates 1, 2, 3, ... of each. Alone, a request takes 1 s to its first token and 0.01 s for each further one."""
+    tally = Tally([Workload(TRACE, workload(PLAN, TRACE).clipping)], {"made_up": Unloaded(1.0, 0.01)}, {"made_up": 3.0})
+    for name, rates in arrangements.items():
+        tally.replays += [
+            Replayed("made_up", name, number + 1.0, tuple(answers)) for number, answers in enumerate(rates)
+        ]
+    return tally
+
+
+def alike(ttft_s: float, tpot_s: float, mode: str | None = None) -> list[Answer]:
+    return [answered(float(number), ttft_s, tpot_s, mode) for number in range(20)]
+
+
+# queues for its one reader at once, but never slows a stream; and the other way round
+SPLITTING = [alike(1.0, 0.012), alike(2.0, 0.012), alike(2.9, 0.014)]
+STAYING = [alike(1.0, 0.03), alike(1.2, 0.04), alike(1.4, 0.05)]
+
+
+def test_who_wins_depends_on_the_limits_and_why_the_other_lost_is_said() -> None:
+    found = figures(tally_of(split=SPLITTING, local=STAYING, auto=[alike(1.0, 0.012, "split")] * 3))
+    regimes = found["traces"]["made_up"]["regimes"]
+    strict_tpot, strict_ttft = regimes[STRICT_TPOT.name], regimes[STRICT_TTFT.name]
+    assert strict_tpot["split_to_local"]["ratio"] > 1 > strict_ttft["split_to_local"]["ratio"]
+    assert strict_tpot["arrangements"][SPLIT]["goodput_90"]["bound"] == "at_least"
+    assert strict_tpot["arrangements"][SPLIT]["goodput_90"]["per_node_per_s"] == 1.5
+    assert strict_tpot["arrangements"][LOCAL]["goodput_90"]["bound"] == "at_most"
+    lines = "\n".join(found["verdicts"])
+    assert "100% TPOT" in lines
+    assert "100% of the requests to split miss TTFT" in lines
+    assert lines.count("as expected") == 2
+    assert "auto split 100% of 60 requests" in lines
+    assert missed(found) == []
+
+
+def test_auto_that_is_worse_than_the_better_of_both_or_never_splits_where_that_wins_misses_its_bar() -> None:
+    found = figures(tally_of(split=SPLITTING, local=STAYING, auto=[alike(1.0, 0.03, "local")] * 3))
+    lines = missed(found)
+    assert len(lines) == 2
+    assert "auto has 0.03 of the goodput" in lines[0]
+    assert "auto splits 0% of requests" in lines[1]
+
+
+def test_answers_of_another_length_and_a_late_generator_are_said() -> None:
+    late = [replace_sent(answer) for answer in alike(0.5, 0.01)]
+    found = figures(tally_of(split=[late], local=[late], auto=[late]))
+    assert found["generator"]["is_saturated"] is True
+    assert any("generator was late" in line for line in missed(found))
+    short = alike(0.5, 0.01)
+    short[0].counted_tokens = 5
+    assert figures(tally_of(split=[short]))["answers_of_other_length"] == 1
+
+
+def replace_sent(answer: Answer) -> Answer:
+    answer.at_s -= 1.0
+    return answer
+
+
+def test_nothing_is_guessed_of_what_was_not_measured() -> None:
+    assert figures(Tally()) == {"traces": {}, "seconds_per_point": 0.0, "verdicts": []}
+    only_local = figures(tally_of(local=STAYING))["traces"]["made_up"]
+    assert only_local["auto_split_share"]["share"] is None
+    assert "auto_to_better" not in only_local["regimes"][STRICT_TPOT.name]
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two nodes need a core each")
+@pytest.mark.timeout(240)
+def test_the_command_compares_simulated_clusters_of_real_processes(tmp_path: Path) -> None:
+    trace = tmp_path / "small.csv"
+    lines = [f"2023-11-16 18:00:{number:02d}.5,{200 + 10 * number},40" for number in range(60)]
+    trace.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *lines]))
+    command = [sys.executable, "-m", "edge_llm", "bench", "goodput", "--engine", "simulated", "--quick", "--json"]
+    command += ["--trace", str(trace), "--seconds-per-point", "5", "--output", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=230, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    for result in found["traces"]["small"]["regimes"].values():
+        assert set(result["arrangements"]) == {SPLIT, LOCAL, AUTO}
+    assert found["answers_of_other_length"] == 0
+    assert found["traces"]["small"]["auto_split_share"]["decisions"] > 0
