@@ -5,8 +5,9 @@ the parts of TTFT that the gateway reports, the gaps that clients of the running
 and receiver. The same arrival is repeated on a cluster that ships KV in one piece after prefill, on one mixed worker,
 and on llama-server of the same source. Refuses to know how clusters are started (`Launch`) and what KV is.
 
-Streams get their pace first; a stall ratio is the largest gap while the prompt is worked on over the mean gap before,
-the worst of the streams, the median over repetitions.
+Streams get their pace first; a stall ratio is the largest gap while the prompt is worked on and its answer begins, over
+the mean gap before, the worst of the streams, the median over repetitions. `prompt_stall_ratio` leaves out the steps
+that make tokens of the new answer: one more row, deeper than the others, costs what it costs wherever it came from.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from edge_llm.bench.layout import Launch, Layout, LocalProcess, Started
 from edge_llm.bench.processes import MeasureFailed, Measurer
 from edge_llm.bench.record import Process
 from edge_llm.bench.run import Run
-from edge_llm.bench.streams import StreamClient, client_of, gaps_around, prompt_ids
+from edge_llm.bench.streams import StreamClient, client_of, gaps_around, largest_gap_before, prompt_ids
 from edge_llm.errors import EdgeLLMError
 from edge_llm.machine import peak_memory_bytes, process_usage, reset_peak_memory
 
@@ -156,10 +157,13 @@ async def _arrival(plan: Plan, layout: Layout, client: StreamClient, ids: Sequen
         for stream in streams:
             await client.next_text(stream, answered_s)
         found = [gaps_around(stream.arrivals_s, sent_s, answered_s) for stream in streams]
+        before = [largest_gap_before(stream.arrivals_s, sent_s, sent_s + ttft_s) for stream in streams]
     where = f"{layout.name}, {count} streams"
     run.add(f"{where}: client_ttft_s", ttft_s)
     if found:
         run.add(f"{where}: stall_ratio", max(gaps.stall_ratio for gaps in found))
+        waiting = [largest_s / gaps.mean_before_s for largest_s, gaps in zip(before, found, strict=True)]
+        run.add(f"{where}: prompt_stall_ratio", max(waiting))
         run.add(f"{where}: largest_gap_s", max(gaps.largest_during_s for gaps in found))
         run.add(f"{where}: mean_gap_s", max(gaps.mean_before_s for gaps in found))
     if layout.name != SERVER:
@@ -244,8 +248,9 @@ def _sizes(run: Run, plan: Plan) -> dict[str, int]:
 
 
 def _arrival_figures(run: Run, where: str) -> dict[str, float]:
-    names = [*(f"{part}_ms" for part in PARTS), "client_ttft_s", "overlap_share", "stall_ratio", "largest_gap_s"]
-    medians = {name: run.median(f"{where}: {name}") for name in (*names, "mean_gap_s")}
+    names = [*(f"{part}_ms" for part in PARTS), "client_ttft_s", "overlap_share"]
+    names += ["stall_ratio", "prompt_stall_ratio", "largest_gap_s", "mean_gap_s"]
+    medians = {name: run.median(f"{where}: {name}") for name in names}
     return {name: value for name, value in medians.items() if value is not None}
 
 

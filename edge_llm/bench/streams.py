@@ -59,6 +59,16 @@ def gaps_around(arrivals_s: Sequence[float], sent_s: float, answered_s: float) -
     return Gaps(sum(before) / len(before), max(during))
 
 
+def largest_gap_before(arrivals_s: Sequence[float], sent_s: float, first_s: float) -> float:
+    """The largest gap that begins an arrival's stay and ends before its first token (at `first_s`): what a prompt that
+    is worked on does to a stream, without what its answer does as one more row. 0 where there is no such gap."""
+    paced = [later - earlier for earlier, later in pairwise(arrivals_s) if later <= sent_s]
+    # the step that makes the first token reaches both clients at about the same time: half a gap tells it from others
+    until_s = first_s - min(paced, default=0.0) / 2
+    gaps = [later - earlier for earlier, later in pairwise(arrivals_s) if sent_s < later < until_s]
+    return max(gaps, default=0.0)
+
+
 class StreamClient:
     """Requests against one server. `extra` goes into every body (a mode, a server's own switches)."""
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_llm.bench.processes import MeasureFailed
-from edge_llm.bench.streams import Gaps, gaps_around, prompt_ids
+from edge_llm.bench.streams import Gaps, gaps_around, largest_gap_before, prompt_ids
 
 
 def test_the_pace_is_from_before_and_the_stall_from_while_the_prompt_is_worked_on() -> None:
@@ -44,3 +44,10 @@ def test_prompts_of_two_seeds_share_no_beginning_and_stay_in_the_vocabulary() ->
     assert first == prompt_ids(50, 1000, seed=1)
     assert first[0] != second[0]
     assert all(50 <= token < 1000 for token in first + second)
+
+
+def test_what_a_prompt_does_to_a_stream_leaves_out_the_steps_that_make_tokens_of_its_answer() -> None:
+    arrivals_s = [0.0, 1.0, 2.0, 4.5, 5.5, 9.0, 12.5]
+    assert largest_gap_before(arrivals_s, sent_s=2.1, first_s=9.01) == 2.5
+    assert largest_gap_before(arrivals_s, sent_s=2.1, first_s=8.99) == 2.5
+    assert largest_gap_before([0.0, 1.0, 9.0], sent_s=1.0, first_s=9.0) == 0.0
