@@ -58,6 +58,7 @@ class LlamaBackend:
     ) -> None:
         self._model = model
         self._decode_context, self._prompt_context = decode, prompts
+        self._contexts = [context for context in (decode, prompts) if context is not None]
         self._export_buffer = bytearray()
         self._facts = facts
         self._row_cost = RowCost(0.0, 0.0)
@@ -201,10 +202,6 @@ class LlamaBackend:
         for context in self._contexts:
             context.close()
         self._model.close()
-
-    @property
-    def _contexts(self) -> list[NativeContext]:
-        return [context for context in (self._decode_context, self._prompt_context) if context is not None]
 
     @property
     def _slots(self) -> NativeContext:

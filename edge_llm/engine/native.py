@@ -237,9 +237,11 @@ class NativeContext:
         self.memory = lib.llama_get_memory(self.pointer)
         self.n_ctx = int(lib.llama_n_ctx_seq(self.pointer))
         self._batch = lib.llama_batch_init(settings.rows, 0, 1)
+        self._filled: tuple[Sequence[int], bool] = ([], False)
         self._flag = _AbortFlag(lib)
         self._threads = 0
         self._logit_views: dict[tuple[int, int], npt.NDArray[np.float32]] = {}
+        self._logits_address = _logits_address(lib)
         self._views()
 
     def _views(self) -> None:
@@ -252,12 +254,15 @@ class NativeContext:
     def _fill(self, tokens: Sequence[int], positions: npt.ArrayLike, seqs: Sequence[int], wants: bool) -> None:
         count = len(tokens)
         assert 0 < count <= self.settings.rows
-        self._batch.n_tokens = count
         self._tokens[:count] = tokens
         self._positions[:count] = positions
+        if self._filled == (seqs, wants):
+            return  # a decode step after another: the same rows
+        self._batch.n_tokens = count
         self._wants[:count] = wants
         for row, seq in enumerate(seqs):
             self._batch.seq_id[row][0] = seq
+        self._filled = (list(seqs), wants)
 
     def prompt(self, tokens: Sequence[int], p0: int, seq: int) -> bool:
         """KV of `tokens` at positions p0.. of `seq`, no logits. False: aborted. Raises EngineFailed."""
@@ -288,12 +293,15 @@ class NativeContext:
 
     def _logits(self, rows: int) -> npt.NDArray[np.float32]:
         """A view of llama.cpp's buffer, made once per place and size: making it costs as much as drawing a token."""
-        pointer = self._lib.llama_get_logits(self.pointer)
-        key = (ctypes.addressof(pointer.contents), rows)
+        address = self._logits_address(self.pointer)
+        key = (address, rows)
         view = self._logit_views.get(key)
         if view is None:
-            self._logit_views = {key: np.ctypeslib.as_array(pointer, (rows, self.model.n_vocab))}
-            view = self._logit_views[key]
+            pointer = ctypes.cast(address, ctypes.POINTER(ctypes.c_float))
+            view = np.ctypeslib.as_array(pointer, (rows, self.model.n_vocab))
+            if len(self._logit_views) > self.settings.outputs:
+                self._logit_views.clear()  # the buffer has moved
+            self._logit_views[key] = view
         return view
 
     def _check(self, status: int, rows: int) -> None:
@@ -355,6 +363,13 @@ class NativeContext:
             self._lib.llama_batch_free(self._batch)
             self._lib.llama_free(self.pointer)
             self.pointer = None
+
+
+@cache
+def _logits_address(lib: Any) -> Any:
+    """llama_get_logits as an address: a typed pointer costs two more objects for every token."""
+    prototype = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
+    return prototype(("llama_get_logits", lib._lib))
 
 
 def _pointer(buffer: memoryview | bytearray) -> Any:

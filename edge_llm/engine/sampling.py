@@ -11,6 +11,7 @@ written to.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from hashlib import blake2b
@@ -57,7 +58,7 @@ def uniform(seed: int, position: int) -> float:
 def _argmax(logits: Floats) -> int:
     best = int(logits.argmax())
     # argmax puts NaN first, so one look at the winner finds any
-    if not np.isfinite(logits[best]):
+    if not math.isfinite(logits[best]):
         raise EngineFailed("the model gave logits that are not numbers; its file or this build is damaged")
     return best
 

@@ -306,13 +306,19 @@ class Sequencer:
             return
         is_observed, ended = self._book.begin_step(), list[_Sequence]()
         started_s = self._clock()
-        for part in calls([len(sequence.ids) for sequence in running], RowCost(*self._book.decode_law)):
-            ended += self._decode_call(running[part.start : part.stop], is_observed, outcome)
+        for part in self._calls(running):
+            ended += self._decode_call(part, is_observed, outcome)
         outcome.decode_s = self._clock() - started_s
         self._decode_step_s = smoothed(self._decode_step_s, outcome.decode_s)
         for sequence in ended:  # after the clock was read: it is no part of a decode step
             self._keep(sequence, outcome)
             self.end(sequence.slot)
+
+    def _calls(self, running: list[_Sequence]) -> list[list[_Sequence]]:
+        if len(running) == 1:
+            return [running]
+        cells = [len(sequence.ids) for sequence in running]
+        return [running[part.start : part.stop] for part in calls(cells, RowCost(*self._book.decode_law))]
 
     def _decode_call(self, running: Sequence[_Sequence], is_observed: bool, outcome: _Outcome) -> list[_Sequence]:
         """One call for neighbouring slots; those that ended with it. A call that fails leaves the others alone."""
