@@ -112,13 +112,13 @@ class Bench:
         seed: int = 0,
     ) -> Result:
         """`tokens` greedy tokens of `rows` sequences behind prompts of `prompt_tokens`; slots in `holes` have ended.
-        `warm_steps` are taken before the clock starts."""
+        `warm_steps` are taken before the clock starts, and one in which those restored later join the first."""
         slots = [slot for slot in range(rows) if slot not in holes]
         ids = self._ids(prompt_tokens + 1, seed)
         snapshot = self._snapshot(ids) if prompt_tokens else None
         for slot in slots:
-            self._sequencer.begin(slot, _generation(slot, ids, warm_steps + tokens + 1), snapshot)
-        for _ in range(warm_steps):
+            self._sequencer.begin(slot, _generation(slot, ids, 1 + warm_steps + tokens + 1), snapshot)
+        for _ in range(1 + warm_steps):
             self._step()
         started_s = time.perf_counter()
         for _ in range(tokens):
