@@ -7,16 +7,32 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request
 
-from edge_llm.errors import WorkerError
+from edge_llm.errors import InvalidRequest, WorkerError
 from edge_llm.gateway.intake import Arrival
 from edge_llm.gateway.openai import DONE, Ask, Shape, Usage, comment, error_body, sse
 from edge_llm.gateway.running import Finish, Job, Progress, Running, Silence, Text
+
+Result = TypeVar("Result")
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """What `work` comes to. A client that hangs up ends it: then nobody hears what is raised."""
+    doing = asyncio.create_task(work, name="before the answer")
+    gone = asyncio.create_task(_disconnected(request), name="disconnect")
+    try:
+        await asyncio.wait({doing, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not doing.done():
+            raise InvalidRequest("the client hung up before its request was accepted")
+        return doing.result()
+    finally:
+        doing.cancel()
+        gone.cancel()
 
 
 async def after(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:

@@ -206,7 +206,7 @@ async def _answer(gateway: Gateway, request: Request, *, is_chat: bool) -> Respo
     structlog.contextvars.bind_contextvars(request_id=job_id)
     with ExitStack() as held:
         arrival = held.enter_context(gateway.intake.arrive(caller, ask, job_id, len(body), arrived_s))
-        job, node = await arrival.job()
+        job, node = await answer.while_connected(request, arrival.job())
         shape = Shape(caller.request_id, int(time.time()), node.status.model, is_chat)
         if not ask.is_stream:
             whole = await answer.whole(arrival, request, ask, job, shape, arrived_s)

@@ -6,6 +6,7 @@ know HTTP and what becomes of a job.
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -30,7 +31,7 @@ from edge_llm.gateway.limits import Limits
 from edge_llm.gateway.openai import Ask
 from edge_llm.gateway.queue import Demand, Place
 from edge_llm.gateway.running import Job, Running
-from edge_llm.worker.messages import ChatMessage, TokenizeRequest
+from edge_llm.worker.messages import ChatMessage, TokenizeReply, TokenizeRequest
 
 # Before a prompt is tokenized it is taken for short: real text has 3 to 5 bytes a token, and a refusal on an estimate
 # must not hit who would be let in.
@@ -150,7 +151,7 @@ class Arrival:
             request = TokenizeRequest(messages=chat)
         else:
             request = TokenizeRequest(text=ask.text or "")
-        node, reply = await self._dispatcher.tokenize(model, request, self._caller.trace)
+        node, reply = await self._tokenized(request)
         ids = ask.ids if ask.ids is not None else tuple(reply.ids)
         if not ids:
             raise InvalidRequest("the prompt is empty: send at least one token", param="prompt")
@@ -178,6 +179,16 @@ class Arrival:
             held_bytes=self._demand.held_bytes + _BYTES_PER_ID * len(ids),
         )
         return job, node
+
+    async def _tokenized(self, request: TokenizeRequest) -> tuple[Node, TokenizeReply]:
+        """Within the request's time."""
+        deadline_s = self._demand.deadline_s
+        left_s = None if deadline_s is None else max(0.0, deadline_s - self._clock())
+        try:
+            async with asyncio.timeout(left_s):
+                return await self._dispatcher.tokenize(self._demand.model, request, self._caller.trace)
+        except TimeoutError as late:
+            raise DeadlinePassed("the request's time was over before a worker had tokenized its prompt") from late
 
     @asynccontextmanager
     async def running(self, job: Job, arrived_s: float) -> AsyncIterator[Running]:

@@ -60,11 +60,14 @@ Saying = Callable[[DecodeRequest], list[EventBatch | bytes]]
 
 @dataclass
 class Liar:
-    """Says what the test wrote to whoever asks it to decode; while `is_stuck` it answers nobody."""
+    """Says what the test wrote to whoever asks it to decode; while `is_stuck` it answers nobody, and while `is_mute` it
+    tokenizes nothing."""
 
     saying: Saying = field(default=lambda _request: [])
     refusal: tuple[int, ErrorReply] | None = None
     is_stuck: bool = False
+    is_mute: bool = False
+    tokenizing: int = 0
     requests: list[DecodeRequest] = field(default_factory=list)
     cancelled: list[CancelRequest] = field(default_factory=list)
     lines: asyncio.Queue[bytes] = field(default_factory=asyncio.Queue)
@@ -84,6 +87,8 @@ class Liar:
         @app.post("/tokenize")
         async def tokenize(request: Request) -> Response:
             text = decode(TokenizeRequest, await request.body()).text or ""
+            self.tokenizing += 1
+            await until(lambda: not self.is_mute)
             ids = VOCABULARY.tokenize(text, add_special=True, parse_special=True)
             return Response(encode(TokenizeReply(ids=ids, stop_ids=[])))
 
@@ -271,6 +276,24 @@ async def test_a_cancellation_never_overtakes_the_request_that_it_cancels(servic
         liar.is_stuck = False
         await until(lambda: len(liar.cancelled) == 1)
         assert liar.cancelled[0].request_id == liar.requests[0].request_id
+
+
+async def test_a_prompt_that_nobody_tokenizes_takes_no_longer_than_the_request_has(service: Service) -> None:
+    async with lying(service, is_mute=True) as liar:
+        reply = await service.post(COMPLETIONS, asking(PROMPT), {"x-request-timeout-s": "0.2"})
+        assert liar.tokenizing == 1
+        liar.is_mute = False
+    assert (reply.status, reply.error["code"]) == (504, "deadline_exceeded")
+
+
+async def test_a_client_that_leaves_before_its_prompt_is_tokenized_leaves_its_place(service: Service) -> None:
+    async with lying(service, is_mute=True) as liar:
+        asked = asyncio.create_task(service.post(COMPLETIONS, asking(PROMPT)))
+        await until(lambda: liar.tokenizing == 1)
+        assert len(service.gateway.dispatcher._queue) == 1
+        asked.cancel()
+        await until(lambda: len(service.gateway.dispatcher._queue) == 0)
+        liar.is_mute = False
 
 
 async def test_a_request_that_broke_enough_workers_is_given_up() -> None:
