@@ -76,6 +76,6 @@ def keep(run: Run, done: Replayed) -> None:
         }
         for name, value in values.items():
             if value is not None:
-                run.add(f"{done.where}: {name}", float(value))
+                run.add(f"{done.where}: {name}", round(float(value), 6))
     for error, count in Counter(answer.error for answer in done.answers if answer.error).items():
         run.notes.append(f"{done.where}: {count} of {len(done.answers)} requests failed: {error}")

@@ -78,20 +78,32 @@ def _split_share(replays: Sequence[Replayed]) -> dict[str, Any]:
 def _of_regime(replays: Sequence[Replayed], regime: Regime, limits: Limits) -> dict[str, Any]:
     curves = {name: _curve(replays, name, limits) for name in ORDER}
     curves = {name: curve for name, curve in curves.items() if curve}
+    cut_short = _cut_short(curves)
     rows = {
         name: {
             **{f"goodput_{100 * goal:.0f}": _goodput(curve, goal) for goal in GOALS},
+            "is_cut_short": name in cut_short,
             "curve": [_point(done, limits) for done in _of(replays, name)],
         }
         for name, curve in curves.items()
     }
     found: dict[str, Any] = {"limits": asdict(limits), "why": regime.why, "arrangements": rows}
-    if {SPLIT, LOCAL, AUTO} <= curves.keys():
+    if {SPLIT, LOCAL, AUTO} <= curves.keys() - cut_short:
         ratio, low, high = ratio_to_best(curves[AUTO], [curves[SPLIT], curves[LOCAL]], GOAL)
         found["auto_to_better"] = {"ratio": ratio, "low": low, "high": high}
         ratio, low, high = ratio_to_best(curves[SPLIT], [curves[LOCAL]], GOAL)
         found["split_to_local"] = {"ratio": ratio, "low": low, "high": high}
     return found
+
+
+def _cut_short(curves: Mapping[str, Sequence[Point]]) -> set[str]:
+    """Who still attained the goal where its curve ends, though others were asked for more: an interrupted run."""
+    ends = {name: max(point.rate_per_s for point in curve) for name, curve in curves.items()}
+    return {
+        name
+        for name, curve in curves.items()
+        if ends[name] < max(ends.values()) and goodput(curve, GOAL).bound == "at_least"
+    }
 
 
 def _of(replays: Sequence[Replayed], name: str) -> list[Replayed]:
@@ -171,7 +183,7 @@ def _sentences(name: str, trace: Mapping[str, Any]) -> Iterator[str]:
 def _of_a_regime(where: str, regime: Regime, found: Mapping[str, Any]) -> Iterator[str]:
     rows = found["arrangements"]
     rates = {name: row[_key(GOAL)]["per_s"] for name, row in rows.items()}
-    if len(rates) > 1:
+    if len(rates) > 1 and not any(row["is_cut_short"] for row in rows.values()):
         first = max(rates, key=lambda name: rates[name])
         yield f"{where}: most requests in limits with {first}: " + ", ".join(
             f"{name} {_bounded(rows[name][_key(GOAL)])}" for name in rates

@@ -245,6 +245,14 @@ def replace_sent(answer: Answer) -> Answer:
     return answer
 
 
+def test_who_was_not_asked_for_as_much_as_the_others_is_not_compared_with_them() -> None:
+    found = figures(tally_of(split=SPLITTING, local=STAYING, auto=[alike(1.0, 0.01, "split")] * 2))
+    strict_tpot = found["traces"]["made_up"]["regimes"][STRICT_TPOT.name]
+    assert [row["is_cut_short"] for row in strict_tpot["arrangements"].values()] == [False, False, True]
+    assert "auto_to_better" not in strict_tpot
+    assert not any("most requests" in line for line in found["verdicts"])
+
+
 def test_nothing_is_guessed_of_what_was_not_measured() -> None:
     assert figures(Tally()) == {"traces": {}, "seconds_per_point": 0.0, "verdicts": []}
     only_local = figures(tally_of(local=STAYING))["traces"]["made_up"]
