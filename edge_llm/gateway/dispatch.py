@@ -163,6 +163,7 @@ class Dispatcher:
             self._planner.over(running)  # also of one that was refused while it waited for a plan
             del self._running[job.request_id]
             self._queue.service.ended(job.model, job.request_id, self._clock(), _work_done(running))
+            self._listener.hang_up()
             self._queue.move()
 
     # -- one request

@@ -1,6 +1,7 @@
 """What workers say: one event connection per worker carries everything it has to say to this gateway.
 
-Owns those connections and what an event does to its request. A connection that breaks loses the worker's requests.
+Owns those connections and what an event does to its request. A connection that breaks loses the worker's requests; one
+to a place that is not in the view any more is closed once none of our requests is there.
 Refuses to know planning and sending (dispatch.py) and clients.
 """
 
@@ -71,6 +72,7 @@ class Listener:
         self._client, self._running, self._outcomes = client, running, outcomes
         self._metrics, self._clock, self._buffer_bytes = metrics, clock, buffer_bytes
         self._connections: dict[Place, asyncio.Task[None]] = {}
+        self._places: frozenset[Place] = frozenset()
         self._strays: OrderedDict[tuple[str, int], None] = OrderedDict()
 
     def on_view(self, before: ClusterView, after: ClusterView) -> None:
@@ -79,6 +81,22 @@ class Listener:
             task = self._connections.get(node.place)
             if node.decodes and (task is None or task.done()):
                 self._connections[node.place] = asyncio.create_task(self._follow(node), name=f"events {node.worker}")
+        self._places = frozenset(node.place for node in after.nodes)
+        self.hang_up()
+
+    def hang_up(self) -> None:
+        """On all places that nobody speaks of any more and where nothing of ours is. To be called when requests end."""
+        gone = self._connections.keys() - self._places
+        if not gone:
+            return
+        gone -= {
+            running.plan.decode.place
+            for running in self._running.values()
+            if running.plan is not None and running.session.state in (State.PREFILLING, State.DECODING)
+        }
+        for place in gone:
+            if self._connections[place] is not asyncio.current_task():  # that one ends by itself
+                self._connections.pop(place).cancel()
 
     async def _follow(self, node: Node) -> None:
         """Read a worker's events until it is gone; then its requests are replanned."""

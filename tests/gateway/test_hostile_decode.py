@@ -70,6 +70,7 @@ class Liar:
     tokenizing: int = 0
     requests: list[DecodeRequest] = field(default_factory=list)
     cancelled: list[CancelRequest] = field(default_factory=list)
+    listeners: int = 0
     lines: asyncio.Queue[bytes] = field(default_factory=asyncio.Queue)
 
     @property
@@ -115,9 +116,13 @@ class Liar:
         return app
 
     async def _events(self) -> AsyncIterator[bytes]:
-        yield encode(EventBatch()) + b"\n"
-        while line := await self.lines.get():
-            yield line
+        self.listeners += 1
+        try:
+            yield encode(EventBatch()) + b"\n"
+            while line := await self.lines.get():
+                yield line
+        finally:
+            self.listeners -= 1
 
 
 @asynccontextmanager
@@ -264,6 +269,32 @@ async def test_a_worker_that_refuses_for_itself_is_left_and_one_that_blames_the_
         liar.refusal = (401, ErrorReply(code="unauthorized", message="who are you"))
         own = (await service.post(COMPLETIONS, asking(PROMPT))).own
         assert (own["decode_node"], own["replanned"]) == ("honest", 1)
+
+
+async def test_a_worker_that_is_named_no_more_is_heard_until_its_last_request_is_over_and_then_hung_up_on(
+    service: Service,
+) -> None:
+    async with lying(service, saying=lambda r: [prompted(r), tokens(r, 0)]) as liar:
+        async with service.streaming(COMPLETIONS, asking(PROMPT)) as streamed:
+            await until(lambda: service.requests("decoding") == 1)
+            service.discovery.written = ()
+            await until(lambda: not service.gateway.dispatcher.view.nodes)
+            liar.lines.put_nowait(encode(tokens(liar.requests[0], *range(1, 8))) + b"\n")
+            await streamed.whole()
+        assert (streamed.own["token_ids"], streamed.own["replanned"]) == (WHOLE, 0)
+        await until(lambda: liar.listeners == 0)
+
+
+async def test_an_idle_worker_that_is_named_no_more_is_hung_up_on_and_heard_when_it_is_named_again(
+    service: Service,
+) -> None:
+    async with lying(service, saying=lambda r: [prompted(r), tokens(r, *range(8))]) as liar:
+        await until(lambda: liar.listeners == 1)
+        written, service.discovery.written = service.discovery.written, ()
+        await until(lambda: liar.listeners == 0)
+        service.discovery.written = written
+        await until(lambda: liar.listeners == 1)
+        assert (await service.post(COMPLETIONS, asking(PROMPT))).own["token_ids"] == WHOLE
 
 
 async def test_a_cancellation_never_overtakes_the_request_that_it_cancels(service: Service) -> None:
