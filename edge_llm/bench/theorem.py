@@ -307,24 +307,18 @@ def _facts(model: str, meta: Mapping[str, Any]) -> ModelFacts:
 
 
 def _check_meetings(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]], proof: Proof) -> None:
-    """How wide decode calls were since `before`, and whether prompts met on a prefill worker."""
+    """Whether a decode call was wide since `before`, and whether prompts met on a prefill worker."""
     known = {_life(node): node["load"] for node in before}
-    widest, met, widest_before = 0, 0, 0
+    widest, wide, met = 0, 0, 0
     for node in after:
-        now, then = node["load"], known.get(_life(node), {"widest_decode_rows": 0, "prompts_met": 0})
+        now, then = node["load"], known.get(_life(node), {"wide_decode_calls": 0, "prompts_met": 0})
         met += now["prompts_met"] - then["prompts_met"]
-        if now["widest_decode_rows"] > then["widest_decode_rows"]:
-            widest = max(widest, now["widest_decode_rows"])
-        widest_before = max(widest_before, then["widest_decode_rows"])
-    if widest < TOGETHER <= widest_before:
+        wide += now["wide_decode_calls"] - then["wide_decode_calls"]
+        widest = max(widest, now["widest_decode_rows"])
+    if wide < 1:
         proof.unproven.append(
-            f"a worker had {widest_before} rows in one decode call before this run: whether this run had {TOGETHER} "
-            "cannot be told; start the workers again, then prove it"
-        )
-    elif widest < TOGETHER:
-        proof.unproven.append(
-            f"no decode call had {TOGETHER} rows (widest: {max(widest, widest_before)}): give the decode worker "
-            f"{TOGETHER} slots"
+            f"no decode call of this run had {TOGETHER} rows (widest since the workers started: {widest}): give the "
+            f"decode worker {TOGETHER} slots"
         )
     if met < 1:
         proof.unproven.append("no two prompts met on one prefill worker")

@@ -262,6 +262,7 @@ class Worker:
             decode_step_s=decode.decode_step_s if decode else 0.0,
             prefill_tokens_per_s=1 / token_s if token_s else 0.0,
             widest_decode_rows=decode.widest_rows if decode else 0,
+            wide_decode_calls=decode.wide_calls if decode else 0,
             prompts_met=prefill.prompts_met,
             prefix_bytes=self.prefixes.used_bytes,
             prefix_limit_bytes=self.prefixes.limit_bytes,

@@ -45,7 +45,7 @@ from edge_llm.kv.store import Match
 from edge_llm.request import Generation, SamplingParams
 from edge_llm.worker.adopt import Adopter, ByteBudget, PromptRecord, Wanted
 from edge_llm.worker.loop import EngineLoop
-from edge_llm.worker.messages import DecodeRequest
+from edge_llm.worker.messages import WIDE_ROWS, DecodeRequest
 from edge_llm.worker.outbox import Outboxes
 from edge_llm.worker.prefixes import Prefixes
 from edge_llm.worker.pull import Puller, check_address
@@ -107,7 +107,7 @@ class DecodeRole:
         self.adopting = ByteBudget(max(1, facts().n_ctx * facts().kv_bytes_per_token))
         self.decode_step_s = 0.0
         self.prompt_token_s = 0.0
-        self.widest_rows = 0
+        self.widest_rows = self.wide_calls = 0
 
     @property
     def slots_free(self) -> int:
@@ -313,6 +313,7 @@ class DecodeRole:
     def _measure(self, step: Step) -> None:
         if step.decoded_rows:
             self.widest_rows = max(self.widest_rows, step.widest_call)
+            self.wide_calls += step.widest_call >= WIDE_ROWS
             self.decode_step_s = _smoothed(self.decode_step_s, step.decode_s)
         if step.prompt_tokens:
             self.prompt_token_s = _smoothed(self.prompt_token_s, step.prompt_s / step.prompt_tokens)

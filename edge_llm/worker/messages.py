@@ -269,9 +269,14 @@ class Board(Message, frozen=True, kw_only=True):
     throttled: dict[str, bool] = {}
 
 
+# `verify` compares decode calls of up to so many rows.
+WIDE_ROWS: Final = 8
+
+
 class Load(Message, frozen=True, kw_only=True):
-    """What changes while a worker runs. Since start: widest_decode_rows shared one decode call; prompts_met found
-    another prompt being computed when they came; of prefix_query_tokens looked up, prefix_hit_tokens were kept here."""
+    """What changes while a worker runs. Since start: widest_decode_rows shared one decode call, wide_decode_calls had
+    WIDE_ROWS rows or more; prompts_met found another prompt being computed when they came; of prefix_query_tokens
+    looked up, prefix_hit_tokens were kept here."""
 
     slots_free: int
     sequences_running: int
@@ -281,6 +286,7 @@ class Load(Message, frozen=True, kw_only=True):
     decode_step_s: float
     prefill_tokens_per_s: float
     widest_decode_rows: int = 0
+    wide_decode_calls: int = 0
     prompts_met: int = 0
     prefix_bytes: int = 0
     prefix_limit_bytes: int = 0

@@ -15,7 +15,7 @@ from aiohttp.test_utils import TestServer
 
 from edge_llm.bench.layout import Layout, Started
 from edge_llm.bench.run import Run
-from edge_llm.bench.theorem import TOGETHER, Proof, cases, measure
+from edge_llm.bench.theorem import Proof, cases, measure
 
 pytestmark = pytest.mark.anyio
 VOCAB_SIZE = 320
@@ -29,18 +29,18 @@ def right(_mode: str, ids: list[int]) -> list[int]:
 
 class Cluster:
     """A gateway with one prefill and one decode worker. `widest` and `met`: what its workers count since their start,
-    before anything was asked and once something was."""
+    before anything was asked and once something was; `wide`: decode calls of eight rows."""
 
     def __init__(
         self,
-        widest: tuple[int, int] = (0, TOGETHER),
+        wide: tuple[int, int] = (0, 3),
         met: tuple[int, int] = (0, 5),
         answers: int = 10**6,
         wrong: Wrong = right,
         split_mode: str = "split",
         is_restarted: bool = False,
     ) -> None:
-        self._widest, self._met, self._answers, self._wrong = widest, met, answers, wrong
+        self._wide, self._met, self._answers, self._wrong = wide, met, answers, wrong
         self._split_mode, self._is_restarted = split_mode, is_restarted
         self.prompts: list[Any] = []
 
@@ -60,7 +60,7 @@ class Cluster:
 
     async def _cluster(self, _request: web.Request) -> web.Response:
         then = bool(self.prompts)
-        load = {"widest_decode_rows": self._widest[then], "prompts_met": self._met[then]}
+        load = {"wide_decode_calls": self._wide[then], "prompts_met": self._met[then], "widest_decode_rows": 7}
         about = {"model": "m", "chunk_tokens": 8, "pid": 1, "seen_ago_s": 0.0}
         about["started_at"] = 1.0 + (then and self._is_restarted)
         nodes = [about | {"worker": role, "role": role, "load": load} for role in ("prefill", "decode")]
@@ -142,7 +142,11 @@ async def test_answers_that_did_not_split_and_empty_answers_prove_nothing() -> N
 @pytest.mark.parametrize(
     ("cluster", "line"),
     [
-        (Cluster(widest=(0, 7)), "no decode call had 8 rows (widest: 7): give the decode worker 8 slots"),
+        (
+            Cluster(wide=(0, 0)),
+            "no decode call of this run had 8 rows (widest since the workers started: 7): "
+            "give the decode worker 8 slots",
+        ),
         (Cluster(met=(5, 5)), "no two prompts met on one prefill worker"),
     ],
 )
@@ -152,12 +156,12 @@ async def test_what_did_not_happen_in_this_run_is_unproven(cluster: Cluster, lin
 
 
 async def test_a_wide_decode_call_of_an_earlier_run_proves_nothing_for_this_one() -> None:
-    proof, _ = await proven(Cluster(widest=(TOGETHER, TOGETHER)))
+    proof, _ = await proven(Cluster(wide=(3, 3)))
     (line,) = proof.missed()
-    assert "before this run" in line
-    wider, _ = await proven(Cluster(widest=(TOGETHER, TOGETHER + 1)))
-    assert wider.holds
-    anew, _ = await proven(Cluster(widest=(TOGETHER, TOGETHER), is_restarted=True))
+    assert "no decode call of this run" in line
+    again, _ = await proven(Cluster(wide=(3, 4)))
+    assert again.holds, "the same workers can prove it twice"
+    anew, _ = await proven(Cluster(wide=(3, 3), is_restarted=True))
     assert anew.holds, "a worker that was started in between counted from zero"
 
 
