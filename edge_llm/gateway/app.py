@@ -106,9 +106,8 @@ class Gateway:
 
     def _judge(self, decision: Decision) -> None:
         """A plan's first token came."""
-        predicted = decision.plan.prediction
-        if predicted is not None and decision.ttft_s is not None:
-            self.metrics.predicted(decision.model, "ttft", predicted.ttft_s, decision.ttft_s)
+        self.metrics.judged(decision.model, "ttft", decision.ttft_error_ratio)
+        self.metrics.judged(decision.model, "tpot", decision.tpot_error_ratio)
 
 
 def create_app(gateway: Gateway) -> FastAPI:

@@ -102,10 +102,10 @@ class GatewayMetrics:
         for _, pool in plan.spills:
             self._spills.labels(model, ROLE, self._gateway, pool).inc()
 
-    def predicted(self, model: str, kind: Literal["ttft"], predicted_s: float, actual_s: float) -> None:
-        """A prediction can be judged now."""
-        if predicted_s > 0:
-            self._prediction.labels(model, ROLE, self._gateway, kind).observe(actual_s / predicted_s)
+    def judged(self, model: str, kind: Literal["ttft", "tpot"], error_ratio: float | None) -> None:
+        """What came to pass over what was predicted; None where there is nothing to compare."""
+        if error_ratio is not None:
+            self._prediction.labels(model, ROLE, self._gateway, kind).observe(error_ratio)
 
     def prompted(self, running: Running, report: PromptReport) -> None:
         """A prompt is whole. What a request that was planned again computes anew counts again, as it costs again."""

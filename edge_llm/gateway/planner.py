@@ -29,7 +29,7 @@ DECISIONS_KEPT: Final = 200
 OBSERVE_S: Final = 1.0
 # About the last twenty answers of a model say how long the next one will be.
 _SMOOTHING: Final = 0.05
-_UNTOLD: Final = frozenset({"ago_s", "measured", "ttft_error_ratio"})
+_UNTOLD: Final = frozenset({"ago_s", "measured", "ttft_error_ratio", "tpot_error_ratio"})
 log = structlog.get_logger()
 Life = tuple[str, int, float]
 
@@ -50,12 +50,23 @@ class Decision:
     waited_s: float
     ttft_s: float | None = None
     completion_s: float | None = None
+    tokens: int = 0
 
     @property
     def ttft_error_ratio(self) -> float | None:
         """What came to pass over what was predicted."""
         predicted = self.plan.prediction
         return self.ttft_s / predicted.ttft_s if self.ttft_s and predicted and predicted.ttft_s else None
+
+    @property
+    def tpot_error_ratio(self) -> float | None:
+        """The same of the time per token after the first, however long the answer became."""
+        predicted = self.plan.prediction
+        if predicted is None or self.ttft_s is None or self.completion_s is None:
+            return None
+        promised_s = _per_token_s(predicted.ttft_s, predicted.completion_s, self.answer_tokens)
+        measured_s = _per_token_s(self.ttft_s, self.completion_s, self.tokens)
+        return measured_s / promised_s if measured_s and promised_s else None
 
     def entry(self, now_s: float) -> dict[str, Any]:
         """For GET /cluster and the log."""
@@ -83,6 +94,7 @@ class Decision:
             else None,
             "measured": {"ttft_s": _rounded(self.ttft_s), "completion_s": _rounded(self.completion_s)},
             "ttft_error_ratio": _rounded(self.ttft_error_ratio),
+            "tpot_error_ratio": _rounded(self.tpot_error_ratio),
         }
 
 
@@ -255,6 +267,7 @@ class Planner:
         if running.first_token_s >= decision.at_s:
             decision.ttft_s = running.first_token_s - decision.at_s
             decision.completion_s = running.last_token_s - decision.at_s
+            decision.tokens = len(running.session.delivered)
             self._on_outcome(decision)
         if running.session.state is State.DONE:
             self._finished(running, decision.plan.decode)
@@ -351,6 +364,11 @@ def _chunks_kept(node: Node) -> int:
     """Whole chunks that a worker may keep."""
     chunk_bytes = node.status.kv_bytes_per_token * node.status.chunk_tokens
     return node.status.load.prefix_limit_bytes // chunk_bytes if chunk_bytes else 0
+
+
+def _per_token_s(ttft_s: float, completion_s: float, tokens: float) -> float | None:
+    """Between two tokens of an answer; None of one that hardly has two."""
+    return (completion_s - ttft_s) / (tokens - 1) if tokens >= 2 else None
 
 
 def _rounded(value: float | None) -> float | None:

@@ -282,6 +282,20 @@ def test_a_decision_is_judged_by_its_first_token() -> None:
     assert outcome.ttft_error_ratio == pytest.approx(2.03 / 1.04)
 
 
+def test_a_decision_is_judged_by_its_pace_however_long_the_answer_became() -> None:
+    scene = Scene(D1)
+    running = scene.request()
+    scene.plan(running)  # a step of one row takes 0.05 s
+    scene.prompt(running)
+    scene.answer(running, 10, token_s=0.1)
+    (outcome,) = scene.outcomes
+    assert outcome.tpot_error_ratio == pytest.approx(2.0)
+    assert scene.last["tpot_error_ratio"] == pytest.approx(2.0)
+    one_token = scene.request()
+    scene.served(one_token, tokens=1)
+    assert scene.outcomes[-1].tpot_error_ratio is None
+
+
 def test_a_request_without_a_token_is_no_measurement() -> None:
     scene = Scene(D1)
     running = scene.request()
