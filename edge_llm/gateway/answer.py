@@ -140,7 +140,7 @@ def _usage(running: Running) -> Usage:
 
 def _cached_tokens(running: Running) -> int:
     """Prompt tokens that nobody computed for this request: kept by the decode worker or by its prefill worker."""
-    report = running.report
+    report = running.reading
     kept = max(report.cached_tokens, report.prefill_cached_tokens) if report else 0
     return min(kept, len(running.job.prompt_ids))
 
@@ -164,7 +164,7 @@ def _timings(running: Running, ask: Ask, arrived_s: float) -> dict[str, Any]:
 
 
 def _own_timings(running: Running, ask: Ask, arrived_s: float) -> dict[str, Any]:
-    report, plan = running.report, running.plan
+    report, plan = running.reading, running.plan
     own: dict[str, Any] = {
         "mode": report.mode if report else None,
         "prefill_node": report.prefill_worker if report else None,

@@ -380,7 +380,7 @@ def _work_done(running: Running) -> int | None:
 
 def _log_end(running: Running) -> None:
     """One line that says what became of a request. No text of prompt or answer."""
-    job, session, report = running.job, running.session, running.report
+    job, session, report = running.job, running.session, running.reading
     log.info(
         "request over",
         request_id=job.request_id,

@@ -151,9 +151,8 @@ class Listener:
         running = self._current(prompted.request_id, prompted.epoch)
         if running is None:
             return
-        running.report, running.holder = prompted.report, None
-        self._metrics.prompted(running, prompted.report)
-        running.is_as_promised &= prompted.report.is_same_class
+        if running.prompted(prompted.report):
+            self._metrics.prompted(running, prompted.report)
         if not running.first_token_s:
             running.prompted_s = self._clock()
         if prompted.report.fallback:

@@ -127,7 +127,7 @@ class GatewayMetrics:
 
     def _measure(self, running: Running) -> None:
         """The phases of an answer that came to its end."""
-        series, report = self._of(running.job.model), running.report
+        series, report = self._of(running.job.model), running.reading
         series.whole.observe(running.last_token_s - running.arrived_s)
         series.queue.observe(running.sent_s - running.arrived_s)
         series.decode.observe(running.last_token_s - running.first_token_s)

@@ -81,6 +81,8 @@ class Running:
 
     `is_as_promised` ends for good when KV of another class came in, or the answer went on where it may come out
     otherwise. `holder` is a draining worker that holds the KV of all tokens so far for whoever goes on with them.
+    `report` is what the present decode worker said of how it came by its KV, `reading` how the prompt came to be read:
+    a decode worker that takes KV over from `holder` has not read anything.
     """
 
     job: Job
@@ -99,6 +101,7 @@ class Running:
     last_token_s: float = 0.0
     prompted_s: float = 0.0
     report: PromptReport | None = None
+    reading: PromptReport | None = None
     notes: list[str] = field(default_factory=list)
     is_as_promised: bool = True
 
@@ -112,6 +115,19 @@ class Running:
         update = await self.updates.get()
         self.unread_bytes -= _size(update)
         return update
+
+    def prompted(self, report: PromptReport) -> bool:
+        """Its decode worker has all KV before the next token. Whether the prompt was read for that, not only moved."""
+        is_moved = (
+            self.holder is not None
+            and self.reading is not None
+            and (report.mode, report.prefill_worker) == ("split", self.holder.worker)
+        )
+        self.report, self.holder = report, None
+        self.is_as_promised &= report.is_same_class
+        if not is_moved:
+            self.reading = report
+        return not is_moved
 
     @property
     def level(self) -> Level:

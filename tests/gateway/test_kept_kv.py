@@ -45,7 +45,9 @@ async def test_a_worker_that_drains_hands_its_streams_over_without_computing_the
     own = streamed.own
     assert own["token_ids"] == undisturbed(PROMPT, 90)
     assert (own["replanned"], own["level"], own["decode_node"]) == (1, "exact", idle.peer.worker)
-    assert own["prefill_node"] == busy.peer.worker, "the KV came from where the answer began"
+    read_by = "p1" if mode == "split" else busy.peer.worker
+    assert (own["mode"], own["prefill_node"]) == (mode, read_by), "who read the prompt, not who gave its KV away"
+    assert own["cached_tokens"] == own["prefill_cached_tokens"] == 0, "it was computed for this request"
     assert own["fallback"] is None
     assert idle.worker.decode is not None
     assert idle.worker.decode.prompt_token_s == 0.0, "no prompt was computed there"
