@@ -135,10 +135,18 @@ class Supervisor:
     # -- start
 
     async def _start_all(self) -> None:
-        results = await asyncio.gather(*(self._start(child) for child in self.workers), return_exceptions=True)
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
+        """Workers all at once. When one of them fails, those that are not ready are not waited for."""
+        starts = [asyncio.create_task(self._start(child), name=f"start {child.name}") for child in self.workers]
+        try:
+            await asyncio.wait(starts, return_when=asyncio.FIRST_EXCEPTION)
+            for start in starts:
+                if start.done():
+                    start.result()
+        finally:
+            for start in starts:
+                start.cancel()
+            await asyncio.gather(*starts, return_exceptions=True)
+            await asyncio.gather(*(child.kill() for child in self.workers if child.ready is None))
         await self._start(self.gateway)
 
     async def _start(self, child: Child) -> None:

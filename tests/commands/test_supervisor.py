@@ -14,6 +14,7 @@ import pytest
 from edge_llm.commands.child import Child
 from edge_llm.commands.supervisor import BESIDE_DRAIN_S, GATEWAY_DRAIN_S, SIMULATED_MODEL, Supervisor
 from edge_llm.config import UpConfig
+from edge_llm.errors import WorkerError
 
 GIB = 1 << 30
 
@@ -109,6 +110,23 @@ async def test_a_worker_whose_program_is_gone_for_a_while_comes_back_and_the_oth
     finally:
         stop.set()
         await running
+
+
+@pytest.mark.anyio
+@pytest.mark.timeout(120)
+async def test_a_worker_that_cannot_start_is_told_at_once_and_the_others_are_stopped(tmp_path: Path) -> None:
+    supervisor = Supervisor(UpConfig(simulated=2, prefill=1, decode=1, port=0), SIMULATED_MODEL, (), print)
+    broken, slow = tmp_path / "broken", tmp_path / "slow"
+    runs(broken, "echo 'no such model' >&2; sleep 0.5; exit 3")
+    runs(slow, "exec sleep 300")  # a large model, being loaded
+    prefill, decode = supervisor.workers
+    prefill.program, decode.program = (str(slow),), (str(broken),)
+    async with asyncio.timeout(20):
+        with pytest.raises(WorkerError, match=r"decode-1 could not start: exit code 3\nno such model"):
+            await supervisor.run(asyncio.Event(), lambda: pytest.fail("it was said to be ready"))
+    assert prefill.process is not None
+    assert prefill.process.returncode == -signal.SIGKILL
+    assert supervisor.gateway.process is None
 
 
 def runs(program: Path, line: str) -> None:
