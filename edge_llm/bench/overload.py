@@ -74,11 +74,11 @@ class Plan:
 
     @property
     def layout(self) -> Layout:
-        speed = ("--simulated-prompt-tokens-per-s", str(self.prompt_tokens_per_s))
-        speed += ("--simulated-step-s", str(self.step_s), "--simulated-row-s", str(self.row_s))
+        reading = ("--simulated-prompt-tokens-per-s", str(self.prompt_tokens_per_s))
+        writing = ("--simulated-step-s", str(self.step_s), "--simulated-row-s", str(self.row_s))
         size = ("--n-ctx", "2048", "--slots", "4", "--chunk-tokens", "64")
         bounds = ("--queue-predicted-wait-s", str(self.wait_bound_s), "--log-level", "warning")
-        return Layout("overload", prefill=1, decode=2, options=(*size, *speed), gateway_options=bounds)
+        return Layout("overload", prefill=1, decode=2, options=(*size, *reading, *writing), gateway_options=bounds)
 
 
 async def measure(plan: Plan, launch: Launch, run: Run, progress: Any) -> dict[str, Any]:

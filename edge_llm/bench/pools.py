@@ -55,7 +55,7 @@ class Phase:
 # In tokens per second of prompt, with lengths halved: conversation is about half of what four prefill workers read,
 # code a third more than that, which all eight could. Long enough for the pools to notice a turn (20 s means, sustained
 # for 20 s) and to go back after it.
-PHASES: Final = (Phase("conv", 25.0, 3.2), Phase("code", 85.0, 5.2), Phase("conv", 155.0, 3.2))
+PHASES: Final = (Phase("conv", 25.0, 3.2), Phase("code", 85.0, 5.2), Phase("conv", 185.0, 3.2))
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +88,14 @@ class Plan:
         }
 
     def layout_of(self, policy: str) -> Layout:
-        speed = ("--simulated-prompt-tokens-per-s", str(self.prompt_tokens_per_s))
-        speed += ("--simulated-step-s", str(self.step_s), "--simulated-row-s", str(self.row_s))
+        reading = ("--simulated-prompt-tokens-per-s", str(self.prompt_tokens_per_s))
+        writing = ("--simulated-step-s", str(self.step_s), "--simulated-row-s", str(self.row_s))
         size = ("--n-ctx", "4096", "--slots", "8", "--chunk-tokens", "64")
         bounds = ("--queue-predicted-wait-s", str(self.wait_bound_s), "--queue-wait-s", str(self.wait_bound_s))
         chosen = ("--policy", policy, "--policy-seed", str(self.seed), "--log-level", "warning")
-        return Layout(policy, prefill=4, decode=4, options=(*size, *speed), gateway_options=(*chosen, *bounds))
+        return Layout(
+            policy, prefill=4, decode=4, options=(*size, *reading, *writing), gateway_options=(*chosen, *bounds)
+        )
 
     @property
     def windows(self) -> dict[str, float]:
@@ -224,7 +226,7 @@ async def _look(url: str, policy: str, began_s: float, seen: Seen) -> None:
                 async with session.get("/cluster") as reply:
                     for event in (await reply.json())["pool_events"]:
                         told = (event[key] for key in ("kind", "worker", "born", "to", "why"))
-                        events.add((round(event["at_s"] - began_s, 2), *told))  # type: ignore[arg-type]
+                        events.add((round(event["at_s"] - began_s, 2), *told))
             except (aiohttp.ClientError, TimeoutError):
                 pass  # the next answer has what this one would have had
             await asyncio.sleep(_LOOK_S)
@@ -245,6 +247,8 @@ def _count(plan: Plan, policy: str, answer: Answer, run: Run) -> None:
                 run.add(f"{policy}.{name}.tpot_s", answer.tpot_s)
     elif answer.is_refused:
         run.add(f"{policy}.refused_at_s", due_s)
+    elif answer.code == "overloaded":  # let in, and sent away in its stream after all
+        run.add(f"{policy}.refused_late_at_s", due_s)
     else:
         run.add(f"{policy}.failed_at_s", due_s)
         run.notes.append(f"{policy}: the request at {due_s:.1f} s failed: {answer.complaint}")
@@ -281,6 +285,7 @@ def _of(policy: str, plan: Plan, seen: Seen, run: Run) -> dict[str, Any]:
     return {
         "answered": len(run.samples.get(f"{policy}.all.ttft_s", [])),
         "refused": len(run.samples.get(f"{policy}.refused_at_s", [])),
+        "refused_late": len(run.samples.get(f"{policy}.refused_late_at_s", [])),
         "failed": len(run.samples.get(f"{policy}.failed_at_s", [])),
         "longest_wait_s": round(max(delays), 3) if delays else None,
         "longest_in_queue_s": round(max(queued), 3) if queued else None,
@@ -315,7 +320,8 @@ def missed(found: Mapping[str, Any]) -> list[str]:
     ours = found["policies"].get(JSQ)
     if ours is None or not ours["answered"]:
         return [f"{JSQ} was not measured"]
-    lines = [f"{ours[name]} requests were {name}, not 0" for name in ("refused", "failed") if ours[name]]
+    kinds = [name for name in ("refused", "refused_late", "failed") if ours[name]]
+    lines = [f"{ours[name]} requests were {name.replace('_', ' ')}, not 0" for name in kinds]
     if ours["longest_wait_s"] > found["wait_bound_s"]:
         lines.append(f"a request waited {ours['longest_wait_s']:.1f} s, more than its bound {found['wait_bound_s']} s")
     lines += _missing_moves(ours["events"], found["turns_at_s"])

@@ -51,8 +51,8 @@ def pools(
     from edge_llm.commands.supervisor import SIMULATED_MODEL
 
     phases = tuple(Phase(phase.kind, phase.until_s / 12, phase.per_s) for phase in PHASES) if quick else PHASES
-    chosen = {"policies": policies} if policies else {}
-    plan = Plan(phases=phases, seed=seed, wait_bound_s=wait_bound_s, one_by_one=one_by_one, **chosen)
+    chosen = policies or Plan().policies
+    plan = Plan(policies=chosen, phases=phases, seed=seed, wait_bound_s=wait_bound_s, one_by_one=one_by_one)
     launch = partial(local_cluster, model=SIMULATED_MODEL)
     run, seen = Run("pools", command_line(), plan.config), Seen()
     with steps() as report:

@@ -99,6 +99,14 @@ def test_a_wait_beyond_the_bound_and_a_policy_that_is_better_are_named() -> None
     assert len(missed(measured(GOOD, ours_s=1.5))) == 2
 
 
+@pytest.mark.parametrize("what", ["refused", "refused_late", "failed"])
+def test_a_request_that_was_not_answered_is_named(what: str) -> None:
+    found = measured(GOOD)
+    found["policies"]["predicted"][what] = 2
+    (line,) = missed(found)
+    assert line.startswith("2 requests were")
+
+
 def test_nothing_measured_is_not_a_success() -> None:
     assert missed(figures(PLAN, Seen(), Run("pools", [], {}))) == ["predicted was not measured"]
 
