@@ -168,6 +168,10 @@ class WorkerUnreachable(WorkerError):
     code = "worker_unreachable"
 
 
+class WorkerSilent(WorkerUnreachable):
+    """It is there, or seems to be, and says nothing for too long, or gets nowhere."""
+
+
 class PrefillFailed(WorkerError):
     """The prefill worker gave up; chunks already received stay valid."""
 

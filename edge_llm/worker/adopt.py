@@ -22,13 +22,13 @@ from dataclasses import dataclass, field, replace
 import structlog
 
 from edge_llm.engine.engine import EngineFacts
-from edge_llm.errors import EdgeLLMError
+from edge_llm.errors import EdgeLLMError, IncompatibleKV, WorkerSilent
 from edge_llm.kv.codec import StateBlob
 from edge_llm.kv.frames import Chunk, End, Error, Header, Progress
 from edge_llm.kv.snapshot import Identity, VLayout, check_compatible, ids_digest
 from edge_llm.kv.store import Match
 from edge_llm.worker.client import error_of
-from edge_llm.worker.messages import ErrorReply, Mode, PrefillCandidate, PrefillRequest, PromptReport
+from edge_llm.worker.messages import ErrorReply, Mode, PrefillCandidate, PrefillRequest, PromptReport, Trouble
 from edge_llm.worker.offload import off_loop
 from edge_llm.worker.prefixes import place, state_of
 from edge_llm.worker.pull import Expected, Puller
@@ -55,6 +55,14 @@ class PromptRecord:
     prefill_cached_tokens: int = 0
     is_same_class: bool = True
     fallback: str | None = None
+    trouble: Trouble = ""
+
+    def failed(self, error: EdgeLLMError) -> None:
+        """A prefill worker did not give it."""
+        if isinstance(error, IncompatibleKV):
+            self.trouble = "mismatch"
+        elif isinstance(error, WorkerSilent):
+            self.trouble = "timeout"
 
     def refused(self, reason: str) -> None:
         """The engine did not take the snapshot: everything is computed here after all."""
@@ -85,6 +93,7 @@ class PromptRecord:
             cached_tokens=self.cached_tokens,
             prefill_cached_tokens=self.prefill_cached_tokens if is_split else 0,
             fallback=self.fallback,
+            trouble=self.trouble,
         )
 
 
@@ -216,6 +225,7 @@ class Adopter:
                     message=error.message,
                     tokens=snapshot.filled_to,
                 )
+                record.failed(error)
                 reasons.append(f"{candidate.worker}: {error.code} after {snapshot.filled_to} of {wanted.total} tokens")
         return reasons
 

@@ -20,6 +20,7 @@ from edge_llm.errors import (
     Draining,
     EdgeLLMError,
     EngineFailed,
+    IncompatibleKV,
     InvalidRequest,
     Overloaded,
     PayloadTooLarge,
@@ -62,6 +63,7 @@ _ERRORS: Final[Mapping[str, type[EdgeLLMError]]] = {
         Draining,
         EngineFailed,
         PrefillFailed,
+        IncompatibleKV,
         WorkerError,
     )
 }

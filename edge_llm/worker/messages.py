@@ -33,6 +33,7 @@ HEARTBEAT_S: Final = 2.0
 
 Role = Literal["prefill", "decode", "mixed"]
 Mode = Literal["split", "local"]
+Trouble = Literal["", "mismatch", "timeout"]
 Id = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._:-]{1,128}$")]
 Address = Annotated[str, Meta(pattern=r"^[A-Za-z0-9.\[\]:_-]{1,255}:[0-9]{1,5}$")]
 TokenId = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
@@ -161,7 +162,9 @@ class PromptReport(Message, frozen=True, kw_only=True):
     then until P said that its last call ended, or the local prompt was done. handoff_ms: what the split adds after
     that: the last chunk in flight, then adopt_ms. handoff_bytes arrived in all, overlapped_bytes of them before P's
     last call ended. restored_tokens were not computed here: cached_tokens of them were kept here from earlier requests,
-    the others came from P, which itself had prefill_cached_tokens kept. fallback: why the plan changed.
+    the others came from P, which itself had prefill_cached_tokens kept. fallback: why the plan changed. trouble: the
+    kind of reason, of the last prefill worker that failed for one of these: its KV is of another model or cache type;
+    it said nothing or got nowhere for too long.
     """
 
     mode: Mode
@@ -178,6 +181,7 @@ class PromptReport(Message, frozen=True, kw_only=True):
     cached_tokens: int = 0
     prefill_cached_tokens: int = 0
     fallback: str | None = None
+    trouble: Trouble = ""
 
 
 class Token(Message, frozen=True, kw_only=True, array_like=True):

@@ -57,7 +57,8 @@ class WorkerMetrics:
         )
         self._handoffs = counter(
             "handoffs",
-            "Prompts that were to come from a prefill worker: ok, partial (rest computed here), fallback (all of it).",
+            "Prompts that were to come from a prefill worker: ok; mismatch or timeout where that is why one gave less; "
+            "else partial (not all came from the first one asked), fallback (all was computed here).",
             "outcome",
         )
         self._handoff_seconds = Histogram(
@@ -87,11 +88,13 @@ class WorkerMetrics:
         labels = self._readings.labels()
         if report.handoff_bytes:
             self._handoff_bytes.labels(*labels, "in").inc(report.handoff_bytes)
-        if report.mode == "split":
-            self._handoffs.labels(*labels, "partial" if report.fallback else "ok").inc()
+        is_split = report.mode == "split"
+        if report.fallback:
+            self._handoffs.labels(*labels, report.trouble or ("partial" if is_split else "fallback")).inc()
+        elif is_split:
+            self._handoffs.labels(*labels, "ok").inc()
+        if is_split:
             self._handoff_seconds.labels(*labels).observe(report.handoff_ms / 1e3)
-        elif report.fallback:
-            self._handoffs.labels(*labels, "fallback").inc()
 
     async def sent(self, parts: AsyncGenerator[bytes | memoryview, None]) -> AsyncGenerator[bytes | memoryview, None]:
         """The same parts of a hand-off, counted as they leave."""

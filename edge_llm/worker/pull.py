@@ -21,7 +21,7 @@ from typing import Final
 
 import aiohttp
 
-from edge_llm.errors import RemoteProtocolError, Unauthorized, WorkerUnreachable
+from edge_llm.errors import RemoteProtocolError, Unauthorized, WorkerSilent, WorkerUnreachable
 from edge_llm.kv.frames import NEED_DATA, Chunk, Event, FrameDecoder, Header, Progress
 from edge_llm.worker.client import CONNECT_S, SILENCE_S, error_of
 from edge_llm.worker.links import Links, Meter
@@ -91,7 +91,8 @@ class Puller:
     ) -> AsyncGenerator[Event, None]:
         """Events of one transfer, up to and including End or Error. Close it when you stop early.
 
-        Raises WorkerUnreachable (no connection, stalled, broken), RemoteProtocolError, or the error P answered with.
+        Raises WorkerSilent (stalled), WorkerUnreachable (no connection, broken), RemoteProtocolError, or the error P
+        answered with.
         """
         decoder = FrameDecoder(key, expected.kv_bytes_per_token, expected.n_tokens)
         where = f"prefill worker {candidate.worker} at {candidate.address}"
@@ -116,7 +117,8 @@ class Puller:
                     headway.note(_position(event))
                     yield event
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise WorkerUnreachable(f"{where}: {error or type(error).__name__}") from error
+            kind = WorkerSilent if isinstance(error, TimeoutError) else WorkerUnreachable
+            raise kind(f"{where}: {error or type(error).__name__}") from error
         decoder.eof()
 
 
@@ -133,9 +135,9 @@ class _Headway:
 
     @asynccontextmanager
     async def limit(self) -> AsyncIterator[None]:
-        """Bounds one wait by what is left. Raises WorkerUnreachable."""
+        """Bounds one wait by what is left. Raises WorkerSilent."""
         left_s = self._since_s + self._advance_s - self._clock()
-        nowhere = WorkerUnreachable(f"{self._where} got nowhere for {self._advance_s:.0f} s")
+        nowhere = WorkerSilent(f"{self._where} got nowhere for {self._advance_s:.0f} s")
         if left_s <= 0:
             raise nowhere
         deadline = asyncio.timeout(left_s)

@@ -9,11 +9,14 @@ import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
 
+from edge_llm.engine.engine import EngineFacts
+from edge_llm.engine.simulated import SimulatedBackend
 from edge_llm.exposition import VLLM_NAMES, Exposition
 from edge_llm.worker.messages import Board, CancelRequest
 from edge_llm.worker.metrics import Readings, WorkerMetrics
+from edge_llm.worker.pull import Patience
 from tests import scrapes
-from tests.loopback import CHUNK, Cluster, Node, prompt_of, running_cluster, settings_of, until
+from tests.loopback import CHUNK, Cluster, HeldBackend, Node, prompt_of, running_cluster, settings_of, until
 from tests.scrapes import Families, families_of, value
 
 pytestmark = pytest.mark.anyio
@@ -61,6 +64,31 @@ async def test_a_prompt_that_nobody_could_give_counts_as_a_fallback(cluster: Clu
     assert value(at_d, "handoffs_total", outcome="fallback") == 1
     assert value(at_d, "handoffs_total", outcome="ok") == value(at_d, "handoff_bytes_total") == 0
     assert value(at_d, "prompt_tokens_total") == len(PROMPT) - 1
+
+
+class OtherModel(SimulatedBackend):
+    """A worker whose KV fits no other's."""
+
+    @property
+    def facts(self) -> EngineFacts:
+        facts = super().facts
+        return replace(facts, identity=replace(facts.identity, compatibility="c" * 64))
+
+
+async def test_why_a_prefill_worker_did_not_give_a_prompt_is_counted_where_it_is_known(cluster: Cluster) -> None:
+    held = HeldBackend(settings_of("prefill"))
+    silent = await cluster.start("prefill", "p1", backend=held)
+    other = await cluster.start("prefill", "p2", backend=OtherModel(settings_of("prefill")))
+    patience = Patience(stall_s=5.0, advance_s=0.2)
+    decode = await cluster.start("decode", "d1", patience=patience)
+    timeout = await (await cluster.gateway.ask(decode.peer, PROMPT, [silent.peer])).over()
+    held.go_on.set()
+    mismatch = await (await cluster.gateway.ask(decode.peer, prompt_of(3 * CHUNK, 1), [other.peer])).over()
+    assert (timeout.report.mode, timeout.report.trouble) == ("local", "timeout")
+    assert (mismatch.report.mode, mismatch.report.trouble) == ("local", "mismatch")
+    at_d = await scrape(cluster, decode)
+    assert value(at_d, "handoffs_total", outcome="timeout") == value(at_d, "handoffs_total", outcome="mismatch") == 1
+    assert value(at_d, "handoffs_total", outcome="fallback") == 0
 
 
 async def test_a_prompt_of_its_own_is_no_hand_off(cluster: Cluster) -> None:
