@@ -219,7 +219,8 @@ class Dispatcher:
 
     async def _send(self, running: Running, plan: Plan) -> None:
         """Hand the request to its worker. Does not wait for one that is found lost meanwhile."""
-        request = self._orders.decode_request(running, plan, self._time_left_s(running.job) or 0.0)
+        waits = self._planner.waits(running, plan, self.view)
+        request = self._orders.decode_request(running, plan, self._time_left_s(running.job) or 0.0, waits)
         running.sent_s = running.sent_s or self._clock()  # its tokens may be here sooner than the reply
         sending = asyncio.create_task(self._client.decode(peer_of(plan.decode), request, running.job.trace))
         lost = asyncio.create_task(running.ended.wait())

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import structlog
 
-from edge_llm.cluster.cost import TYPICAL_ANSWER_TOKENS, Work
+from edge_llm.cluster.cost import TYPICAL_ANSWER_TOKENS, NodeCost, Work
 from edge_llm.cluster.view import ClusterView, Node
 from edge_llm.errors import Overloaded
 from edge_llm.gateway.affinity import Affinity, Chain, chain_of
@@ -96,6 +96,15 @@ class Decision:
             "ttft_error_ratio": _rounded(self.ttft_error_ratio),
             "tpot_error_ratio": _rounded(self.tpot_error_ratio),
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Waits:
+    """What is predicted of a prompt that is read elsewhere: how long others' KV comes before it to the decode worker,
+    which takes one after the other, and how long it takes then."""
+
+    before_s: float = 0.0
+    own_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -225,6 +234,20 @@ class Planner:
         self._decisions.append(decision)
         log.info("planned", **{key: value for key, value in decision.entry(now_s).items() if key not in _UNTOLD})
         return decision
+
+    def waits(self, running: Running, plan: Plan, view: ClusterView) -> Waits:
+        """How long the decode worker of a plan that was just made will wait for KV."""
+        fetching = self._book.fetching(plan.decode.worker)
+        fetching.pop(running.job.request_id, None)
+        before_s = 0.0
+        for booking in fetching.values():
+            if (reader := view.node(booking.reader)) is not None:
+                work = booking.prompt_work
+                before_s += NodeCost.of(reader.status).prefill_s(work.tokens, work.start)
+        if plan.prediction is not None:
+            return Waits(before_s, plan.prediction.ttft_s)
+        work_there = self._book.work(plan.reader.worker, self._clock())  # this request is booked
+        return Waits(before_s, NodeCost.of(plan.reader.status).queued_s(work_there))
 
     # -- what happens to requests
 

@@ -105,6 +105,15 @@ class WorkBook:
             desk.sum, desk.summed_s = _joined(desk.foreign, _sum(worker, desk)), now_s
         return desk.sum
 
+    def fetching(self, worker: str) -> dict[str, Booking]:
+        """Requests whose KV a decode worker is to get from elsewhere and does not have yet."""
+        bookings = self._desk(worker).bookings.items()
+        return {
+            request_id: booking
+            for request_id, booking in bookings
+            if booking.decode == worker != booking.reader and not booking.is_prompted
+        }
+
     def _desk(self, worker: str) -> _Desk:
         desk = self._desks.get(worker)
         if desk is None:

@@ -45,7 +45,7 @@ from edge_llm.worker.messages import (
     decode,
     encode,
 )
-from edge_llm.worker.tickets import Claims, KeyRing, Operation, authorization, body_digest
+from edge_llm.worker.tickets import LIFETIME_S, Claims, KeyRing, Operation, authorization, body_digest
 
 CONNECT_S: Final = 3.0
 CALL_S: Final = 30.0
@@ -116,10 +116,16 @@ class WorkerClient:
             return decode(WorkerStatus, await _body(peer, reply))
 
     def prefill_ticket(
-        self, peer: Peer, request_id: str, ids_sha256: str, tenant: str = "", holder: Peer | None = None
+        self,
+        peer: Peer,
+        request_id: str,
+        ids_sha256: str,
+        tenant: str = "",
+        holder: Peer | None = None,
+        lifetime_s: float = LIFETIME_S,
     ) -> str:
-        """The right to get one prompt's KV from `peer`; another worker carries it there. `holder` is where `peer` may
-        fetch the beginning from."""
+        """The right to get one prompt's KV from `peer`; another worker carries it there, within `lifetime_s`. `holder`
+        is where `peer` may fetch the beginning from."""
         claims = Claims(
             peer.worker,
             "prefill",
@@ -129,6 +135,7 @@ class WorkerClient:
             ids_sha256=ids_sha256,
             tenant=tenant,
             peers={holder.worker: holder.address} if holder is not None else {},
+            lifetime_s=lifetime_s,
         )
         return self._keys.sign(claims)
 

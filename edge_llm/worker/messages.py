@@ -30,6 +30,9 @@ PROTOCOL: Final = 1
 MAX_TOKENS_IN_MESSAGE: Final = 1 << 20
 # A stream with nothing to say sends something this often; a reader takes three missed ones for silence.
 HEARTBEAT_S: Final = 2.0
+# How long a prefill worker may send without getting further, unless it was predicted to take longer: a prompt may stand
+# behind another one on a slow board, and 4,096 tokens at 40 tokens/s are 102 s.
+ADVANCE_S: Final = 120.0
 
 Role = Literal["prefill", "decode", "mixed"]
 Mode = Literal["split", "local"]
@@ -86,12 +89,14 @@ class PrefillCandidate(Message, frozen=True, kw_only=True):
     """A worker that may give the prompt's KV, where it is, and the ticket to hand to it.
 
     only_stored: it gives what it holds already (a draining decode worker's running sequence) and computes nothing.
+    patience_s: how long it may take from one step to the next, where that is more than ADVANCE_S.
     """
 
     worker: Id
     address: Address
     ticket: Annotated[str, Meta(max_length=8192)]
     only_stored: bool = False
+    patience_s: Seconds = 0.0
 
 
 class DecodeRequest(Message, frozen=True, kw_only=True):

@@ -4,8 +4,8 @@ Owns the connection to the prefill worker, its deadlines, and the order of check
 layout, bounds, identity; only then does anything native happen, elsewhere). Refuses to know slots and engines.
 
 A sender that is silent for `stall_s` is a failed one: prefill workers send something every two seconds. So is one that
-talks but gets nowhere for `advance_s`, whatever it sends: headers, an error, parts of a frame, frames. Redirects are
-not followed: the address came out of a signed ticket.
+talks but gets nowhere for `advance_s` (or the candidate's own `patience_s`, when that is longer), whatever it sends:
+headers, an error, parts of a frame, frames. Redirects are not followed: the address came out of a signed ticket.
 Memory: the socket's buffer (about 2 MiB) and one frame; what is not read stops the sender.
 """
 
@@ -25,7 +25,7 @@ from edge_llm.errors import RemoteProtocolError, Unauthorized, WorkerSilent, Wor
 from edge_llm.kv.frames import NEED_DATA, Chunk, Event, FrameDecoder, Header, Progress
 from edge_llm.worker.client import CONNECT_S, SILENCE_S, error_of
 from edge_llm.worker.links import Links, Meter
-from edge_llm.worker.messages import ErrorReply, PrefillCandidate, PrefillRequest, decode, encode
+from edge_llm.worker.messages import ADVANCE_S, ErrorReply, PrefillCandidate, PrefillRequest, decode, encode
 from edge_llm.worker.offload import off_loop
 from edge_llm.worker.tickets import authorization
 
@@ -38,8 +38,7 @@ class Patience:
     """How long a sender may say nothing, and how long it may talk without getting further."""
 
     stall_s: float = SILENCE_S
-    # A prompt may stand behind another one on a slow board: 4,096 tokens at 40 tokens/s are 102 s.
-    advance_s: float = 120.0
+    advance_s: float = ADVANCE_S
 
 
 PATIENCE: Final = Patience()
@@ -96,7 +95,7 @@ class Puller:
         """
         decoder = FrameDecoder(key, expected.kv_bytes_per_token, expected.n_tokens)
         where = f"prefill worker {candidate.worker} at {candidate.address}"
-        headway = _Headway(self._clock, self._patience.advance_s, where)
+        headway = _Headway(self._clock, max(self._patience.advance_s, candidate.patience_s), where)
         meter = self._links.meter(candidate.worker, self._clock)
         try:
             async with headway.limit():

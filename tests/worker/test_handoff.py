@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 
+import msgspec
 import pytest
 
 from edge_llm.errors import ContextTooLong, InvalidRequest, Overloaded, WorkerError
 from edge_llm.request import SamplingParams
 from edge_llm.worker.client import Peer
 from edge_llm.worker.messages import CancelRequest
+from edge_llm.worker.pull import Patience
 from tests.loopback import (
     CHUNK,
     DEADLINE_S,
@@ -268,3 +270,18 @@ async def test_an_engine_failure_ends_its_requests_and_says_that_another_worker_
     assert asked.failed is not None
     assert (asked.failed.code, asked.failed.is_retryable) == ("engine_failed", True)
     assert not decode.worker.is_ready
+
+
+async def test_a_prefill_worker_that_was_predicted_to_take_long_is_waited_for_and_no_other(cluster: Cluster) -> None:
+    held = HeldBackend(settings_of("prefill"))
+    prefill = await cluster.start("prefill", "p1", backend=held)
+    decode = await cluster.start("decode", "d1", patience=Patience(stall_s=DEADLINE_S, advance_s=0.2))
+    slow, other = prompt_of(2 * CHUNK), prompt_of(2 * CHUNK, 1)
+    candidate = cluster.gateway.candidate(prefill.peer, "slow", slow)
+    patient = msgspec.structs.replace(candidate, patience_s=DEADLINE_S)
+    first = await cluster.gateway.ask(decode.peer, slow, request_id="slow", candidates=[patient])
+    await until(held.is_held.is_set)
+    second = await (await cluster.gateway.ask(decode.peer, other, [prefill.peer])).over()  # behind the first one
+    held.go_on.set()
+    assert (second.report.mode, (await first.over()).report.mode) == ("local", "split")
+    assert (first.ids, second.ids) == (undisturbed(slow, 8), undisturbed(other, 8))

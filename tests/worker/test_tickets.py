@@ -4,7 +4,16 @@ import pytest
 
 from edge_llm.errors import ConfigError, Overloaded, Unauthorized
 from edge_llm.worker import tickets
-from edge_llm.worker.tickets import LIFETIME_S, MAX_NONCES, MAX_SKEW_S, Claims, KeyRing, ReplayGuard, ticket_of
+from edge_llm.worker.tickets import (
+    LIFETIME_S,
+    MAX_LIFETIME_S,
+    MAX_NONCES,
+    MAX_SKEW_S,
+    Claims,
+    KeyRing,
+    ReplayGuard,
+    ticket_of,
+)
 
 NOW_S = 1_800_000_000.0
 OLD, NEW = "old1:" + "11" * 32, "new2:" + "22" * 32
@@ -76,6 +85,17 @@ def test_clocks_may_differ_by_the_stated_skew_and_no_more() -> None:
             KEYS.verify(ticket, "p1", "prefill", now_s)
 
 
+def test_a_ticket_that_has_to_wait_lives_longer_but_not_for_ever() -> None:
+    ticket = KEYS.sign(claims(lifetime_s=300.0))
+    KEYS.verify(ticket, "p1", "prefill", NOW_S + 300.0 + MAX_SKEW_S)
+    with pytest.raises(Unauthorized, match="expired"):
+        KEYS.verify(ticket, "p1", "prefill", NOW_S + 300.1 + MAX_SKEW_S)
+    endless = KEYS.sign(claims(lifetime_s=1e9))
+    KEYS.verify(endless, "p1", "prefill", NOW_S + MAX_LIFETIME_S)
+    with pytest.raises(Unauthorized, match="expired"):
+        KEYS.verify(endless, "p1", "prefill", NOW_S + MAX_LIFETIME_S + MAX_SKEW_S + 0.1)
+
+
 def test_a_time_that_is_no_number_is_refused() -> None:
     for issued_s in (float("inf"), float("-inf")):
         with pytest.raises(Unauthorized):
@@ -99,14 +119,15 @@ def test_a_ticket_works_once() -> None:
     guard.use(claims(nonce="n2"), NOW_S)
 
 
-def test_the_replay_memory_outlives_every_ticket_it_must_know() -> None:
+@pytest.mark.parametrize("lifetime_s", [LIFETIME_S, 300.0, 1e9])
+def test_the_replay_memory_outlives_every_ticket_it_must_know(lifetime_s: float) -> None:
     """At the last moment at which `verify` accepts a ticket, a full memory has not forgotten it."""
     guard = ReplayGuard()
-    signed = claims()
+    signed = claims(lifetime_s=lifetime_s)
     guard.use(signed, NOW_S - MAX_SKEW_S)
     for number in range(MAX_NONCES - 1):
-        guard.use(claims(nonce=f"fill{number}"), NOW_S)
-    last_s = NOW_S + LIFETIME_S + MAX_SKEW_S
+        guard.use(claims(nonce=f"fill{number}", lifetime_s=lifetime_s), NOW_S)
+    last_s = NOW_S + min(lifetime_s, MAX_LIFETIME_S) + MAX_SKEW_S
     KEYS.verify(KEYS.sign(signed), "p1", "prefill", last_s)
     with pytest.raises(Unauthorized, match="used before"):
         guard.use(signed, last_s)

@@ -1,0 +1,103 @@
+"""How long the tickets of an order live: as long as they may lie with the decode worker before they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import aiohttp
+import pytest
+
+from edge_llm.cluster.view import ClusterView
+from edge_llm.gateway.orders import MARGIN, Orders
+from edge_llm.gateway.planner import Planner
+from edge_llm.gateway.policies import policy_of
+from edge_llm.gateway.running import Running
+from edge_llm.gateway.scheduler import Plan
+from edge_llm.worker.client import WorkerClient
+from edge_llm.worker.messages import ADVANCE_S, DecodeRequest, PrefillCandidate, Rates
+from edge_llm.worker.tickets import LIFETIME_S, MAX_LIFETIME_S, MAX_SKEW_S
+from tests.gateway.test_planner import Scene, node
+from tests.loopback import KEYS
+
+# A board that reads 40 tokens a second: 4,096 of them take 102 s.
+SLOW: Final = Rates(run_s=0.1, row_s=0.02, token_s=1 / 40)
+PROMPT: Final = range(4001)
+READ_S: Final = 100.0
+SIGNED_S: Final = 1000.0
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+def slow_boards() -> Scene:
+    load = {"rates": SLOW}
+    return Scene(
+        *(node(f"p{number}", "prefill", n_ctx=8192, load=load) for number in (1, 2, 3)),
+        node("d1", "decode", n_ctx=8192, load=load),
+    )
+
+
+async def ordered(scene: Scene, running: Running, plan: Plan) -> DecodeRequest:
+    waits = scene.planner.waits(running, plan, scene.view)
+    async with aiohttp.ClientSession() as session:
+        client = WorkerClient(session, KEYS, "g", lambda: SIGNED_S, lambda: "nonce")
+        return Orders(client, "g").decode_request(running, plan, 0.0, waits)
+
+
+def lives_s(candidate: PrefillCandidate) -> float:
+    """How long after it was signed a ticket may be used, skew of clocks left out."""
+    claims = KEYS.verify(candidate.ticket, candidate.worker, "prefill", SIGNED_S)
+    return claims.ends_s - SIGNED_S
+
+
+async def test_a_ticket_of_an_idle_cluster_lives_no_longer_than_any() -> None:
+    scene = slow_boards()
+    running = scene.request(range(10), mode="split")
+    first, second = (await ordered(scene, running, scene.plan(running))).candidates
+    assert lives_s(first) == LIFETIME_S
+    assert lives_s(second) == LIFETIME_S + ADVANCE_S, "the first one may be waited for in vain"
+
+
+async def test_behind_long_prompts_of_slow_boards_it_lives_until_its_turn_has_come() -> None:
+    scene = slow_boards()
+    for _ in range(2):
+        scene.plan(scene.request(PROMPT, mode="split"))
+    last = scene.request(PROMPT, mode="split")
+    first, *_ = (await ordered(scene, last, scene.plan(last))).candidates
+    assert 2 * READ_S > LIFETIME_S + MAX_SKEW_S, "else there is nothing to see here"
+    assert lives_s(first) == pytest.approx(LIFETIME_S + MARGIN * 2 * READ_S)
+    assert first.patience_s >= MARGIN * READ_S > ADVANCE_S, "it is given time to read the prompt"
+
+
+async def test_what_is_read_already_or_here_need_not_be_waited_for() -> None:
+    scene = slow_boards()
+    read, local = scene.request(PROMPT, mode="split"), scene.request(PROMPT, mode="local")
+    scene.plan(read)
+    scene.planner.progressed(read, 3000)
+    scene.plan(local)
+    last = scene.request(PROMPT, mode="split")
+    assert scene.planner.waits(last, scene.plan(last), scene.view).before_s == pytest.approx(READ_S / 4)
+
+
+async def test_nothing_lives_for_ever() -> None:
+    scene = slow_boards()
+    for _ in range(3):
+        scene.plan(scene.request(range(8000), mode="split"))
+    last = scene.request(PROMPT, mode="split")
+    request = await ordered(scene, last, scene.plan(last))
+    sources: Sequence[PrefillCandidate | None] = [*request.candidates, request.holder]
+    assert [lives_s(source) for source in sources if source] == [MAX_LIFETIME_S] * len(sources)
+
+
+async def test_a_policy_that_predicts_nothing_has_its_tickets_live_as_long() -> None:
+    scene = slow_boards()
+    scene.planner = Planner(policy_of("round_robin", 0), clock=lambda: scene.now_s)
+    scene.planner.on_view(scene.view)
+    running = scene.request(PROMPT, mode="split")
+    waits = scene.planner.waits(running, scene.plan(running), ClusterView(scene.view.nodes))
+    assert waits.before_s == 0.0
+    assert waits.own_s == pytest.approx(READ_S)
