@@ -222,7 +222,7 @@ def test_the_shortest_queue_beats_chance_and_turns_on_p90_of_time_to_first_token
 def test_predictions_are_near_what_happens() -> None:
     errors = sorted(
         decision["ttft_error_ratio"]
-        for decision in ran("predicted").planner.decisions
+        for decision in ran("predicted").planner.decisions()
         if decision["ttft_error_ratio"] is not None
     )
     median = errors[len(errors) // 2]
