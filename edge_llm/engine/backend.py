@@ -12,8 +12,7 @@ contiguous from 0; a slot that failed is dropped before it is used again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -28,9 +27,9 @@ class Interrupted(Exception):
     """The running prompt call was aborted by `interrupt`; it left no KV behind and can be done again."""
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One decode row: evaluate `token_id` at `position` of `slot`, give its logits."""
+class Row(NamedTuple):
+    """One decode row: evaluate `token_id` at `position` of `slot`, give its logits. A tuple: there is one for every
+    token, and making a dataclass takes several times as long."""
 
     slot: int
     token_id: int

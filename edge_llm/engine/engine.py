@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from edge_llm.engine.rates import Rates
 from edge_llm.errors import EdgeLLMError
@@ -110,8 +110,7 @@ class Failure:
     error: EdgeLLMError
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """What one step did. `decoded_rows` rows were decoded, `widest_call` of them in one call; `prompt_tokens` were
     prefilled."""
 

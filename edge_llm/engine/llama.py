@@ -94,6 +94,10 @@ class LlamaBackend:
 
     def decode(self, rows: Sequence[Row]) -> Logits:
         context = self._slots
+        if len(rows) == 1:  # nothing to arrange, and it is what a lone stream waits for
+            (row,) = rows
+            self._filled.add(row.slot)
+            return context.decode([row.token_id], [row.position], [row.slot])
         slots = [row.slot for row in rows]
         self._filled.update(slots)
         idle = fillers(slots, self._filled, self._row_cost)
