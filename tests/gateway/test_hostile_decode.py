@@ -18,6 +18,7 @@ from fastapi.responses import StreamingResponse
 from edge_llm.engine.simulated import SimulatedVocabulary
 from edge_llm.worker.client import Peer
 from edge_llm.worker.messages import (
+    HEARTBEAT_S,
     CancelReply,
     CancelRequest,
     DecodeReply,
@@ -119,10 +120,18 @@ class Liar:
         self.listeners += 1
         try:
             yield encode(EventBatch()) + b"\n"
-            while line := await self.lines.get():
+            while line := await self._next_line():
                 yield line
         finally:
             self.listeners -= 1
+
+    async def _next_line(self) -> bytes:
+        """A heartbeat when there is nothing to say."""
+        try:
+            async with asyncio.timeout(HEARTBEAT_S):
+                return await self.lines.get()
+        except TimeoutError:
+            return encode(EventBatch()) + b"\n"
 
 
 @asynccontextmanager
