@@ -26,6 +26,7 @@ _ENV: Final = "EDGE_LLM"
 
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
 Port = Annotated[int, Field(ge=0, le=65535)]
+LatencyLimit = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 WorkerRole = Literal["prefill", "decode", "mixed"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 MetricsAlias = Literal["none", "vllm"]
@@ -156,6 +157,10 @@ class GatewayConfig(_Settings):
     """A request that would wait longer, as far as is known, is refused at once with status 503."""
     queue_wait_s: Annotated[float, Field(gt=0, le=3600)] = 300.0
     """A request that waited so long after all is refused with status 503."""
+    slo_ttft_s: LatencyLimit | None = None
+    """Limit of the time to first token that workers are chosen by when a request names none; None: no limit."""
+    slo_tpot_s: LatencyLimit | None = None
+    """The same of the mean time between two tokens of an answer."""
     default_deadline_s: Annotated[float, Field(ge=0, le=86_400)] = 0.0
     """Time for a whole answer when the request does not say one; 0 = as long as it takes."""
     keep_alive_s: Annotated[float, Field(gt=0, le=60)] = 5.0

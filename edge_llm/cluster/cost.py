@@ -28,18 +28,33 @@ TYPICAL_ANSWER_TOKENS: Final = 129
 
 @dataclass(frozen=True, slots=True)
 class PromptWork:
-    """Positions [start, start + tokens) of a prompt that a node has to compute; `is_served`: for another worker."""
+    """Positions [start, start + tokens) of a prompt that a node has to compute; `is_served`: for another worker.
+    due_s: from now, when its limit of TTFT is over (None: it has none)."""
 
     tokens: int
     start: int = 0
     is_served: bool = False
+    due_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """A sequence that decodes on a node from `begins_s` on (0: it does) for `left` tokens and reads `cells` KV cells.
+    `tokens` came in the `age_s` since it began; tpot_s: its limit, if any."""
+
+    left: float
+    cells: int = 0
+    begins_s: float = 0.0
+    tokens: int = 0
+    age_s: float = 0.0
+    tpot_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
     """What a node has to do. Of `sequences` that hold slots, `decoding` are past their prompts: their rows read
     `cells` KV cells in a step and will go on for `tokens_left` tokens, all together. `reserved_cells`: prompt and
-    longest answer of all sequences."""
+    longest answer of all sequences. `streams`: them one by one, known only where somebody has limits (slo.py)."""
 
     sequences: int = 0
     decoding: int = 0
@@ -47,6 +62,7 @@ class Work:
     tokens_left: float = 0.0
     reserved_cells: int = 0
     prompts: tuple[PromptWork, ...] = ()
+    streams: tuple[Stream, ...] = ()
 
     @property
     def served(self) -> int:

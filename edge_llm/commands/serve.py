@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 
@@ -21,8 +23,40 @@ def _share(_context: click.Context, _option: click.Parameter, file: Path | None)
     return file
 
 
+SLO_SETTINGS: Final = {"ttft": "slo_ttft_s", "tpot": "slo_tpot_s"}
 config_option = click.option(
     "--config", type=click.Path(path_type=Path), callback=_share, help="Configuration file (YAML)."
+)
+
+
+class SloOption(click.ParamType[Mapping[str, float]]):
+    """`ttft=2.5,tpot=0.1`, either or both, in seconds."""
+
+    name = "LIMITS"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, context: click.Context | None
+    ) -> Mapping[str, float]:
+        if isinstance(value, Mapping):  # a converted value may be converted again
+            return value
+        found: dict[str, float] = {}
+        for part in str(value).split(","):
+            name, _, seconds = part.strip().partition("=")
+            if name not in SLO_SETTINGS or SLO_SETTINGS[name] in found:
+                self.fail(f"{value!r} is not like ttft=2.5,tpot=0.1 (seconds; either or both)", param, context)
+            try:
+                found[SLO_SETTINGS[name]] = float(seconds)
+            except ValueError:
+                self.fail(f"{name} is a number of seconds, not {seconds!r}", param, context)
+            if not 0 < found[SLO_SETTINGS[name]] < math.inf:
+                self.fail(f"{name} is more than 0 s and finite, not {seconds}", param, context)
+        return found
+
+
+slo_option = click.option(
+    "--slo",
+    type=SloOption(),
+    help="Limits of latency that workers are chosen by, in seconds: ttft=2.5,tpot=0.1 (default: none).",
 )
 
 
@@ -89,12 +123,13 @@ def worker(config: Path | None, allowed_peers: tuple[str, ...], **flags: Any) ->
 @click.option("--queue-length", type=int, help="Requests that may wait (default 256).")
 @click.option("--queue-predicted-wait-s", type=float, help="Refuse who would wait longer (default 30).")
 @click.option("--queue-wait-s", type=float, help="Refuse who waited so long after all (default 300).")
+@slo_option
 @click.option("--announce", is_flag=True, default=None, hidden=True)
-def gateway(config: Path | None, **flags: Any) -> None:
+def gateway(config: Path | None, slo: Mapping[str, float] | None, **flags: Any) -> None:
     """The gateway: one OpenAI-style endpoint in front of all workers."""
     from edge_llm.gateway.serve import run_gateway
 
-    settings = load_settings(GatewayConfig, flags, config)
+    settings = load_settings(GatewayConfig, {**flags, **(slo or {})}, config)
     if flags["no_auth"] and flags["api_keys_file"] is None:  # the command line beats what a file says
         settings = settings.model_copy(update={"api_keys_file": None})
     run_gateway(settings)

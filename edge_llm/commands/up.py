@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import click
 
 from edge_llm.commands.cluster_state import ClusterState, forget_state, need_state, read_state, state_path, write_state
 from edge_llm.commands.endpoint import open_url
-from edge_llm.commands.serve import config_option
+from edge_llm.commands.serve import SLO_SETTINGS, config_option, slo_option
 from edge_llm.commands.supervisor import SIMULATED_MODEL, Supervisor, check_port_free
 from edge_llm.config import UpConfig, load_settings
 from edge_llm.errors import ConfigError, WorkerUnreachable
@@ -39,9 +39,16 @@ STATUS_S = 5.0
 @click.option("--threads", type=int, help="Threads per worker; 0 shares the cores out.")
 @click.option("--pin/--no-pin", default=None, help="Give each worker cores of its own.")
 @click.option("--show-logs/--no-show-logs", default=None, help="Pass the logs of gateway and workers on to stderr.")
+@slo_option
 @click.option("--detach", is_flag=True, help="Return when the cluster is ready; stop it with `edge-llm down`.")
 @click.argument("worker_options", nargs=-1, type=click.UNPROCESSED)
-def up(config: Path | None, detach: bool, worker_options: tuple[str, ...], **flags: Any) -> None:
+def up(
+    config: Path | None,
+    slo: Mapping[str, float] | None,
+    detach: bool,
+    worker_options: tuple[str, ...],
+    **flags: Any,
+) -> None:
     """Start a local cluster: gateway, prefill and decode workers, default model.
 
     Options after `--` go to every worker, e.g. `edge-llm up -- --policy fast --slots 4`, or
@@ -56,7 +63,7 @@ def up(config: Path | None, detach: bool, worker_options: tuple[str, ...], **fla
     if detach:
         _detach(settings.port)
     else:
-        _run(settings, worker_options)
+        _run(settings, worker_options, slo_arguments(slo))
 
 
 @click.command()
@@ -104,10 +111,22 @@ def _asked(state: ClusterState) -> Any:
         ) from error
 
 
-def _run(settings: UpConfig, worker_options: Sequence[str]) -> None:
+def slo_arguments(slo: Mapping[str, float] | None) -> Sequence[str]:
+    """The gateway's options that say the same."""
+    limits = ",".join(f"{name}={slo[key]!r}" for name, key in SLO_SETTINGS.items() if key in slo) if slo else ""
+    return ("--slo", limits) if limits else ()
+
+
+def _run(settings: UpConfig, worker_options: Sequence[str], gateway_options: Sequence[str] = ()) -> None:
     check_port_free(settings.port)
     name, wanted = (SIMULATED_MODEL, SIMULATED_MODEL) if settings.simulated else _fetched(settings.model)
-    supervisor = Supervisor(settings, wanted, worker_options, lambda line: click.echo(line, err=True))
+    supervisor = Supervisor(
+        settings,
+        wanted,
+        worker_options,
+        lambda line: click.echo(line, err=True),
+        gateway_arguments=gateway_options,
+    )
     workers = {child.name: f"127.0.0.1:{child.port}" for child in supervisor.workers}
 
     def on_ready() -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
 
+from edge_llm.cluster.slo import Slo
 from edge_llm.cluster.view import Node
 from edge_llm.config import GatewayConfig
 from edge_llm.errors import (
@@ -95,7 +96,8 @@ class Intake:
         except Overloaded:
             self._limits.leave(caller.key, job_id, 0)
             raise
-        return Arrival(self._dispatcher, self._limits, self._clock, caller, ask, demand, place)
+        slo = ask.slo.or_else(Slo(self._config.slo_ttft_s, self._config.slo_tpot_s))
+        return Arrival(self._dispatcher, self._limits, self._clock, caller, ask, demand, place, slo)
 
     def _model(self, wanted: str | None, key: ApiKey) -> str:
         """The model asked for; none named means the only one."""
@@ -129,10 +131,11 @@ class Arrival:
         ask: Ask,
         demand: Demand,
         place: Place,
+        slo: Slo,
     ) -> None:
         self._dispatcher, self._limits, self._clock = dispatcher, limits, clock
         self._caller, self._ask, self._demand, self._place = caller, ask, demand, place
-        self._unused_tokens = 0
+        self._unused_tokens, self._slo = 0, slo
 
     def __enter__(self) -> Self:
         return self
@@ -177,6 +180,7 @@ class Arrival:
             deadline_s=self._demand.deadline_s,
             trace=self._caller.trace,
             held_bytes=self._demand.held_bytes + _BYTES_PER_ID * len(ids),
+            slo=self._slo,
         )
         return job, node
 

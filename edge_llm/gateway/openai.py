@@ -25,6 +25,7 @@ from pydantic import (
     model_validator,
 )
 
+from edge_llm.cluster.slo import NO_LIMITS, Slo
 from edge_llm.errors import EdgeLLMError, InvalidRequest, Overloaded
 from edge_llm.request import SamplingParams, check_stop
 
@@ -84,10 +85,16 @@ class _StreamOptions(_Body):
     include_usage: StrictBool = False
 
 
+class _Limits(_Body):
+    ttft_s: Annotated[Number, Field(gt=0, le=MAX_DEADLINE_S)] | None = None
+    tpot_s: Annotated[Number, Field(gt=0, le=MAX_DEADLINE_S)] | None = None
+
+
 class _Vendor(_Body):
     mode: Literal["auto", "split", "local"] = "auto"
     return_token_ids: StrictBool = False
     deadline_s: Annotated[Number, Field(gt=0, le=MAX_DEADLINE_S)] | None = None
+    slo: _Limits = _Limits()
 
 
 class _Common(_Body):
@@ -149,6 +156,8 @@ class Ask:
     mode: Literal["auto", "split", "local"]
     deadline_s: float | None = None
     """Seconds from its arrival on for the whole answer."""
+    slo: Slo = NO_LIMITS
+    """Limits of latency that it names itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +238,7 @@ def _ask(
         cache_prompt=body.cache_prompt,
         mode=mode,
         deadline_s=min((s for s in (timeout_s, body.edge_llm.deadline_s) if s is not None), default=None),
+        slo=Slo(body.edge_llm.slo.ttft_s, body.edge_llm.slo.tpot_s),
     )
 
 

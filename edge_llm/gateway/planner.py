@@ -15,6 +15,7 @@ from typing import Any, Final
 import structlog
 
 from edge_llm.cluster.cost import TYPICAL_ANSWER_TOKENS, NodeCost, Work
+from edge_llm.cluster.slo import Slo
 from edge_llm.cluster.view import ClusterView, Node
 from edge_llm.errors import Overloaded
 from edge_llm.gateway.affinity import Affinity, Chain, chain_of
@@ -27,7 +28,7 @@ from edge_llm.gateway.workbook import Booking, WorkBook
 
 DECISIONS_KEPT: Final = 200
 OBSERVE_S: Final = 1.0
-# About the last twenty answers of a model say how long the next one will be.
+# About the last twenty prompts and answers of a model say how long the next ones will be.
 _SMOOTHING: Final = 0.05
 _UNTOLD: Final = frozenset({"ago_s", "measured", "ttft_error_ratio", "tpot_error_ratio"})
 log = structlog.get_logger()
@@ -130,6 +131,7 @@ class Planner:
         self._book, self._affinity, self._pools = WorkBook(), Affinity(), Pools()
         self._known: dict[str, _Known] = {}
         self._answer_tokens: dict[str, float] = {}
+        self._prompt_tokens: dict[str, float] = {}
         self._seen_s: dict[str, float] = {}
         self._observed_s = 0.0
         self._decisions: deque[Decision] = deque(maxlen=DECISIONS_KEPT)
@@ -145,9 +147,11 @@ class Planner:
             lambda node: self._pools.of(node.worker, node.status.role),
             self._cross_class,
             self._policy,
+            self._prompt_tokens.get(running.job.model),
         )
         plan, wish = self._decide(running, known, view, situation)
         known.decision = self._record(running, plan, wish)
+        now_s, expected_s = self._clock(), plan.prediction.ttft_s if plan.prediction else 0.0
         self._book.book(
             running.job.request_id,
             Booking(
@@ -159,6 +163,9 @@ class Planner:
                 held=known.decision.held_tokens,
                 delivered=running.session.delivered,
                 before=len(running.session.delivered),
+                due_s=None if wish.slo.ttft_s is None else running.waits_since_s + wish.slo.ttft_s,
+                expected_s=now_s + expected_s,
+                tpot_s=wish.slo.tpot_s,
             ),
         )
         return plan
@@ -189,6 +196,8 @@ class Planner:
             held=self._held(running, known, view),
             exactness_class=before.decode.status.exactness_class if before is not None and delivered else None,
             waited_s=self._clock() - running.waits_since_s,
+            # the first token of an answer that goes on elsewhere came when it came
+            slo=Slo(None, job.slo.tpot_s) if delivered else job.slo,
         )
 
     def typical_answer(self, model: str) -> float:
@@ -217,13 +226,16 @@ class Planner:
         return known.chains[chunk_tokens]
 
     def _record(self, running: Running, plan: Plan, wish: Wish) -> Decision:
-        now_s = self._clock()
+        now_s, job = self._clock(), running.job
+        if not running.session.delivered:
+            mean = self._prompt_tokens.get(job.model, float(wish.prompt_tokens))
+            self._prompt_tokens[job.model] = mean + _SMOOTHING * (wish.prompt_tokens - mean)
         for node, pool in plan.spills:
             _tell(self._pools.spilled(node.worker, node.status.role, pool, now_s))
         decision = Decision(
-            request_id=running.job.request_id,
-            tenant=running.job.tenant,
-            model=running.job.model,
+            request_id=job.request_id,
+            tenant=job.tenant,
+            model=job.model,
             at_s=now_s,
             plan=plan,
             prompt_tokens=wish.prompt_tokens,
@@ -257,7 +269,7 @@ class Planner:
 
     def prompted(self, running: Running) -> None:
         """Its prompt is whole: what was believed of prefixes is corrected by what the workers found."""
-        self._book.prompted(running.job.request_id)
+        self._book.prompted(running.job.request_id, self._clock())
         known, plan, report = self._known.get(running.job.request_id), running.plan, running.report
         if known is None or plan is None or report is None or not running.job.cache_prompt:
             return

@@ -9,6 +9,7 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Final
 
+from edge_llm.cluster.slo import NO_LIMITS, Slo
 from edge_llm.cluster.view import Node
 from edge_llm.errors import EdgeLLMError
 from edge_llm.gateway import queue
@@ -44,6 +45,8 @@ class Job:
     """W3C traceparent of the request, or empty."""
     held_bytes: int = 0
     """Memory it takes while it waits."""
+    slo: Slo = NO_LIMITS
+    """Its limits of latency, for who plans."""
 
 
 @dataclass(frozen=True, slots=True)

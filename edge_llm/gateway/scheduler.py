@@ -3,6 +3,11 @@
 Owns the choice of decode worker and prefill candidates, together and at admission (Splitwise, papers.md 2.1), by what
 is predicted (cluster/cost.py). Refuses to know clients, connections, clocks: the same view gives the same plan.
 
+Where the request has limits of latency, plans are first compared by how many requests they are predicted to make late,
+this one included, then by how many streams they leave to be slowed too far by the next prompt (cluster/slo.py; goodput
+under both limits: DistServe, papers.md 3). A plan that must wait for a full prefill worker is waited for while it is
+better so. Plans that are equal there, as all are without limits, are compared by seconds:
+
 Rule: of all plans that can be carried out now, the one for which everybody together waits least: the request itself
 until its last token, the streams that run on either node, the prompts that will wait behind it. Local is the plan in
 which the decode node computes the prompt. A node of the other pool (pools.py) helps out when its pool is overloaded:
@@ -15,7 +20,7 @@ is none.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
@@ -30,6 +35,7 @@ from edge_llm.cluster.cost import (
     predict_split,
     work_of,
 )
+from edge_llm.cluster.slo import NO_LIMITS, NOBODY_LATE, Judge, Slo, Verdict
 from edge_llm.cluster.view import ClusterView, Node
 from edge_llm.errors import Overloaded, UnknownModel
 from edge_llm.gateway.policies import Policy, Standby
@@ -38,7 +44,7 @@ from edge_llm.worker.messages import Link
 
 Mode = Literal["auto", "split", "local"]
 CrossClass = Literal["never", "when_faster"]
-Reason = Literal["asked", "not_possible", "only_choice", "sooner", "less_harm", "policy"]
+Reason = Literal["asked", "not_possible", "only_choice", "limits", "sooner", "less_harm", "policy"]
 MAX_CANDIDATES: Final = 2
 # Pairs that are predicted: in a large cluster only those of the best few on either side.
 SHORTLIST: Final = 4
@@ -55,7 +61,7 @@ class Wish:
 
     answer_tokens: how long the answer is expected to be (None: typical). avoid: workers that failed it and have not
     come back. held: how many positions of its prompt a worker is believed to hold. exactness_class: of the worker that
-    gave the tokens delivered so far. waited_s: how long it has been without a plan.
+    gave the tokens delivered so far. waited_s: how long it has been without a plan. slo: its limits of latency.
     """
 
     model: str
@@ -67,6 +73,7 @@ class Wish:
     held: Mapping[str, int] = field(default_factory=dict)
     exactness_class: str | None = None
     waited_s: float = 0.0
+    slo: Slo = NO_LIMITS
 
     @property
     def cells(self) -> int:
@@ -88,6 +95,7 @@ class Plan:
     reason: Reason = "only_choice"
     spills: tuple[tuple[Node, Pool], ...] = ()
     is_cross_class: bool = False
+    verdict: Verdict = NOBODY_LATE
 
     @property
     def mode(self) -> Literal["split", "local"]:
@@ -104,6 +112,7 @@ class Situation:
     """What else is known now. A worker that `works` does not name has the work that it says it has.
 
     waiting: requests that have no plan yet. pool_of: where a node stands (none: everybody stands by for both).
+    next_prompt_tokens: how long the next prompt is expected to be (None: as this one).
     """
 
     works: Mapping[str, Work] = field(default_factory=dict)
@@ -111,6 +120,7 @@ class Situation:
     pool_of: Callable[[Node], Pool] = lambda _node: "mixed"
     cross_class: CrossClass = "when_faster"
     policy: Policy | None = None
+    next_prompt_tokens: float | None = None
 
     def work(self, node: Node) -> Work:
         return self.works.get(node.worker) or work_of(node.status)
@@ -127,6 +137,11 @@ class _Option:
     helpers: tuple[tuple[Node, Pool], ...]
     is_cross_class: bool = False
     is_full: bool = False
+    verdict: Verdict = NOBODY_LATE
+
+    @property
+    def reader(self) -> Node:
+        return self.prefill or self.decode
 
     @property
     def weight_s(self) -> float:
@@ -135,10 +150,10 @@ class _Option:
         return self.prediction.everybody_s * margin
 
     @property
-    def order(self) -> tuple[float, bool, bool, str, str]:
+    def order(self) -> tuple[Verdict, float, bool, bool, str, str]:
         """Equal weights are decided by names, so that a view has one plan."""
         prefill = self.prefill.worker if self.prefill else ""
-        return self.weight_s, bool(self.helpers), self.is_cross_class, self.decode.worker, prefill
+        return self.verdict, self.weight_s, bool(self.helpers), self.is_cross_class, self.decode.worker, prefill
 
 
 def decide(wish: Wish, view: ClusterView, situation: Situation) -> Plan:
@@ -173,7 +188,12 @@ def decide(wish: Wish, view: ClusterView, situation: Situation) -> Plan:
 
 
 def _by_prediction(wish: Wish, decoders: Sequence[Node], readers: Sequence[Node], situation: Situation) -> Plan:
-    options = sorted(_options(wish, decoders, readers, situation), key=lambda option: option.order)
+    request = _request(wish, decoders, readers, situation)
+    sides = _sides(wish, decoders, readers, situation)
+    found = _options(wish, request, sides, decoders, readers, situation)
+    if wish.slo.is_set:
+        found = _judged(wish, request, sides, readers, situation, found)
+    options = sorted(found, key=lambda option: option.order)
     splits = [option for option in options if option.prefill]
     locals_ = [option for option in options if not option.prefill]
     allowed, note = options, None
@@ -185,10 +205,12 @@ def _by_prediction(wish: Wish, decoders: Sequence[Node], readers: Sequence[Node]
     if not free:
         raise Overloaded("all prefill workers have a prompt waiting", retry_after_s=2.0)
     best = free[0]
-    if allowed[0].is_full and wish.waited_s <= best.prediction.ttft_s:
+    keeps_more = allowed[0].verdict < best.verdict
+    if allowed[0].is_full and (keeps_more or wish.waited_s <= best.prediction.ttft_s):
         assert allowed[0].prefill is not None
         raise Overloaded(
-            f"prefill worker {allowed[0].prefill.worker} has a prompt waiting and will still be sooner than others",
+            f"prefill worker {allowed[0].prefill.worker} has a prompt waiting and will still be "
+            f"{'better for limits of latency' if keeps_more else 'sooner'} than others",
             retry_after_s=2.0,
         )
     others = locals_ if best.prefill else [option for option in splits if not option.is_full]
@@ -200,20 +222,50 @@ def _by_prediction(wish: Wish, decoders: Sequence[Node], readers: Sequence[Node]
         reason=_reason(wish, best, others[0] if others else None, note),
         spills=best.helpers or _overflow(best, readers, situation),
         is_cross_class=best.is_cross_class,
+        verdict=best.verdict,
     )
 
 
-def _options(wish: Wish, decoders: Sequence[Node], readers: Sequence[Node], situation: Situation) -> Iterator[_Option]:
-    """Every way to serve the request, with what it is predicted to cost."""
+def _request(wish: Wish, decoders: Sequence[Node], readers: Sequence[Node], situation: Situation) -> Request:
     answer = wish.answer_tokens if wish.answer_tokens is not None else TYPICAL_ANSWER_TOKENS
     computing = {node.worker for node in (*decoders, *readers)}
-    request = Request(
+    return Request(
         wish.prompt_tokens, max(1.0, min(answer, wish.max_tokens)), situation.waiting / max(1, len(computing))
     )
-    sides = {
+
+
+def _sides(wish: Wish, decoders: Sequence[Node], readers: Sequence[Node], situation: Situation) -> Mapping[str, Side]:
+    return {
         node.worker: Side(NodeCost.of(node.status), situation.work(node), wish.held.get(node.worker, 0))
         for node in (*decoders, *readers)
     }
+
+
+def _judged(
+    wish: Wish,
+    request: Request,
+    sides: Mapping[str, Side],
+    readers: Sequence[Node],
+    situation: Situation,
+    options: Iterable[_Option],
+) -> Iterator[_Option]:
+    """The same options with what they mean for limits of latency."""
+    coming = wish.prompt_tokens if situation.next_prompt_tokens is None else situation.next_prompt_tokens
+    judge = Judge(wish.slo, request, sides, {node.worker for node in readers}, coming, wish.waited_s)
+    for option in options:
+        verdict = judge.verdict(option.reader.worker, option.decode.worker, option.prediction)
+        yield replace(option, verdict=verdict)
+
+
+def _options(
+    wish: Wish,
+    request: Request,
+    sides: Mapping[str, Side],
+    decoders: Sequence[Node],
+    readers: Sequence[Node],
+    situation: Situation,
+) -> Iterator[_Option]:
+    """Every way to serve the request, with what it is predicted to cost."""
     able = [node for node in readers if any(_can_feed(node, decode, wish, situation) for decode in decoders)]
     near = _shortlist(able, lambda node: predict_local(request, sides[node.worker]).everybody_s)
     # a decode worker without this prompt's work: the prompt comes from elsewhere
@@ -269,6 +321,8 @@ def _reason(wish: Wish, best: _Option, other: _Option | None, note: str | None) 
         return "not_possible" if note else "asked"
     if other is None:
         return "only_choice"
+    if best.verdict < other.verdict:
+        return "limits"
     return "sooner" if best.prediction.completion_s <= other.prediction.completion_s else "less_harm"
 
 

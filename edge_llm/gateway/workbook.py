@@ -10,10 +10,10 @@ Tokens come all the time and change sums a little: they are added up anew every 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
-from edge_llm.cluster.cost import PromptWork, Work, work_of
+from edge_llm.cluster.cost import PromptWork, Stream, Work, work_of
 from edge_llm.worker.messages import WorkerStatus
 
 REFRESH_S: Final = 0.25
@@ -23,7 +23,10 @@ REFRESH_S: Final = 0.25
 class Booking:
     """A request at its workers. `reader` computes the prompt: `decode` itself, or another one. Of `prompt_tokens`,
     `held` were there before; the answer is expected to go on for `answer_tokens`. `delivered` is read, never changed:
-    the tokens so far, `before` of which came from an earlier worker and are part of the prompt."""
+    the tokens so far, `before` of which came from an earlier worker and are part of the prompt.
+
+    On the caller's clock: by when its first token has to come (`due_s`), when it is expected (`expected_s`), when its
+    prompt was whole (`prompted_s`). tpot_s: its limit, if any."""
 
     decode: str
     reader: str
@@ -35,6 +38,15 @@ class Booking:
     before: int = 0
     read_tokens: int = 0
     is_prompted: bool = False
+    due_s: float | None = None
+    expected_s: float = 0.0
+    prompted_s: float = 0.0
+    tpot_s: float | None = None
+
+    @property
+    def generated(self) -> int:
+        """Tokens that its decode worker made."""
+        return len(self.delivered) - self.before
 
     @property
     def workers(self) -> frozenset[str]:
@@ -46,6 +58,22 @@ class Booking:
         total = self.prompt_tokens - 1
         start = min(total, max(self.held, self.read_tokens))
         return PromptWork(total - start, start, is_served=self.reader != self.decode)
+
+    def prompt_at(self, now_s: float) -> PromptWork:
+        """The same with its limit."""
+        work = self.prompt_work
+        return work if self.due_s is None else replace(work, due_s=self.due_s - now_s)
+
+    def stream_at(self, now_s: float) -> Stream:
+        """What it is, or will be, at its decode worker."""
+        return Stream(
+            left=max(1.0, self.answer_tokens - self.generated),
+            cells=self.prompt_tokens + self.generated,
+            begins_s=0.0 if self.is_prompted else max(0.0, self.expected_s - now_s),
+            tokens=self.generated,
+            age_s=max(0.0, now_s - self.prompted_s) if self.is_prompted else 0.0,
+            tpot_s=self.tpot_s,
+        )
 
 
 @dataclass(slots=True)
@@ -85,24 +113,24 @@ class WorkBook:
             booking.read_tokens = tokens
             self._desk(booking.reader).sum = None
 
-    def prompted(self, request_id: str) -> None:
+    def prompted(self, request_id: str, now_s: float) -> None:
         """Its prompt is whole: it decodes."""
         if (booking := self._bookings.get(request_id)) is not None:
-            booking.is_prompted = True
+            booking.is_prompted, booking.prompted_s = True, now_s
             for worker in booking.workers:
                 self._desk(worker).sum = None
 
     def seen(self, status: WorkerStatus) -> None:
         """A worker said how it is."""
         desk = self._desk(status.worker)
-        now = _beyond(work_of(status), _sum(status.worker, desk))
+        now = _beyond(work_of(status), _sum(status.worker, desk, 0.0))  # counts only: no time in them
         desk.foreign, desk.shown, desk.sum = _both(now, desk.shown), now, None
 
     def work(self, worker: str, now_s: float) -> Work:
         """What it has to do."""
         desk = self._desk(worker)
         if desk.sum is None or now_s - desk.summed_s > REFRESH_S:
-            desk.sum, desk.summed_s = _joined(desk.foreign, _sum(worker, desk)), now_s
+            desk.sum, desk.summed_s = _joined(desk.foreign, _sum(worker, desk, now_s)), now_s
         return desk.sum
 
     def fetching(self, worker: str) -> dict[str, Booking]:
@@ -121,22 +149,24 @@ class WorkBook:
         return desk
 
 
-def _sum(worker: str, desk: _Desk) -> Work:
+def _sum(worker: str, desk: _Desk, now_s: float) -> Work:
     """Our own requests at one worker."""
     sequences = decoding = cells = reserved = 0
-    left, prompts = 0.0, list[PromptWork]()
+    left, prompts, streams = 0.0, list[PromptWork](), list[Stream]()
+    has_limits = any(booking.tpot_s is not None for booking in desk.bookings.values())
     for booking in desk.bookings.values():
         if booking.decode == worker:
             sequences += 1
             reserved += booking.prompt_tokens + booking.max_tokens
+            if has_limits:
+                streams.append(booking.stream_at(now_s))
             if booking.is_prompted:
-                generated = len(booking.delivered) - booking.before
                 decoding += 1
-                cells += booking.prompt_tokens + generated
-                left += max(1.0, booking.answer_tokens - generated)
+                cells += booking.prompt_tokens + booking.generated
+                left += max(1.0, booking.answer_tokens - booking.generated)
         if booking.reader == worker and not booking.is_prompted:
-            prompts.append(booking.prompt_work)
-    return Work(sequences, decoding, cells, left, reserved, tuple(prompts))
+            prompts.append(booking.prompt_at(now_s))
+    return Work(sequences, decoding, cells, left, reserved, tuple(prompts), tuple(streams))
 
 
 def _beyond(shown: Work, own: Work) -> Work:
@@ -170,4 +200,5 @@ def _joined(a: Work, b: Work) -> Work:
         a.tokens_left + b.tokens_left,
         a.reserved_cells + b.reserved_cells,
         (*a.prompts, *b.prompts),
+        (*a.streams, *b.streams),
     )

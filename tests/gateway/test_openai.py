@@ -9,6 +9,7 @@ from typing import Any, Final
 import pytest
 from pydantic import ValidationError
 
+from edge_llm.cluster.slo import Slo
 from edge_llm.errors import (
     ContextTooLong,
     EdgeLLMError,
@@ -440,3 +441,17 @@ def test_a_time_that_is_no_number_of_seconds_is_refused_by_its_name(header: str)
 @pytest.mark.parametrize("value", [0, -1, "5", True, 86_401])
 def test_a_deadline_out_of_bounds_is_refused(value: object) -> None:
     assert refusal(lambda: completion(edge_llm={"deadline_s": value})).param == "edge_llm"
+
+
+def test_a_request_may_name_its_limits_of_latency() -> None:
+    assert completion().slo == Slo()
+    assert completion(edge_llm={"slo": {"ttft_s": 2, "tpot_s": 0.1}}).slo == Slo(2.0, 0.1)
+    assert completion(edge_llm={"slo": {"tpot_s": 0.1, "ttft_s": None}}).slo == Slo(None, 0.1)
+
+
+@pytest.mark.parametrize("value", [0, -0.1, "1", True, 86_401, [1]])
+@pytest.mark.parametrize("limit", ["ttft_s", "tpot_s"])
+def test_limits_of_latency_out_of_bounds_are_refused(limit: str, value: object) -> None:
+    error = refusal(lambda: completion(edge_llm={"slo": {limit: value}}))
+    assert error.param == "edge_llm"
+    assert f"slo.{limit}" in error.message

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from edge_llm.cluster.slo import Slo
 from edge_llm.cluster.view import ClusterView, Node
 from edge_llm.errors import Overloaded
 from edge_llm.gateway.planner import DECISIONS_KEPT, Decision, Planner
@@ -120,6 +121,37 @@ def test_what_was_planned_counts_before_any_status_shows_it() -> None:
     assert {plan.reader.worker for plan in plans} == {"p1", "p2"}
     booked = scene.planner.booked(scene.view)
     assert {worker: work.sequences for worker, work in booked.items()} == {"d1": 1, "d2": 1, "p1": 0, "p2": 0}
+
+
+def test_limits_of_latency_are_booked_with_what_came_of_them_so_far() -> None:
+    scene = Scene(P1, D1)
+    running = scene.request(mode="split")
+    running.job = replace(running.job, slo=Slo(ttft_s=3.0, tpot_s=0.2))
+    plan = scene.plan(running)
+    assert plan.prediction is not None
+    works = scene.planner.works(scene.view)
+    assert works["p1"].prompts[0].due_s == 3.0
+    (stream,) = works["d1"].streams
+    assert stream.begins_s == pytest.approx(plan.prediction.ttft_s)
+    assert (stream.tpot_s, stream.tokens) == (0.2, 0)
+    scene.prompt(running)
+    scene.answer(running, 4, token_s=0.5, is_whole=False)
+    (stream,) = scene.planner.works(scene.view)["d1"].streams
+    assert (stream.begins_s, stream.tokens) == (0.0, 4)
+    assert stream.age_s == pytest.approx(2.0)
+
+
+def test_an_answer_that_goes_on_elsewhere_has_its_first_token_behind_it() -> None:
+    scene = Scene(D1, D2)
+    running = scene.request()
+    running.job = replace(running.job, slo=Slo(ttft_s=3.0, tpot_s=0.2))
+    scene.plan(running)
+    scene.prompt(running)
+    scene.answer(running, 2, is_whole=False)
+    scene.fail(running)
+    again = scene.plan(running)
+    (prompt,) = scene.planner.works(scene.view)[again.decode.worker].prompts
+    assert prompt.due_s is None
 
 
 def test_a_request_that_is_over_leaves_its_room_to_others() -> None:

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_llm.cluster.cost import PromptWork, Work
+from edge_llm.cluster.cost import PromptWork, Stream, Work
+from edge_llm.cluster.slo import Slo, Verdict
 from edge_llm.cluster.view import ClusterView, Node
 from edge_llm.errors import Overloaded, UnknownModel
 from edge_llm.gateway.policies import LeastBusy, Policy, Random, RoundRobin
@@ -144,6 +145,60 @@ def test_split_waits_for_the_decode_workers_that_can_be_fed_rather_than_become_l
     short = node("d1", "decode", n_ctx=119)
     made = plan([P1, foreign, short], {"d1": FULL}, mode="split", situation=situation)
     assert names(made) == ("d0", []), "d1 will never have the context"
+
+
+def limited(count: int, tpot_s: float, left: float = 20.0) -> Work:
+    """Streams with a limit. A step of one takes 50 ms, so 100 ms are twice its pace alone."""
+    return Work(
+        sequences=count,
+        decoding=count,
+        tokens_left=count * left,
+        cells=count * 100,
+        streams=(Stream(left, 100, tpot_s=tpot_s),) * count,
+    )
+
+
+STRICT_TPOT, STRICT_TTFT = Slo(ttft_s=10.0, tpot_s=0.100), Slo(ttft_s=1.5, tpot_s=0.400)
+
+
+def test_strict_limits_of_pace_let_one_of_two_equal_nodes_read_and_the_other_write() -> None:
+    """Unlimited it would read its own prompt, undisturbed; then the next prompt would disturb somebody anywhere."""
+    works = {"m1": limited(1, 0.100)}
+    assert names(plan([M1, M2], works, prompt_tokens=200)) == ("m2", [])
+    made = plan([M1, M2], works, prompt_tokens=200, slo=STRICT_TPOT)
+    assert (names(made), made.reason, made.verdict) == (("m1", ["m2"]), "limits", Verdict(0, 0))
+
+
+def test_limits_of_pace_that_bear_a_prompt_leave_both_nodes_to_read() -> None:
+    made = plan([M1, M2], {"m1": limited(1, 0.400)}, slo=STRICT_TTFT)
+    assert (names(made), made.reason) == (("m2", []), "sooner")
+
+
+def test_no_time_to_queue_sends_a_prompt_beside_streams_that_bear_it() -> None:
+    works = {"d1": limited(3, 0.400, left=100.0), "p1": reading(100)}
+    assert names(plan([P1, D1], works)) == ("d1", ["p1"]), "unlimited it waits for the prefill worker"
+    made = plan([P1, D1], works, slo=Slo(ttft_s=2.0, tpot_s=0.400))
+    assert (names(made), made.reason) == (("d1", []), "limits")
+
+
+def test_a_prompt_waits_for_a_full_prefill_worker_while_that_keeps_more_limits() -> None:
+    works = {"d1": limited(2, 0.100), "p1": reading(100, 100)}
+    with pytest.raises(Overloaded, match="better for limits of latency"):
+        plan([P1, D1], works, slo=STRICT_TPOT, waited_s=5.0)
+    bearing = {**works, "d1": limited(2, 0.400)}
+    made = plan([P1, D1], bearing, slo=STRICT_TPOT, waited_s=5.0)
+    assert made.mode == "local", "nobody is late by it"
+
+
+def test_limits_nobody_can_keep_change_nothing() -> None:
+    works = {"d1": streams(3)}
+    assert names(plan([P1, D1], works, slo=Slo(ttft_s=0.001, tpot_s=0.001))) == names(plan([P1, D1], works))
+
+
+def test_who_asks_for_a_mode_gets_it_whatever_its_limits() -> None:
+    works = {"d1": limited(1, 0.100)}
+    assert names(plan([P1, D1], works, mode="local", slo=STRICT_TPOT)) == ("d1", [])
+    assert names(plan([P1, D1], mode="split", slo=Slo(ttft_s=0.001))) == ("d1", ["p1"])
 
 
 def test_a_plan_carries_its_prediction() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from edge_llm.cluster.cost import TYPICAL_ANSWER_TOKENS, PromptWork, Work
+from edge_llm.cluster.cost import TYPICAL_ANSWER_TOKENS, PromptWork, Stream, Work
 from edge_llm.gateway.workbook import REFRESH_S, Booking, WorkBook
 from edge_llm.worker.messages import WorkerStatus
 from tests.nodes import load_of, node_of
@@ -50,10 +50,27 @@ def test_what_is_read_and_what_was_held_is_no_work() -> None:
     assert book.work("p1", 0.0).prompts == (PromptWork(20, 80, is_served=True),)
 
 
+def test_with_limits_sequences_are_known_one_by_one_with_what_they_had_so_far() -> None:
+    book, delivered = WorkBook(), list[int]()
+    book.book("r1", booking(delivered=delivered, tpot_s=0.1, due_s=12.0, expected_s=11.0))
+    book.book("r2", booking("d1", expected_s=15.0))
+    assert book.work("p1", 10.0).prompts == (PromptWork(100, is_served=True, due_s=2.0),)
+    assert book.work("d1", 10.0).streams == (Stream(20.0, 101, 1.0, tpot_s=0.1), Stream(20.0, 101, 5.0))
+    book.prompted("r1", 11.0)
+    delivered += [1, 2, 3]
+    assert book.work("d1", 14.0).streams == (Stream(17.0, 104, 0.0, 3, 3.0, 0.1), Stream(20.0, 101, 1.0))
+
+
+def test_without_limits_nobody_is_known_one_by_one() -> None:
+    book = WorkBook()
+    book.book("r1", booking("d1"))
+    assert book.work("d1", 0.0).streams == ()
+
+
 def test_a_prompt_that_is_whole_becomes_a_stream() -> None:
     book, delivered = WorkBook(), [1, 2]
     book.book("r1", booking(delivered=delivered, before=2))
-    book.prompted("r1")
+    book.prompted("r1", 0.0)
     assert book.work("p1", 0.0) == Work()
     assert book.work("d1", 0.0) == Work(1, 1, 101, 20.0, 151)
     delivered += [3, 4, 5]
@@ -64,7 +81,7 @@ def test_a_prompt_that_is_whole_becomes_a_stream() -> None:
 def test_an_answer_that_is_longer_than_expected_still_has_a_token_to_go() -> None:
     book = WorkBook()
     book.book("r1", booking(delivered=[0] * 45))
-    book.prompted("r1")
+    book.prompted("r1", 0.0)
     assert book.work("d1", 0.0).tokens_left == 1.0
 
 
@@ -82,7 +99,7 @@ def test_a_request_that_is_over_leaves_nothing_and_may_be_booked_anew() -> None:
 def test_late_news_of_a_request_that_is_gone_changes_nothing() -> None:
     book = WorkBook()
     book.read("r1", 10)
-    book.prompted("r1")
+    book.prompted("r1", 0.0)
     assert book.work("d1", 0.0) == Work()
 
 

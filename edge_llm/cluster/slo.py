@@ -1,0 +1,221 @@
+"""Who keeps its limits of latency under a plan: the request itself, those that run beside it, those that will come.
+
+Pure. Owns the predicted breaches that the scheduler counts before it weighs seconds: a request is served well when it
+keeps its limits of TTFT and of TPOT, both, and the goal is as many of those as possible (goodput: DistServe, OSDI 2024,
+section 2; papers.md section 3). Refuses to know how nodes are found and chosen, and clocks. Rests on cost.py's rates.
+
+Rules: a request that is late already cannot be made late. A stream can lose what its limit leaves of its pace so far
+and of its predicted pace; a prompt read beside it takes its decode worker's time in pieces (cost.py, `beside`), another
+stream a row of every step that both are in. `exposed` looks one prompt ahead: how many streams would be slowed beyond
+their limits by the next one, wherever it does least harm and can still come in time. That is what keeps one of two
+mixed nodes free of streams while limits of TPOT are strict; where streams can bear a prompt beside them it is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from edge_llm.cluster.cost import NodeCost, Prediction, Request, Side, Stream, beside
+
+
+@dataclass(frozen=True, slots=True)
+class Slo:
+    """Limits of one request, in seconds; None: no limit. tpot_s is of the mean between two tokens of its answer."""
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+
+    @property
+    def is_set(self) -> bool:
+        return self.ttft_s is not None or self.tpot_s is not None
+
+    def or_else(self, default: Slo) -> Slo:
+        """What this one leaves open is as in `default`."""
+        return Slo(
+            default.ttft_s if self.ttft_s is None else self.ttft_s,
+            default.tpot_s if self.tpot_s is None else self.tpot_s,
+        )
+
+
+NO_LIMITS: Final = Slo()
+
+
+class Verdict(NamedTuple):
+    """Of a plan; the smaller one is better. broken: requests that it makes late. exposed: module docstring."""
+
+    broken: int = 0
+    exposed: int = 0
+
+
+NOBODY_LATE: Final = Verdict()
+
+
+@dataclass(frozen=True, slots=True)
+class _Watched:
+    """A stream with a limit that it keeps as things are. slack_s: what it can still lose."""
+
+    stream: Stream
+    step_s: float
+    slack_s: float
+
+
+class Judge:
+    """Judges plans for one request. `sides`: all nodes that are looked at; `readers`: who of them reads prompts;
+    `next_tokens`: the prompt that is expected to come next; `waited_s`: since the request came."""
+
+    def __init__(
+        self,
+        slo: Slo,
+        request: Request,
+        sides: Mapping[str, Side],
+        readers: Collection[str],
+        next_tokens: float,
+        waited_s: float = 0.0,
+    ) -> None:
+        self._slo, self._request, self._sides, self._waited_s = slo, request, sides, waited_s
+        self._readers = [worker for worker in readers if worker in sides]
+        self._queued_s = {worker: side.cost.queued_s(side.work) for worker, side in sides.items()}
+        self._next_s = {worker: side.cost.prefill_s(max(1, round(next_tokens))) for worker, side in sides.items()}
+        self._watched = {worker: _watched(side, self._queued_s[worker]) for worker, side in sides.items()}
+        self._exposed = {worker: self._exposed_at(worker) for worker in self._readers}
+
+    def verdict(self, reader: str, decode: str, prediction: Prediction) -> Verdict:
+        """Of the plan in which `reader` computes the prompt and `decode` the answer."""
+        own_s = self._own_s(reader)
+        begins_s = prediction.ttft_s
+        # on a node that reads the prompt itself all others have been read by then
+        beside_s = max(0.0, self._queued_s[decode] - begins_s) if reader != decode else 0.0
+        tpot_s = own_tpot_s(self._request, self._sides[decode], begins_s, beside_s)
+        broken = int(self._is_late(begins_s, tpot_s))
+        for worker in {reader, decode}:
+            reads_s = own_s if worker == reader else 0.0
+            broken += self._pushed(worker, reads_s, begins_s if worker == decode else None)
+        broken += self._delayed(decode, begins_s)
+        return Verdict(broken, self._exposed_after(reader, own_s, decode, tpot_s))
+
+    def _own_s(self, reader: str) -> float:
+        side, positions = self._sides[reader], self._request.prompt_tokens - 1
+        held = min(side.held, positions)
+        return side.cost.prefill_s(positions - held, held)
+
+    def _is_late(self, ttft_s: float, tpot_s: float) -> bool:
+        limits = self._slo
+        misses_ttft = limits.ttft_s is not None and self._waited_s + ttft_s > limits.ttft_s
+        has_pace = self._request.answer_tokens >= 2
+        return misses_ttft or (limits.tpot_s is not None and has_pace and tpot_s > limits.tpot_s)
+
+    # -- those that run
+
+    def _pushed(self, worker: str, reads_s: float, begins_s: float | None) -> int:
+        """Streams on a node that would be late if it read for `reads_s` more and, from `begins_s` on, made this
+        answer."""
+        cost, queued_s, answer = self._sides[worker].cost, self._queued_s[worker], self._request.answer_tokens
+        row_s = cost.row_s(self._request.prompt_tokens + answer / 2)
+        pushed = 0
+        for watched in self._watched[worker]:
+            loses_s = _loses_s(cost, watched, queued_s, reads_s)
+            if begins_s is not None:
+                stream = watched.stream
+                loses_s += row_s * common_steps(begins_s, answer, stream.begins_s, stream.left, watched.step_s)
+            pushed += loses_s > watched.slack_s
+        return pushed
+
+    def _delayed(self, decode: str, begins_s: float) -> int:
+        """Prompts on a node that would come late if it made this answer from `begins_s` on."""
+        side = self._sides[decode]
+        cost, work = side.cost, side.work
+        step_s = cost.step_s(work.decoding, work.cells)
+        with_it_s = cost.step_s(work.decoding + 1, work.cells + self._request.prompt_tokens)
+        read_s, delayed = 0.0, 0
+        for prompt in work.prompts:
+            read_s += cost.prefill_s(prompt.tokens, prompt.start)
+            if prompt.due_s is None:
+                continue
+            now_s = read_s + beside(read_s, cost.piece_s(step_s), step_s, work.left).prompt_loses_s
+            more = beside(
+                max(0.0, read_s - begins_s), cost.piece_s(with_it_s), with_it_s, self._request.answer_tokens
+            ).prompt_loses_s
+            # beside streams that are there anyway it is one more row
+            more *= 1 - step_s / with_it_s if work.decoding else 1.0
+            delayed += now_s <= prompt.due_s < now_s + more
+        return delayed
+
+    # -- those that will come
+
+    def _exposed_at(self, worker: str) -> int:
+        """Streams on a node that could not bear the next prompt."""
+        cost, queued_s, next_s = self._sides[worker].cost, self._queued_s[worker], self._next_s[worker]
+        return sum(_loses_s(cost, one, queued_s, next_s) > one.slack_s for one in self._watched[worker])
+
+    def _exposed_after(self, reader: str, own_s: float, decode: str, tpot_s: float) -> int:
+        """The same where the next prompt does least harm, of the nodes that would read it in time, if any."""
+        found: list[tuple[bool, int]] = []
+        for worker in self._readers:
+            is_own = worker == decode and not self._bears_next(decode, tpot_s)
+            waits_s = self._queued_s[worker] + self._next_s[worker] + (own_s if worker == reader else 0.0)
+            is_late = self._slo.ttft_s is not None and waits_s > self._slo.ttft_s
+            found.append((is_late, self._exposed[worker] + is_own))
+        return min(found)[1] if found else 0
+
+    def _bears_next(self, decode: str, tpot_s: float) -> bool:
+        """Whether this answer could bear the next prompt beside it."""
+        limit_s, answer = self._slo.tpot_s, self._request.answer_tokens
+        if limit_s is None or answer < 2:
+            return True
+        piece_s = self._sides[decode].cost.piece_s(tpot_s)
+        loses_s = beside(self._next_s[decode], piece_s, tpot_s, answer).stream_loses_s
+        return tpot_s > limit_s or loses_s <= (limit_s - tpot_s) * answer
+
+
+def own_tpot_s(request: Request, decode: Side, begins_s: float, prompts_s: float) -> float:
+    """Predicted mean between two tokens of an answer that begins then, beside `prompts_s` of prompt work."""
+    cost, work, answer = decode.cost, decode.work, request.answer_tokens
+    depth = request.prompt_tokens + answer / 2
+    step_s = cost.step_s(work.decoding + 1, work.cells + depth)
+    beside_s = beside(prompts_s, cost.piece_s(step_s), step_s, answer).stream_loses_s
+    for stream in work.streams:
+        steps = common_steps(begins_s, answer, stream.begins_s, stream.left, step_s)
+        beside_s += steps * cost.row_s(stream.cells)
+    # of those that are not known one by one it is not known either when they end
+    unknown = work.decoding - sum(stream.begins_s <= 0.0 for stream in work.streams)
+    if unknown > 0:
+        beside_s += answer * unknown * cost.row_s(work.cells / work.decoding)
+    return cost.step_s(1, depth) + beside_s / answer
+
+
+def common_steps(begins_s: float, tokens: float, other_begins_s: float, other_tokens: float, step_s: float) -> float:
+    """Steps of `step_s` that two sequences are in together."""
+    ends_s = min(begins_s + tokens * step_s, other_begins_s + other_tokens * step_s)
+    return max(0.0, ends_s - max(begins_s, other_begins_s)) / step_s if step_s else 0.0
+
+
+def _watched(side: Side, queued_s: float) -> list[_Watched]:
+    """Streams that keep their limits while all prompts that wait now are read."""
+    cost, streams = side.cost, side.work.streams
+    found = []
+    for at, stream in enumerate(streams):
+        if stream.tpot_s is None:
+            continue
+        alone_s = cost.step_s(1, stream.cells)
+        rows_s = sum(
+            cost.row_s(other.cells) * common_steps(stream.begins_s, stream.left, other.begins_s, other.left, alone_s)
+            for other in (*streams[:at], *streams[at + 1 :])
+        )
+        step_s = alone_s + rows_s / stream.left
+        read_s = max(0.0, queued_s - stream.begins_s)
+        loses_s = beside(read_s, cost.piece_s(step_s), step_s, stream.left).stream_loses_s
+        allowed_s = stream.tpot_s * (stream.tokens + stream.left)
+        slack_s = allowed_s - stream.age_s - stream.left * step_s - loses_s
+        if slack_s >= 0:
+            found.append(_Watched(stream, step_s, slack_s))
+    return found
+
+
+def _loses_s(cost: NodeCost, watched: _Watched, queued_s: float, more_s: float) -> float:
+    """What a stream loses by `more_s` of prompt work behind what is queued."""
+    stream, step_s, piece_s = watched.stream, watched.step_s, cost.piece_s(watched.step_s)
+    before_s, after_s = max(0.0, queued_s - stream.begins_s), max(0.0, queued_s + more_s - stream.begins_s)
+    before = beside(before_s, piece_s, step_s, stream.left).stream_loses_s
+    return beside(after_s, piece_s, step_s, stream.left).stream_loses_s - before
