@@ -6,8 +6,9 @@ contestants.py's, the figures verdicts.py's. Refuses to know how a request is se
 Rules: a trace is cut to its beginning, scaled, and thinned to each rate (traces.py); prompts are random token ids that
 depend on trace, rate and row only, so all arrangements get the same and nobody finds a prefix of an earlier one. Rates
 are shares of what two unsplit nodes were seen to serve when flooded. Limits are multiples of what a request takes
-alone on one node (goodput.py). One replay serves all regimes: they differ in their limits only. Rates are visited in
-passes, each arrangement once in each pass and every other pass backwards, so that a machine that drifts drifts for all.
+alone on one node (goodput.py). One replay serves all regimes of an arrangement that knows no limits: they differ in
+nothing else; `auto` is told them and started anew for each. Rates are visited in passes, each arrangement once in each
+pass and every other pass backwards, so that a machine that drifts drifts for all.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Final
 
 import aiohttp
 
-from edge_llm.bench.contestants import Arrangement, Send, Servers, arrangements, plain, running
+from edge_llm.bench.contestants import NO_BOUND_NOTE, Arrangement, Send, Servers, arrangements, plain, running
 from edge_llm.bench.goodput import Unloaded
 from edge_llm.bench.layout import Launch
 from edge_llm.bench.processes import MeasureFailed
@@ -106,6 +107,7 @@ async def measure(
     tally.seconds_per_point = fitting_seconds(plan, len(workloads), len(ours) + (servers is not None), trials)
     if tally.seconds_per_point < plan.seconds_per_point:
         run.notes.append(f"replays last {tally.seconds_per_point:.0f} s: more do not fit into the budget")
+    run.notes.append(NO_BOUND_NOTE)
     contest = _Contest(plan, run, tally, progress, clock)
     if not await contest.tried("one request alone, and a flood", contest.baseline(ours[1], workloads)):
         return
@@ -115,7 +117,7 @@ async def measure(
     for one in workloads:
         for number in range(plan.passes):
             for arrangement in contestants if number % 2 == 0 else contestants[::-1]:
-                what = f"{one.name}, {arrangement.name}, pass {number + 1}"
+                what = f"{one.name}, {arrangement.label}, pass {number + 1}"
                 await contest.tried(what, contest.one_pass(one, arrangement, number))
 
 
@@ -203,7 +205,8 @@ class _Contest:
                 if self._clock() > self._until_s:
                     raise MeasureFailed("the budget of time was over: give more with --budget-minutes")
                 answers = await self._at_rate(send, one, arrangement, rate, f"{rate:.6f}")
-                done = Replayed(one.name, arrangement.name, rate, tuple(answers))
+                told = arrangement.regime.name if arrangement.regime else None
+                done = Replayed(one.name, arrangement.name, rate, tuple(answers), told)
                 self._tally.replays.append(done)
                 keep(self._run, done)
 
@@ -220,17 +223,18 @@ class _Contest:
 
     def _is_worth(self, one: Workload, arrangement: Arrangement, rate: float) -> bool:
         """Whether nothing lower was hopeless already."""
-        limits = self._tally.limits(one.name).values()
+        known, told = self._tally.limits(one.name), arrangement.regime.name if arrangement.regime else None
+        limits = [known[regime.name] for regime in arrangement.regimes]
         return not any(
             done.rate_per_s < rate
             and all(sum(a.timing.meets(limit) for a in done.answers) < HOPELESS * len(done.answers) for limit in limits)
             for done in self._tally.replays
-            if (done.workload, done.arrangement) == (one.name, arrangement.name)
+            if (done.workload, done.arrangement, done.regime) == (one.name, arrangement.name, told)
         )
 
     async def _warm(self, send: Send, one: Workload, arrangement: Arrangement, number: int) -> None:
         """Pages, connections and code touched for the first time are no part of a replay; rates are learned."""
-        self._progress(f"{one.name}, {arrangement.name}: warming up", 0, 0)
+        self._progress(f"{one.name}, {arrangement.label}: warming up", 0, 0)
         rows = one.trace.rows[:WARM_UP]
         await send(self._calls(one, rows, f"warm-up {number}", arrangement, at_once=True))
 
@@ -243,7 +247,7 @@ class _Contest:
         limits = self._tally.limits(one.name).values()
         # who is not over by then has missed whatever limit
         cut_after_s = max(limit.ttft_s + longest * limit.tpot_s for limit in limits)
-        what = f"{one.name}, {arrangement.name}, {rate:.2f} requests/s"
+        what = f"{one.name}, {arrangement.label}, {rate:.2f} requests/s"
         began_s, cpu_s = time.monotonic(), time.process_time()
         answers = await send(
             self._calls(one, rows, label, arrangement),
@@ -258,6 +262,7 @@ class _Contest:
         self, one: Workload, rows: Sequence[Row], label: str, arrangement: Arrangement, *, at_once: bool = False
     ) -> list[Call]:
         """The same prompts for the same trace, label and row, whatever the arrangement."""
+        own = arrangement.body(self._tally.limits(one.name) if one.name in self._tally.unloaded else {})
         return [
             Call(
                 0.0 if at_once else row.at_s,
@@ -272,7 +277,7 @@ class _Contest:
                     "ignore_eos": True,
                     "stream": True,
                     "stream_options": {"include_usage": True},
-                    **arrangement.extra,
+                    **own,
                 },
                 row.answer_tokens,
             )

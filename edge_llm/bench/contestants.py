@@ -12,6 +12,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
+from edge_llm.bench.goodput import REGIMES, Limits, Regime
 from edge_llm.bench.layout import Launch, Layout, LocalProcess
 from edge_llm.bench.least_busy import LeastBusy
 from edge_llm.bench.record import Process
@@ -21,17 +22,41 @@ from edge_llm.machine import peak_memory_bytes, process_usage
 
 SPLIT, LOCAL, AUTO, SERVER = "split", "local", "auto", "llama_server"
 NODES: Final = 2
+# A gateway refuses by itself who is predicted to wait longer than its bound. Here the client's limits say what is too
+# late, and it hangs up then: nobody shall be refused whose limit would have allowed the wait.
+NO_BOUND: Final = ("--queue-predicted-wait-s", "3600", "--queue-wait-s", "3600")
+NO_BOUND_NOTE: Final = (
+    "our gateways refuse nobody for a predicted wait (bounds set to an hour): clients hang up when no limit can be kept"
+)
 _CUT_S: Final = 600.0
 
 
 @dataclass(frozen=True, slots=True)
 class Arrangement:
-    """A way to use the nodes: what is started, and what goes into every body sent to it."""
+    """A way to use the nodes: what is started, and what goes into every body sent to it. `regime`: whose limits it is
+    told; it is measured for that one only. None: it knows no limits, one replay serves all regimes."""
 
     name: str
     layout: Layout
     launches: tuple[Launch, ...]
     extra: Mapping[str, Any] = field(default_factory=dict)
+    regime: Regime | None = None
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} ({self.regime.name})" if self.regime else self.name
+
+    @property
+    def regimes(self) -> tuple[Regime, ...]:
+        """Those that its replays are judged by."""
+        return (self.regime,) if self.regime else REGIMES
+
+    def body(self, limits: Mapping[str, Limits]) -> Mapping[str, Any]:
+        """What its requests say of how to be served, given the limits of each regime."""
+        if self.regime is None or self.regime.name not in limits:
+            return self.extra
+        own = limits[self.regime.name]
+        return {"edge_llm": {**self.extra["edge_llm"], "slo": {"ttft_s": own.ttft_s, "tpot_s": own.tpot_s}}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +68,13 @@ class Servers:
 
 def arrangements(launch: Launch, options: tuple[str, ...]) -> list[Arrangement]:
     """Ours. A mixed worker may read prompts for the other one: in mode local it never does, in auto when that is
-    predicted to be better."""
+    predicted to be better. What is better depends on the limits, so auto is told them and runs once for each regime."""
+    split = Layout(SPLIT, prefill=1, decode=1, options=options, gateway_options=NO_BOUND)
+    local, auto = (Layout(name, mixed=NODES, options=options, gateway_options=NO_BOUND) for name in (LOCAL, AUTO))
     return [
-        Arrangement(SPLIT, Layout(SPLIT, prefill=1, decode=1, options=options), (launch,), _mode("split")),
-        Arrangement(LOCAL, Layout(LOCAL, mixed=NODES, options=options), (launch,), _mode("local")),
-        Arrangement(AUTO, Layout(AUTO, mixed=NODES, options=options), (launch,), _mode("auto")),
+        Arrangement(SPLIT, split, (launch,), _mode("split")),
+        Arrangement(LOCAL, local, (launch,), _mode("local")),
+        *(Arrangement(AUTO, auto, (launch,), _mode("auto"), regime) for regime in REGIMES),
     ]
 
 
@@ -88,7 +115,7 @@ async def running(run: Run, arrangement: Arrangement) -> AsyncIterator[Send]:
         finally:
             wall_s = time.monotonic() - began_s
             for process in processes:
-                name = f"{arrangement.name}: {process.name}"
+                name = f"{arrangement.label}: {process.name}"
                 run.used(_usage(process, name, before[process.pid], wall_s))
 
 

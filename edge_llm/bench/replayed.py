@@ -29,16 +29,22 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """One rate of one arrangement. Answers are in order of arrival, the same requests for all arrangements."""
+    """One rate of one arrangement. Answers are in order of arrival, the same requests for all arrangements. `regime`:
+    whose limits the arrangement was told; None: it counts for all."""
 
     workload: str
     arrangement: str
     rate_per_s: float
     answers: tuple[Answer, ...]
+    regime: str | None = None
 
     @property
     def where(self) -> str:
-        return f"{self.workload}, {self.arrangement}, {self.rate_per_s:.3f}/s"
+        told = f" ({self.regime})" if self.regime else ""
+        return f"{self.workload}, {self.arrangement}{told}, {self.rate_per_s:.3f}/s"
+
+    def counts_for(self, regime: str) -> bool:
+        return self.regime in (None, regime)
 
 
 @dataclass(slots=True)

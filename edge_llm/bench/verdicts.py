@@ -61,8 +61,12 @@ def _of_trace(tally: Tally, one: Workload) -> dict[str, Any]:
         "clipping": asdict(one.clipping),
         "unloaded": asdict(tally.unloaded[one.name]),
         "capacity_per_s": tally.capacity_per_s.get(one.name),
-        "auto_split_share": _split_share(replays),
-        "regimes": {regime.name: _of_regime(replays, regime, limits[regime.name]) for regime in REGIMES},
+        "regimes": {
+            regime.name: _of_regime(
+                [done for done in replays if done.counts_for(regime.name)], regime, limits[regime.name]
+            )
+            for regime in REGIMES
+        },
     }
 
 
@@ -87,7 +91,12 @@ def _of_regime(replays: Sequence[Replayed], regime: Regime, limits: Limits) -> d
         }
         for name, curve in curves.items()
     }
-    found: dict[str, Any] = {"limits": asdict(limits), "why": regime.why, "arrangements": rows}
+    found: dict[str, Any] = {
+        "limits": asdict(limits),
+        "why": regime.why,
+        "arrangements": rows,
+        "auto_split_share": _split_share(replays),
+    }
     if {SPLIT, LOCAL, AUTO} <= curves.keys() - cut_short:
         ratio, low, high = ratio_to_best(curves[AUTO], [curves[SPLIT], curves[LOCAL]], GOAL)
         found["auto_to_better"] = {"ratio": ratio, "low": low, "high": high}
@@ -170,18 +179,17 @@ def _generator(tally: Tally, answers: Sequence[Answer]) -> dict[str, Any]:
 
 
 def _sentences(name: str, trace: Mapping[str, Any]) -> Iterator[str]:
-    share = trace["auto_split_share"]
-    if share["share"] is not None:
-        yield (
-            f"{name}: auto split {share['share']:.0%} of {share['decisions']} requests "
-            f"({share['low']:.0%} to {share['high']:.0%})"
-        )
     for regime in REGIMES:
         yield from _of_a_regime(f"{name}, {regime.name}", regime, trace["regimes"][regime.name])
 
 
 def _of_a_regime(where: str, regime: Regime, found: Mapping[str, Any]) -> Iterator[str]:
-    rows = found["arrangements"]
+    rows, share = found["arrangements"], found["auto_split_share"]
+    if share["share"] is not None:
+        yield (
+            f"{where}: auto split {share['share']:.0%} of {share['decisions']} requests "
+            f"({share['low']:.0%} to {share['high']:.0%})"
+        )
     rates = {name: row[_key(GOAL)]["per_s"] for name, row in rows.items()}
     if len(rates) > 1 and not any(row["is_cut_short"] for row in rows.values()):
         first = max(rates, key=lambda name: rates[name])
@@ -237,9 +245,8 @@ def missed(found: Mapping[str, Any]) -> list[str]:
     if found.get("generator", {}).get("is_saturated"):
         lines.append("the generator was late: the figures are its own")
     for name, trace in found["traces"].items():
-        share = trace["auto_split_share"]
         for regime, result in trace["regimes"].items():
-            where = f"{name}, {regime}"
+            where, share = f"{name}, {regime}", result["auto_split_share"]
             if "auto_to_better" not in result:
                 lines.append(f"{where} was not measured for split, local and auto")
                 continue

@@ -94,6 +94,7 @@ async def test_all_arrangements_get_the_same_requests_and_nobody_gets_a_prompt_t
         for name, bodies in cluster.bodies.items()
     }
     assert set(asked[SPLIT]) == set(asked[AUTO]) == set(asked[SERVER])
+    assert len(asked[AUTO]) == 2 * len(asked[SPLIT]), "auto is told the limits, so it is asked under each of them"
     assert set(asked[SPLIT]) < set(asked[LOCAL]), "local was asked for the baseline as well"
     prompts = [prompt for prompt, _ in asked[SPLIT]]
     assert len(set(prompts)) == len(prompts), "a prompt that came before would be found in a cache"
@@ -107,11 +108,11 @@ async def test_the_record_has_every_request_and_the_figures_every_arrangement() 
     run, tally = await compared(Cluster())
     found = figures(tally)
     trace = found["traces"]["made_up"]
-    assert trace["auto_split_share"]["share"] == 1.0
     assert trace["clipping"]["requests"] == 40
     for regime in REGIMES:
         result = trace["regimes"][regime.name]
         assert list(result["arrangements"]) == [SPLIT, LOCAL, AUTO]
+        assert result["auto_split_share"]["share"] == 1.0
         assert result["limits"] == {
             "ttft_s": pytest.approx(regime.ttft_scale * trace["unloaded"]["ttft_s"]),
             "tpot_s": pytest.approx(regime.tpot_scale * trace["unloaded"]["tpot_s"]),
@@ -179,6 +180,33 @@ def test_replays_are_shortened_to_fit_into_the_budget_or_refused() -> None:
         fitting_seconds(replace(plan, budget_s=600.0), 2, 4, 3)
 
 
+@pytest.mark.anyio
+async def test_auto_is_told_the_limits_of_the_regime_it_runs_for_and_nobody_else_is() -> None:
+    cluster = Cluster()
+    run, tally = await compared(cluster)
+    limits = tally.limits("made_up")
+    told = {json.dumps(body["edge_llm"].get("slo"), sort_keys=True) for body in cluster.bodies[AUTO]}
+    assert told == {json.dumps({"tpot_s": one.tpot_s, "ttft_s": one.ttft_s}) for one in limits.values()}
+    assert all("slo" not in body["edge_llm"] for name in (SPLIT, LOCAL) for body in cluster.bodies[name])
+    assert {done.regime for done in tally.replays if done.arrangement == AUTO} == set(limits)
+    assert {done.regime for done in tally.replays if done.arrangement != AUTO} == {None}
+    assert any("refuse nobody" in note for note in run.notes), "the record says that no bound of ours refused them"
+
+
+@pytest.mark.anyio
+async def test_no_gateway_of_ours_refuses_who_could_still_wait() -> None:
+    options = {}
+
+    class Noting(Cluster):
+        def launch(self, layout: Layout) -> AbstractAsyncContextManager[Started]:
+            options[layout.name] = layout.gateway_options
+            return super().launch(layout)
+
+    await compared(Noting())
+    assert all("--queue-predicted-wait-s" in given for given in options.values())
+    assert set(options) == {SPLIT, LOCAL, AUTO}
+
+
 # -- what it means
 
 
@@ -218,7 +246,7 @@ def test_who_wins_depends_on_the_limits_and_why_the_other_lost_is_said() -> None
     assert "100% TPOT" in lines
     assert "100% of the requests to split miss TTFT" in lines
     assert lines.count("as expected") == 2
-    assert "auto split 100% of 60 requests" in lines
+    assert lines.count("auto split 100% of 60 requests") == 2
     assert missed(found) == []
 
 
@@ -228,6 +256,17 @@ def test_auto_that_is_worse_than_the_better_of_both_or_never_splits_where_that_w
     assert len(lines) == 2
     assert "auto has 0.03 of the goodput" in lines[0]
     assert "auto splits 0% of requests" in lines[1]
+
+
+def test_what_auto_did_under_other_limits_says_nothing_about_these() -> None:
+    tally = tally_of(split=SPLITTING, local=STAYING)
+    for regime, answers in ((STRICT_TPOT, alike(1.0, 0.012, "split")), (STRICT_TTFT, alike(1.0, 0.03, "local"))):
+        tally.replays += [Replayed("made_up", AUTO, number + 1.0, tuple(answers), regime.name) for number in range(3)]
+    found = figures(tally)
+    regimes = found["traces"]["made_up"]["regimes"]
+    assert [regimes[regime.name]["auto_split_share"]["share"] for regime in REGIMES] == [1.0, 0.0]
+    assert [len(regimes[regime.name]["arrangements"][AUTO]["curve"]) for regime in REGIMES] == [3, 3]
+    assert missed(found) == []
 
 
 def test_answers_of_another_length_and_a_late_generator_are_said() -> None:
@@ -256,7 +295,7 @@ def test_who_was_not_asked_for_as_much_as_the_others_is_not_compared_with_them()
 def test_nothing_is_guessed_of_what_was_not_measured() -> None:
     assert figures(Tally()) == {"traces": {}, "seconds_per_point": 0.0, "verdicts": []}
     only_local = figures(tally_of(local=STAYING))["traces"]["made_up"]
-    assert only_local["auto_split_share"]["share"] is None
+    assert only_local["regimes"][STRICT_TPOT.name]["auto_split_share"]["share"] is None
     assert "auto_to_better" not in only_local["regimes"][STRICT_TPOT.name]
 
 
@@ -273,5 +312,5 @@ def test_the_command_compares_simulated_clusters_of_real_processes(tmp_path: Pat
     found = json.loads(done.stdout)
     for result in found["traces"]["small"]["regimes"].values():
         assert set(result["arrangements"]) == {SPLIT, LOCAL, AUTO}
+        assert result["auto_split_share"]["decisions"] > 0
     assert found["answers_of_other_length"] == 0
-    assert found["traces"]["small"]["auto_split_share"]["decisions"] > 0
