@@ -6,16 +6,24 @@ Both cgroup versions; where neither may be written, NoCgroup says why.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
+
+import structlog
 
 from edge_llm.errors import EdgeLLMError
 
 _ROOT: Final = Path("/sys/fs/cgroup")
 _LIMITS: Final = ("memory.max", "memory.limit_in_bytes")
 _COUNTERS: Final = ("memory.events", "memory.oom_control")
+_TRIES: Final = 100
+_PAUSE_S: Final = 0.02
+log = structlog.get_logger()
 
 
 class NoCgroup(EdgeLLMError):
@@ -42,9 +50,22 @@ class MemoryGroup:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # a process that the kernel has killed leaves the list of members before it leaves the group
+        for _ in range(_TRIES):
+            try:
+                self._move_all_out()
+                self._folder.rmdir()
+                return
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+                time.sleep(_PAUSE_S)
+        log.warning("an empty cgroup is left behind", folder=str(self._folder))
+
+    def _move_all_out(self) -> None:
         for pid in (self._folder / "cgroup.procs").read_text().split():
-            (self._above / "cgroup.procs").write_text(pid)
-        self._folder.rmdir()
+            with suppress(ProcessLookupError):
+                (self._above / "cgroup.procs").write_text(pid)
 
     def confine(self, pid: int, limit_bytes: int) -> None:
         """Move a process in and leave it so much new memory. Raises NoCgroup."""
