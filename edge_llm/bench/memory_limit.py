@@ -49,9 +49,9 @@ class MemoryGroup:
             raise NoCgroup(f"no cgroup can be made here: {error.strerror}") from error
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_exception: object) -> None:
         # a process that the kernel has killed leaves the list of members before it leaves the group
-        for _ in range(_TRIES):
+        for _attempt in range(_TRIES):
             try:
                 self._move_all_out()
                 self._folder.rmdir()
