@@ -40,7 +40,8 @@ class PromptWork:
 @dataclass(frozen=True, slots=True)
 class Stream:
     """A sequence that decodes on a node from `begins_s` on (0: it does) for `left` tokens and reads `cells` KV cells.
-    `tokens` came in the `age_s` since it began; tpot_s: its limit, if any."""
+    `tokens` came in the `age_s` since it began; tpot_s: its limit, if any. ahead: how many of the node's prompts are
+    read before it begins, the last one its own (0: it has none there)."""
 
     left: float
     cells: int = 0
@@ -48,6 +49,7 @@ class Stream:
     tokens: int = 0
     age_s: float = 0.0
     tpot_s: float | None = None
+    ahead: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,10 +54,12 @@ NOBODY_LATE: Final = Verdict()
 
 @dataclass(frozen=True, slots=True)
 class _Watched:
-    """A stream with a limit that it keeps as things are. slack_s: what it can still lose."""
+    """A stream with a limit that it keeps as things are. slack_s: what it can still lose. behind_s: how much prompt
+    work will be left when it begins; negative: it begins so long after all is read."""
 
     stream: Stream
     step_s: float
+    behind_s: float
     slack_s: float
 
 
@@ -78,7 +80,7 @@ class Judge:
         self._readers = [worker for worker in readers if worker in sides]
         self._queued_s = {worker: side.cost.queued_s(side.work) for worker, side in sides.items()}
         self._next_s = {worker: side.cost.prefill_s(max(1, round(next_tokens))) for worker, side in sides.items()}
-        self._watched = {worker: _watched(side, self._queued_s[worker]) for worker, side in sides.items()}
+        self._watched = {worker: _watched(side) for worker, side in sides.items()}
         self._exposed = {worker: self._exposed_at(worker) for worker in self._readers}
 
     def verdict(self, reader: str, decode: str, prediction: Prediction) -> Verdict:
@@ -111,11 +113,11 @@ class Judge:
     def _pushed(self, worker: str, reads_s: float, begins_s: float | None) -> int:
         """Streams on a node that would be late if it read for `reads_s` more and, from `begins_s` on, made this
         answer."""
-        cost, queued_s, answer = self._sides[worker].cost, self._queued_s[worker], self._request.answer_tokens
+        cost, answer = self._sides[worker].cost, self._request.answer_tokens
         row_s = cost.row_s(self._request.prompt_tokens + answer / 2)
         pushed = 0
         for watched in self._watched[worker]:
-            loses_s = _loses_s(cost, watched, queued_s, reads_s)
+            loses_s = _loses_s(cost, watched, reads_s)
             if begins_s is not None:
                 stream = watched.stream
                 loses_s += row_s * common_steps(begins_s, answer, stream.begins_s, stream.left, watched.step_s)
@@ -146,8 +148,8 @@ class Judge:
 
     def _exposed_at(self, worker: str) -> int:
         """Streams on a node that could not bear the next prompt."""
-        cost, queued_s, next_s = self._sides[worker].cost, self._queued_s[worker], self._next_s[worker]
-        return sum(_loses_s(cost, one, queued_s, next_s) > one.slack_s for one in self._watched[worker])
+        cost, next_s = self._sides[worker].cost, self._next_s[worker]
+        return sum(_loses_s(cost, one, next_s) > one.slack_s for one in self._watched[worker])
 
     def _exposed_after(self, reader: str, own_s: float, decode: str, tpot_s: float) -> int:
         """The same where the next prompt does least harm, of the nodes that would read it in time, if any."""
@@ -191,9 +193,10 @@ def common_steps(begins_s: float, tokens: float, other_begins_s: float, other_to
     return max(0.0, ends_s - max(begins_s, other_begins_s)) / step_s if step_s else 0.0
 
 
-def _watched(side: Side, queued_s: float) -> list[_Watched]:
+def _watched(side: Side) -> list[_Watched]:
     """Streams that keep their limits while all prompts that wait now are read."""
     cost, streams = side.cost, side.work.streams
+    prompts_s = [cost.prefill_s(prompt.tokens, prompt.start) for prompt in side.work.prompts]
     found = []
     for at, stream in enumerate(streams):
         if stream.tpot_s is None:
@@ -204,18 +207,17 @@ def _watched(side: Side, queued_s: float) -> list[_Watched]:
             for other in (*streams[:at], *streams[at + 1 :])
         )
         step_s = alone_s + rows_s / stream.left
-        read_s = max(0.0, queued_s - stream.begins_s)
-        loses_s = beside(read_s, cost.piece_s(step_s), step_s, stream.left).stream_loses_s
+        behind_s = sum(prompts_s[stream.ahead :]) - (0.0 if stream.ahead else stream.begins_s)
+        loses_s = beside(max(0.0, behind_s), cost.piece_s(step_s), step_s, stream.left).stream_loses_s
         allowed_s = stream.tpot_s * (stream.tokens + stream.left)
         slack_s = allowed_s - stream.age_s - stream.left * step_s - loses_s
         if slack_s >= 0:
-            found.append(_Watched(stream, step_s, slack_s))
+            found.append(_Watched(stream, step_s, behind_s, slack_s))
     return found
 
 
-def _loses_s(cost: NodeCost, watched: _Watched, queued_s: float, more_s: float) -> float:
-    """What a stream loses by `more_s` of prompt work behind what is queued."""
-    stream, step_s, piece_s = watched.stream, watched.step_s, cost.piece_s(watched.step_s)
-    before_s, after_s = max(0.0, queued_s - stream.begins_s), max(0.0, queued_s + more_s - stream.begins_s)
-    before = beside(before_s, piece_s, step_s, stream.left).stream_loses_s
-    return beside(after_s, piece_s, step_s, stream.left).stream_loses_s - before
+def _loses_s(cost: NodeCost, watched: _Watched, more_s: float) -> float:
+    """What a stream loses by `more_s` of prompt work behind what waits."""
+    step_s, piece_s, left = watched.step_s, cost.piece_s(watched.step_s), watched.stream.left
+    before = beside(max(0.0, watched.behind_s), piece_s, step_s, left).stream_loses_s
+    return beside(max(0.0, watched.behind_s + more_s), piece_s, step_s, left).stream_loses_s - before

@@ -64,8 +64,8 @@ class Booking:
         work = self.prompt_work
         return work if self.due_s is None else replace(work, due_s=self.due_s - now_s)
 
-    def stream_at(self, now_s: float) -> Stream:
-        """What it is, or will be, at its decode worker."""
+    def stream_at(self, now_s: float, prompts: int) -> Stream:
+        """What it is, or will be, at its decode worker, which has so many prompts to read before its own."""
         return Stream(
             left=max(1.0, self.answer_tokens - self.generated),
             cells=self.prompt_tokens + self.generated,
@@ -73,6 +73,7 @@ class Booking:
             tokens=self.generated,
             age_s=max(0.0, now_s - self.prompted_s) if self.is_prompted else 0.0,
             tpot_s=self.tpot_s,
+            ahead=prompts + 1 if self.reader == self.decode and not self.is_prompted else 0,
         )
 
 
@@ -159,7 +160,7 @@ def _sum(worker: str, desk: _Desk, now_s: float) -> Work:
             sequences += 1
             reserved += booking.prompt_tokens + booking.max_tokens
             if has_limits:
-                streams.append(booking.stream_at(now_s))
+                streams.append(booking.stream_at(now_s, len(prompts)))
             if booking.is_prompted:
                 decoding += 1
                 cells += booking.prompt_tokens + booking.generated

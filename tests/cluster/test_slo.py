@@ -98,6 +98,16 @@ def test_a_stream_that_will_begin_while_the_prompt_is_read_is_made_late_too() ->
     assert verdict(later, later).broken == 0, "the prompt has been read by then"
 
 
+def test_a_stream_does_not_lose_by_its_own_prompt_and_does_by_those_behind_it() -> None:
+    """It is expected a little before its own prompt will have been read: predictions are never exact."""
+    own, other = PromptWork(100), PromptWork(100)
+    alone = side(stream(begins_s=0.9, ahead=1), prompts=(own,))
+    assert verdict(side(), alone).broken == 0
+    assert verdict(alone, alone).broken == 1
+    doomed = side(stream(begins_s=0.9, ahead=1), prompts=(own, other))
+    assert verdict(doomed, doomed, Slo()).broken == 0, "it is late already by the prompt behind it"
+
+
 def test_the_pace_counts_others_as_long_as_both_decode() -> None:
     assert own_tpot_s(REQUEST, side(stream(left=10.0)), 0.0, 0.0) == pytest.approx(0.015)
     assert own_tpot_s(REQUEST, side(stream(left=10.0)), 5.0, 0.0) == pytest.approx(0.010), "it is over by then"

@@ -55,10 +55,10 @@ def test_with_limits_sequences_are_known_one_by_one_with_what_they_had_so_far() 
     book.book("r1", booking(delivered=delivered, tpot_s=0.1, due_s=12.0, expected_s=11.0))
     book.book("r2", booking("d1", expected_s=15.0))
     assert book.work("p1", 10.0).prompts == (PromptWork(100, is_served=True, due_s=2.0),)
-    assert book.work("d1", 10.0).streams == (Stream(20.0, 101, 1.0, tpot_s=0.1), Stream(20.0, 101, 5.0))
+    assert book.work("d1", 10.0).streams == (Stream(20.0, 101, 1.0, tpot_s=0.1), Stream(20.0, 101, 5.0, ahead=1))
     book.prompted("r1", 11.0)
     delivered += [1, 2, 3]
-    assert book.work("d1", 14.0).streams == (Stream(17.0, 104, 0.0, 3, 3.0, 0.1), Stream(20.0, 101, 1.0))
+    assert book.work("d1", 14.0).streams == (Stream(17.0, 104, 0.0, 3, 3.0, 0.1), Stream(20.0, 101, 1.0, ahead=1))
 
 
 def test_without_limits_nobody_is_known_one_by_one() -> None:
