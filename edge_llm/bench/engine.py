@@ -2,6 +2,8 @@
 
 Owns what is compared and in which order. Each repetition measures both sides one after the other, in alternating
 order, and gives one ratio; a figure is the median of the ratios, so what slows the machine for a minute slows both.
+Every measurement has a process of its own on both sides: where its pages happen to lie makes a process some percent
+faster or slower than the next one, for as long as it lives.
 Ours is measured through the real sequencer with sampling and text (edge_llm/engine/measure.py). Theirs is
 llama-bench and llama-batched-bench twice: with the same kernel settings (the bar), and as llama.cpp ships (the price
 of exactness, `default_*`). Refuses to know llama.cpp: everything runs in child processes.
@@ -10,12 +12,14 @@ of exactness, `default_*`). Refuses to know llama.cpp: everything runs in child 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Final, Literal
 
-from edge_llm.bench.llama_tools import Kernels, batched_command, bench_command, parse_batched, parse_bench
+from edge_llm.bench.llama_tools import PASSES, Kernels, batched_command, bench_command, parse_batched, parse_bench
 from edge_llm.bench.processes import Measurer, run_tool
 from edge_llm.bench.record import ModelFacts
 from edge_llm.bench.reference_tools import ToolTree, Tree
@@ -119,43 +123,38 @@ def _within(progress: Progress, number: int, count: int) -> Progress:
 def _measure_model(plan: Plan, model: BenchModel, trees: Mapping[Tree, ToolTree], run: Run, progress: Progress) -> None:
     name = model.facts.name
     progress(f"{name}: loading", 0, 1)
-    with _ours(plan, model, "prefill") as prefill, _ours(plan, model, "decode") as decode:
+    with _ours(plan, model, "decode", run) as decode:
+        is_repacked = decode.facts["build"]["repacked_tensors"] != "0"
         run.engine(f"edge_llm on {name}", decode.facts["build"])
-        turns = _turns(plan, model, trees, run, prefill, decode)
-        total = plan.repetitions * len(turns)
-        for repetition in range(plan.repetitions):
-            # forth and back: neither side is always the one that comes second
-            for number, (what, turn) in enumerate(turns if repetition % 2 == 0 else turns[::-1]):
-                progress(f"{name}: {what}", repetition * len(turns) + number, total)
-                turn()
-        for ours in (prefill, decode):
-            run.used(ours.usage())
+    turns = _turns(plan, model, trees, run, is_repacked)
+    total = plan.repetitions * len(turns)
+    for repetition in range(plan.repetitions):
+        # forth and back: neither side is always the one that comes second
+        for number, (what, turn) in enumerate(turns if repetition % 2 == 0 else turns[::-1]):
+            progress(f"{name}: {what}", repetition * len(turns) + number, total)
+            turn()
 
 
-def _ours(plan: Plan, model: BenchModel, phase: Literal["prefill", "decode"]) -> Measurer:
+@contextmanager
+def _ours(plan: Plan, model: BenchModel, phase: Literal["prefill", "decode"], run: Run) -> Iterator[Measurer]:
     """Our engine in a process of its own, with the cells of one phase's tests."""
     cells, slots = (plan.prefill_cells, 1) if phase == "prefill" else (plan.decode_cells, plan.slots)
     arguments = ["--model", str(model.path), "--n-ctx", str(cells), "--slots", str(slots)]
-    return Measurer(f"engine {model.facts.name}, {phase}", MEASURE, arguments, [plan.core])
+    with Measurer(f"engine {model.facts.name}, {phase}", MEASURE, arguments, [plan.core]) as ours:
+        yield ours
+        run.used(ours.usage())
 
 
 def _turns(
-    plan: Plan,
-    model: BenchModel,
-    trees: Mapping[Tree, ToolTree],
-    run: Run,
-    prefill: Measurer,
-    decode: Measurer,
+    plan: Plan, model: BenchModel, trees: Mapping[Tree, ToolTree], run: Run, is_repacked: bool
 ) -> list[tuple[str, Callable[[], None]]]:
     """One repetition: each of ours between the tools it is compared with."""
-    name = model.facts.name
-    is_repacked = decode.facts["build"]["repacked_tensors"] != "0"
     same, default = Kernels(False, is_repacked), Kernels(True, is_repacked)
     turns: list[tuple[str, Callable[[], None]]] = [
         ("llama-bench, same kernels", lambda: _llama_bench(plan, model, trees["ours"], same, run)),
-        ("ours, one sequence", lambda: _ours_alone(plan, name, prefill, decode, run)),
+        ("ours, one sequence", lambda: _ours_alone(plan, model, run)),
         ("llama-batched-bench, same kernels", lambda: _llama_batched(plan, model, trees["ours"], same, run)),
-        ("ours, batches", lambda: _ours_batched(plan, name, decode, run)),
+        ("ours, batches", lambda: _ours_batched(plan, model, run)),
     ]
     if "default" in trees:
         tree = trees["default"]
@@ -199,30 +198,37 @@ def _llama_batched(plan: Plan, model: BenchModel, tree: ToolTree, kernels: Kerne
         run.add(f"{model.facts.name}: {_side(kernels)}: batch{line.rows}_tokens_per_s", line.decode_tokens_per_s)
 
 
-def _ours_alone(plan: Plan, name: str, prefill: Measurer, decode: Measurer, run: Run) -> None:
-    for size, is_served in (("prefill", True), ("prefill_local", False)):
-        answer = prefill.ask("prefill", plan.deadline_s, tokens=plan.prompt_tokens, is_served=is_served)
-        run.add(f"{name}: ours: {size}_tokens_per_s", answer["tokens_per_s"])
-    # llama-bench takes a token before it looks at the clock
-    answer = decode.ask("decode", plan.deadline_s, rows=1, prompt_tokens=0, tokens=plan.decode_tokens, warm_steps=1)
-    run.add(f"{name}: ours: decode_tokens_per_s", answer["tokens_per_s"])
-    # over this model's own step: a model with so wide a vocabulary has a longer one, so the share is an upper bound
-    drawn = decode.ask("sampler", plan.deadline_s, vocab_size=WIDE_VOCABULARY, repeats=_DRAWS)
-    for share in _SHARES:
-        run.add(f"{name}: {share}", drawn[f"{share.removeprefix('sampler_share_')}_s"] / answer["step_s"])
+def _ours_alone(plan: Plan, model: BenchModel, run: Run) -> None:
+    name = model.facts.name
+    with _ours(plan, model, "prefill", run) as ours:
+        for size, is_served in (("prefill", True), ("prefill_local", False)):
+            answer = ours.ask("prefill", plan.deadline_s, tokens=plan.prompt_tokens, is_served=is_served)
+            run.add(f"{name}: ours: {size}_tokens_per_s", answer["tokens_per_s"])
+    with _ours(plan, model, "decode", run) as ours:
+        # llama-bench takes a token before it looks at the clock
+        passes = [
+            ours.ask("decode", plan.deadline_s, rows=1, prompt_tokens=0, tokens=plan.decode_tokens, warm_steps=1)
+            for _ in range(PASSES)
+        ]
+        run.add(f"{name}: ours: decode_tokens_per_s", fmean(answer["tokens_per_s"] for answer in passes))
+        # over this model's own step: a model with so wide a vocabulary has a longer one, so the share is an upper bound
+        drawn = ours.ask("sampler", plan.deadline_s, vocab_size=WIDE_VOCABULARY, repeats=_DRAWS)
+        for share in _SHARES:
+            run.add(f"{name}: {share}", drawn[f"{share.removeprefix('sampler_share_')}_s"] / passes[-1]["step_s"])
 
 
-def _ours_batched(plan: Plan, name: str, ours: Measurer, run: Run) -> None:
-    for size, rows, holes in (("batch4", 4, []), ("batch8", 8, []), ("batch8_hole", 8, [_HOLE])):
-        answer = ours.ask(
-            "decode",
-            plan.deadline_s,
-            rows=rows,
-            prompt_tokens=plan.batch_prompt_tokens,
-            tokens=plan.decode_tokens,
-            holes=holes,
-        )
-        run.add(f"{name}: ours: {size}_tokens_per_s", answer["tokens_per_s"])
+def _ours_batched(plan: Plan, model: BenchModel, run: Run) -> None:
+    with _ours(plan, model, "decode", run) as ours:
+        for size, rows, holes in (("batch4", 4, []), ("batch8", 8, []), ("batch8_hole", 8, [_HOLE])):
+            answer = ours.ask(
+                "decode",
+                plan.deadline_s,
+                rows=rows,
+                prompt_tokens=plan.batch_prompt_tokens,
+                tokens=plan.decode_tokens,
+                holes=holes,
+            )
+            run.add(f"{model.facts.name}: ours: {size}_tokens_per_s", answer["tokens_per_s"])
 
 
 def _model_figures(run: Run, name: str) -> dict[str, float]:

@@ -30,7 +30,7 @@ def options(command: list[str]) -> dict[str, str]:
 def test_a_fair_bench_is_one_thread_without_flash_attention_with_our_cache_types_and_repacking() -> None:
     command = bench_command(TOOL, MODEL, Kernels(False, True, "q8_0", "f32"), 512, 64)
     assert command[0] == str(TOOL)
-    wanted = {"-m": str(MODEL), "-p": "512", "-n": "64", "-r": "1", "-t": "1", "-o": "json"}
+    wanted = {"-m": str(MODEL), "-p": "512", "-n": "64", "-r": "3", "-t": "1", "-o": "json"}
     assert options(command) == wanted | {"-fa": "off", "--repack": "1", "-ctk": "q8_0", "-ctv": "f32"}
     assert options(bench_command(TOOL, MODEL, SAME, 512, 64))["--repack"] == "0"
 
