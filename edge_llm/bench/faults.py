@@ -120,7 +120,7 @@ async def measure(plan: Plan, launch: PlacedLaunch, tally: Tally, run: Run, prog
     """All kinds, interleaved, so that a slow minute of the machine is not one kind's."""
     pulse = asyncio.Event()
     timeout = aiohttp.ClientTimeout(total=None, sock_read=STREAM_S)
-    layout = Layout("faults", options=plan.options, **PLACES)
+    layout = Layout("faults", prefill=PLACES["prefill"], decode=PLACES["decode"], options=plan.options)
     alone = Layout("reference", mixed=1, options=plan.reference_options)
     async with (
         FaultProxy(plan.seed, pulse.set) as proxy,

@@ -25,8 +25,10 @@ SMALL = ("--n-ctx", "2304", "--slots", "8")
 
 
 @asynccontextmanager
-async def cluster(**workers: int) -> AsyncIterator[tuple[Started, aiohttp.ClientSession]]:
-    layout = Layout("test", options=SMALL, **workers)
+async def cluster(
+    prefill: int = 0, decode: int = 0, mixed: int = 0
+) -> AsyncIterator[tuple[Started, aiohttp.ClientSession]]:
+    layout = Layout("test", prefill, decode, mixed, SMALL)
     timeout = aiohttp.ClientTimeout(total=None, sock_read=300)
     async with (
         local_cluster(layout, DEFAULT_MODEL) as started,
