@@ -35,6 +35,7 @@ SAMPLER_BAR: Final = 0.03
 WIDE_VOCABULARY: Final = 151_936
 _HOLE: Final = 4
 _DRAWS: Final = 50
+_WARM_TOKENS: Final = 16
 _SIZES: Final = ("prefill", "decode", "batch4", "batch8")
 _SHARES: Final = ("sampler_share_greedy", "sampler_share_full")
 RATIOS: Final = (*(f"{size}_ratio" for size in _SIZES), "batch8_hole_ratio")
@@ -205,7 +206,8 @@ def _ours_alone(plan: Plan, model: BenchModel, run: Run) -> None:
             answer = ours.ask("prefill", plan.deadline_s, tokens=plan.prompt_tokens, is_served=is_served)
             run.add(f"{name}: ours: {size}_tokens_per_s", answer["tokens_per_s"])
     with _ours(plan, model, "decode", run) as ours:
-        # llama-bench takes a token before it looks at the clock
+        # as llama-bench does: a first pass that does not count, and a token before it looks at the clock
+        ours.ask("decode", plan.deadline_s, rows=1, prompt_tokens=0, tokens=_WARM_TOKENS)
         passes = [
             ours.ask("decode", plan.deadline_s, rows=1, prompt_tokens=0, tokens=plan.decode_tokens, warm_steps=1)
             for _ in range(PASSES)
