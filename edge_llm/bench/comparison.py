@@ -73,7 +73,8 @@ class Plan:
 
 
 def workload(plan: Plan, trace: Trace) -> Workload:
-    return Workload(*scaled(trace.beginning(plan.trace_s), plan.scale, plan.n_ctx))
+    """One position of the context stays free: some servers end an answer when they have filled it."""
+    return Workload(*scaled(trace.beginning(plan.trace_s), plan.scale, plan.n_ctx - 1))
 
 
 def fitting_seconds(plan: Plan, workloads: int, contestants: int, trials: int) -> float:
@@ -167,7 +168,7 @@ class _Contest:
 
     def _alone_answer(self, one: Workload) -> int:
         """Long enough for a mean, within the context."""
-        room = self._plan.n_ctx - one.trace.prompt_percentile(0.9)
+        room = self._plan.n_ctx - 1 - one.trace.prompt_percentile(0.9)
         return min(room, max(_ALONE_ANSWER, round(one.trace.mean_answer_tokens)))
 
     async def tuned(self, servers: Servers, one: Workload) -> Arrangement:

@@ -44,7 +44,11 @@ class Call:
 
 @dataclass(slots=True)
 class Answer:
-    """What a client saw of one call. `own`: our gateway's report, empty of other servers."""
+    """What a client saw of one call. `own`: our gateway's report, empty of other servers.
+
+    One that ended early is not complete, however it says that it is over: all are asked with `ignore_eos`, and a
+    server that stops sooner (its context is full) has done less than the others.
+    """
 
     at_s: float
     asked_tokens: int
@@ -64,7 +68,12 @@ class Answer:
 
     @property
     def is_complete(self) -> bool:
-        return self.ended_s is not None and not self.error
+        return self.ended_s is not None and not self.error and self.tokens >= self.asked_tokens
+
+    @property
+    def is_cut_short(self) -> bool:
+        """It came to its end without an error, and before it had all tokens."""
+        return self.ended_s is not None and not self.error and self.tokens < self.asked_tokens
 
     @property
     def ttft_s(self) -> float | None:

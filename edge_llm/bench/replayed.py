@@ -83,5 +83,7 @@ def keep(run: Run, done: Replayed) -> None:
         for name, value in values.items():
             if value is not None:
                 run.add(f"{done.where}: {name}", round(float(value), 6))
+    if short := sum(answer.is_cut_short for answer in done.answers):
+        run.notes.append(f"{done.where}: {short} of {len(done.answers)} answers ended before they had all tokens")
     for error, count in Counter(answer.error for answer in done.answers if answer.error).items():
         run.notes.append(f"{done.where}: {count} of {len(done.answers)} requests failed: {error}")

@@ -46,7 +46,9 @@ def figures(tally: Tally) -> dict[str, Any]:
     answers = [answer for done in tally.replays for answer in done.answers]
     if answers:
         found["generator"] = _generator(tally, answers)
-        found["answers_of_other_length"] = sum(a.is_complete and a.tokens != a.asked_tokens for a in answers)
+        found["answers_of_other_length"] = sum(
+            answer.is_cut_short or (answer.is_complete and answer.tokens != answer.asked_tokens) for answer in answers
+        )
     found["verdicts"] = [line for name, trace in traces.items() for line in _sentences(name, trace)]
     return found
 

@@ -276,7 +276,15 @@ def test_answers_of_another_length_and_a_late_generator_are_said() -> None:
     assert any("generator was late" in line for line in missed(found))
     short = alike(0.5, 0.01)
     short[0].counted_tokens = 5
-    assert figures(tally_of(split=[short]))["answers_of_other_length"] == 1
+    found = figures(tally_of(split=[short]))
+    assert found["answers_of_other_length"] == 1
+    (point,) = found["traces"]["made_up"]["regimes"][STRICT_TPOT.name]["arrangements"][SPLIT]["curve"]
+    assert (point["failed"], point["attainment"]) == (0.05, 0.95), "it stopped early, and that keeps no limit"
+
+
+def test_no_request_fills_the_context_to_its_last_position() -> None:
+    long = Trace("long", (Row(0, 0.0, 9000, 12), Row(1, 1.0, 9000, 9000)))
+    assert max(row.prompt_tokens + row.answer_tokens for row in workload(PLAN, long).trace.rows) < PLAN.n_ctx
 
 
 def replace_sent(answer: Answer) -> Answer:

@@ -126,6 +126,16 @@ async def test_an_answer_that_breaks_off_is_counted_with_its_reason(parts: tuple
 
 
 @pytest.mark.anyio
+async def test_an_answer_that_stops_before_it_has_all_tokens_keeps_no_limit_and_is_not_served() -> None:
+    (answer,) = await replayed(three_tokens, [Call(0.0, {}, tokens=4)])
+    assert answer.error == ""
+    assert answer.is_cut_short
+    assert not answer.is_complete
+    assert not answer.timing.meets(Limits(60.0, 60.0))
+    assert served_per_s([answer]) == 0.0
+
+
+@pytest.mark.anyio
 async def test_a_refusal_a_hang_up_and_nobody_there_are_answers_as_well() -> None:
     async def by_turns(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         if body["prompt"] == "refuse":
