@@ -2,7 +2,8 @@
 
 Owns the shape of that answer (README, "Watching it"). Refuses to compute anything: it shows what is at hand (about 1 ms
 of an x86 core with 8 workers and 200 decisions), so that it can be asked every second. It has numbers, names and
-addresses; no key, no prompt, no text of a request.
+addresses; no key, no prompt, no text of a request. Every key may see it: of what a worker has to do it shows sums,
+never one request by another, and of decisions those that its caller may see.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from edge_llm.cluster.cost import Work
 from edge_llm.cluster.view import Node
 
 
@@ -19,7 +21,7 @@ def overview(
     gateway: str,
     requests: Mapping[str, int],
     nodes: Iterable[Node],
-    booked: Mapping[str, object],
+    booked: Mapping[str, Work],
     now_s: float,
     pools: Mapping[str, str] | None = None,
     decisions: Sequence[object] = (),
@@ -42,7 +44,7 @@ def overview(
     )
 
 
-def _node(node: Node, booked: object | None, now_s: float) -> dict[str, Any]:
+def _node(node: Node, booked: Work | None, now_s: float) -> dict[str, Any]:
     status = node.status
     return {
         "worker": node.worker,
@@ -68,6 +70,17 @@ def _node(node: Node, booked: object | None, now_s: float) -> dict[str, Any]:
         "memory_bytes": status.memory_bytes,
         "board": status.board,
         "load": status.load,
-        "booked": booked,
+        "booked": None if booked is None else _sums(booked),
         "seen_ago_s": round(max(0.0, now_s - node.seen_s), 3),
+    }
+
+
+def _sums(work: Work) -> dict[str, int]:
+    """`prompts` are still to be read, `served` of them for other workers; they have `pending_tokens` together."""
+    return {
+        "sequences": work.sequences,
+        "decoding": work.decoding,
+        "prompts": len(work.prompts),
+        "served": work.served,
+        "pending_tokens": work.pending_tokens,
     }

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -23,7 +24,7 @@ from edge_llm.gateway.edge import PUBLIC
 from edge_llm.gateway.keys import MAX_KEY_CHARS, KeysFile, NoKeys, identify, new_key, parse_keys
 from edge_llm.gateway.serve import credentials_of
 from tests.gateway.conftest import CHAT, COMPLETIONS, HELLO, Service, asking, serving
-from tests.loopback import prompt_of, running_cluster
+from tests.loopback import prompt_of, running_cluster, settings_of
 
 NOW_S: Final = datetime(2026, 6, 15, 12, tzinfo=UTC).timestamp()
 DAY_S: Final = 86_400.0
@@ -350,6 +351,24 @@ async def test_a_key_sees_decisions_on_its_tenants_requests_and_only_an_operator
             seen[who] = [decision["request_id"].split(".")[0] for decision in view["decisions"]]
             assert [node["worker"] for node in view["nodes"]] == ["m1"]
     assert seen == {"a": ["of-b", "of-a"], "b": ["of-b", "of-a"], "c": ["of-c"], "r": ["of-c", "of-b", "of-a"]}
+
+
+@pytest.mark.anyio
+async def test_of_what_other_tenants_have_running_a_key_sees_sums_only(tmp_path: Path) -> None:
+    """With limits of latency the gateway knows every stream by itself: its depth, its tokens, its limit."""
+    file = tmp_path / "keys.yaml"
+    file.write_text(TENANTS)
+    file.chmod(0o600)
+    slow = replace(settings_of("mixed"), decode_run_s=0.005)
+    limited = asking(prompt_of(4), max_tokens=400) | {"edge_llm": {"slo": {"ttft_s": 9.0, "tpot_s": 9.0}}}
+    async with running_cluster() as cluster, serving(cluster, KeysFile(file)) as service:
+        await service.start("mixed", "m1", slow)
+        async with service.streaming(COMPLETIONS, limited, {"x-api-key": "a"}) as streamed:
+            await streamed.heard(lambda streamed: len(streamed.chunks) >= 3)
+            async with service.client.get("/cluster", headers={"x-api-key": "c"}) as answer:
+                view = await answer.json()
+    (node,) = view["nodes"]
+    assert node["booked"] == {"sequences": 1, "decoding": 1, "prompts": 0, "served": 0, "pending_tokens": 0}
 
 
 @pytest.mark.anyio
