@@ -156,6 +156,25 @@ def goodput(points: Sequence[Point], goal: float) -> Goodput:
 Curve = Sequence[Point]
 
 
+def certain(points: Curve, goal: float) -> tuple[float, float]:
+    """Between which rates the goodput lies for certain (but for chance): one below or above all rates that were
+    measured may be any of those."""
+    found = goodput(points, goal)
+    if found.bound == "at_least":
+        return found.rate_per_s, math.inf
+    if found.bound == "at_most":
+        return 0.0, min(point.rate_per_s for point in points)
+    return found.rate_per_s, found.rate_per_s
+
+
+def certain_ratio(mine: Curve, others: Sequence[Curve], goal: float) -> tuple[float, float]:
+    """Between which figures the ratio to the best of the others lies for certain; infinite without an upper one."""
+    low, high = certain(mine, goal)
+    ranges = [certain(other, goal) for other in others]
+    best_low, best_high = max(one for one, _ in ranges), max(one for _, one in ranges)
+    return low / best_high, high / best_low if best_low else math.inf
+
+
 def interval(points: Curve, goal: float, seed: int = 0) -> tuple[float, float]:
     """95 % of the goodputs of resampled requests."""
     return _interval([points], lambda curves: goodput(curves[0], goal).rate_per_s, seed)

@@ -6,6 +6,7 @@ was measured. What was not measured is missing, never guessed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Final
@@ -18,6 +19,7 @@ from edge_llm.bench.goodput import (
     Limits,
     Point,
     Regime,
+    certain_ratio,
     goodput,
     interval,
     ratio_to_best,
@@ -73,12 +75,14 @@ def _of_trace(tally: Tally, one: Workload) -> dict[str, Any]:
 
 
 def _split_share(replays: Sequence[Replayed]) -> dict[str, Any]:
-    """Which of auto's requests were split; what failed before it was decided does not count."""
+    """How many of auto's answers that came to their end were split: their last event says it. Of the others, `unknown`,
+    nobody told the client."""
     modes = [answer.own.get("mode") for done in replays if done.arrangement == AUTO for answer in done.answers]
     known = [mode for mode in modes if mode is not None]
     split = known.count("split")
     low, high = wilson(split, len(known))
-    return {"share": split / len(known) if known else None, "low": low, "high": high, "decisions": len(known)}
+    share = split / len(known) if known else None
+    return {"share": share, "low": low, "high": high, "answers": len(known), "unknown": len(modes) - len(known)}
 
 
 def _of_regime(replays: Sequence[Replayed], regime: Regime, limits: Limits) -> dict[str, Any]:
@@ -100,11 +104,26 @@ def _of_regime(replays: Sequence[Replayed], regime: Regime, limits: Limits) -> d
         "auto_split_share": _split_share(replays),
     }
     if {SPLIT, LOCAL, AUTO} <= curves.keys() - cut_short:
-        ratio, low, high = ratio_to_best(curves[AUTO], [curves[SPLIT], curves[LOCAL]], GOAL)
-        found["auto_to_better"] = {"ratio": ratio, "low": low, "high": high}
-        ratio, low, high = ratio_to_best(curves[SPLIT], [curves[LOCAL]], GOAL)
-        found["split_to_local"] = {"ratio": ratio, "low": low, "high": high}
+        found["auto_to_better"] = _ratio(curves, AUTO, [SPLIT, LOCAL], [AUTO_BAR])
+        found["split_to_local"] = _ratio(curves, SPLIT, [LOCAL], [AUTO_BAR, 1 / AUTO_BAR])
     return found
+
+
+def _ratio(curves: Mapping[str, Sequence[Point]], mine: str, others: Sequence[str], bars: Sequence[float]) -> Any:
+    """`least`, `most`: where it lies for certain (None: no bound), when a goodput is beyond the rates measured. It is
+    decided when all of that is on the same side of each bar."""
+    own, rest = curves[mine], [curves[other] for other in others]
+    ratio, low, high = ratio_to_best(own, rest, GOAL)
+    least, most = certain_ratio(own, rest, GOAL)
+    return {
+        "ratio": ratio,
+        "low": low,
+        "high": high,
+        "least": least,
+        "most": None if math.isinf(most) else most,
+        "bounds": {name: goodput(curves[name], GOAL).bound for name in (mine, *others)},
+        "is_decided": all((least < bar) == (most < bar) for bar in bars),
+    }
 
 
 def _cut_short(curves: Mapping[str, Sequence[Point]]) -> set[str]:
@@ -189,8 +208,8 @@ def _of_a_regime(where: str, regime: Regime, found: Mapping[str, Any]) -> Iterat
     rows, share = found["arrangements"], found["auto_split_share"]
     if share["share"] is not None:
         yield (
-            f"{where}: auto split {share['share']:.0%} of {share['decisions']} requests "
-            f"({share['low']:.0%} to {share['high']:.0%})"
+            f"{where}: auto split {share['share']:.0%} of {share['answers']} answers that came to their end "
+            f"({share['low']:.0%} to {share['high']:.0%}); unknown of {share['unknown']}"
         )
     rates = {name: row[_key(GOAL)]["per_s"] for name, row in rows.items()}
     if len(rates) > 1 and not any(row["is_cut_short"] for row in rows.values()):
@@ -200,12 +219,20 @@ def _of_a_regime(where: str, regime: Regime, found: Mapping[str, Any]) -> Iterat
         )
     if "split_to_local" in found:
         to_local, to_better = found["split_to_local"], found["auto_to_better"]
-        expected = _expectation(to_local["ratio"], regime)
+        expected = _expectation(to_local["ratio"], regime) if to_local["is_decided"] else _undecided(to_local)
         loser = SPLIT if to_local["ratio"] < 1 else LOCAL
         why = _why_lost(loser, rows[loser]["curve"])
         yield f"{where}: split over local {_with_interval(to_local)}, {expected}; {why}"
         verdict = "within 5 %" if to_better["ratio"] >= AUTO_BAR else "worse by more than 5 %"
+        verdict = verdict if to_better["is_decided"] else _undecided(to_better)
         yield f"{where}: auto over the better of split and local {_with_interval(to_better)}: {verdict}"
+
+
+def _undecided(found: Mapping[str, Any]) -> str:
+    """A ratio of which the rates measured say too little."""
+    words = {"between": "between two of them", "at_most": "below the lowest", "at_least": "above the highest"}
+    sides = ", ".join(f"{name} is {words[bound]}" for name, bound in found["bounds"].items())
+    return f"not decided by the rates measured ({sides})"
 
 
 def _expectation(split_to_local: float, regime: Regime) -> str:
@@ -252,11 +279,17 @@ def missed(found: Mapping[str, Any]) -> list[str]:
             if "auto_to_better" not in result:
                 lines.append(f"{where} was not measured for split, local and auto")
                 continue
-            if result["auto_to_better"]["ratio"] < AUTO_BAR:
+            to_better, to_local = result["auto_to_better"], result["split_to_local"]
+            if not to_better["is_decided"]:
+                lines.append(f"{where}: auto over the better of split and local: {_undecided(to_better)}")
+            elif to_better["ratio"] < AUTO_BAR:
                 lines.append(
-                    f"{where}: auto has {result['auto_to_better']['ratio']:.2f} of the goodput of the better of split "
-                    f"and local, not at least {AUTO_BAR}"
+                    f"{where}: auto has {to_better['ratio']:.2f} of the goodput of the better of split and local, not "
+                    f"at least {AUTO_BAR}"
                 )
-            if result["split_to_local"]["ratio"] > 1 and share["high"] < MOSTLY:
-                lines.append(f"{where}: split wins over local, and auto splits {share['share']:.0%} of requests only")
+            if not to_local["is_decided"]:
+                lines.append(f"{where}: split over local: {_undecided(to_local)}")
+            elif to_local["ratio"] > 1 and share["high"] < MOSTLY:
+                some = f"{share['share']:.0%} of {share['answers']} answers"
+                lines.append(f"{where}: split wins over local, and auto split {some} only")
     return lines

@@ -229,43 +229,66 @@ def alike(ttft_s: float, tpot_s: float, mode: str | None = None) -> list[Answer]
     return [answered(float(number), ttft_s, tpot_s, mode) for number in range(20)]
 
 
+TOO_MUCH = alike(9.0, 0.9)
 # queues for its one reader at once, but never slows a stream; and the other way round
-SPLITTING = [alike(1.0, 0.012), alike(2.0, 0.012), alike(2.9, 0.014)]
-STAYING = [alike(1.0, 0.03), alike(1.2, 0.04), alike(1.4, 0.05)]
+SPLITTING = [alike(1.0, 0.012), alike(2.0, 0.012), alike(2.9, 0.014), TOO_MUCH]
+STAYING = [alike(1.0, 0.03), alike(1.2, 0.04), alike(1.4, 0.05), TOO_MUCH]
 
 
 def test_who_wins_depends_on_the_limits_and_why_the_other_lost_is_said() -> None:
-    found = figures(tally_of(split=SPLITTING, local=STAYING, auto=[alike(1.0, 0.012, "split")] * 3))
+    auto = [*[alike(1.0, 0.012, "split")] * 3, TOO_MUCH]
+    found = figures(tally_of(split=SPLITTING, local=STAYING, auto=auto))
     regimes = found["traces"]["made_up"]["regimes"]
     strict_tpot, strict_ttft = regimes[STRICT_TPOT.name], regimes[STRICT_TTFT.name]
     assert strict_tpot["split_to_local"]["ratio"] > 1 > strict_ttft["split_to_local"]["ratio"]
-    assert strict_tpot["arrangements"][SPLIT]["goodput_90"]["bound"] == "at_least"
-    assert strict_tpot["arrangements"][SPLIT]["goodput_90"]["per_node_per_s"] == 1.5
+    assert strict_tpot["arrangements"][SPLIT]["goodput_90"]["bound"] == "between"
+    assert strict_tpot["arrangements"][SPLIT]["goodput_90"]["per_node_per_s"] == pytest.approx(1.55)
     assert strict_tpot["arrangements"][LOCAL]["goodput_90"]["bound"] == "at_most"
     lines = "\n".join(found["verdicts"])
     assert "100% TPOT" in lines
     assert "100% of the requests to split miss TTFT" in lines
     assert lines.count("as expected") == 2
-    assert lines.count("auto split 100% of 60 requests") == 2
+    assert lines.count("auto split 100% of 60 answers that came to their end") == 2
+    assert lines.count("unknown of 20") == 2
     assert missed(found) == []
 
 
 def test_auto_that_is_worse_than_the_better_of_both_or_never_splits_where_that_wins_misses_its_bar() -> None:
-    found = figures(tally_of(split=SPLITTING, local=STAYING, auto=[alike(1.0, 0.03, "local")] * 3))
-    lines = missed(found)
+    auto = [*[alike(1.0, 0.03, "local")] * 3, TOO_MUCH]
+    lines = missed(figures(tally_of(split=SPLITTING, local=STAYING, auto=auto)))
     assert len(lines) == 2
     assert "auto has 0.03 of the goodput" in lines[0]
-    assert "auto splits 0% of requests" in lines[1]
+    assert "auto split 0% of 60 answers only" in lines[1]
+
+
+@pytest.mark.parametrize(("rates", "where"), [(SPLITTING[:1] * 3, "above the highest"), ([TOO_MUCH] * 2, "below the")])
+def test_curves_that_all_stay_above_the_goal_or_all_below_it_decide_nothing(
+    rates: list[list[Answer]], where: str
+) -> None:
+    found = figures(tally_of(split=rates, local=rates, auto=rates))
+    for regime in found["traces"]["made_up"]["regimes"].values():
+        assert regime["auto_to_better"]["ratio"] == 1.0
+        assert regime["auto_to_better"]["bounds"][AUTO] == regime["auto_to_better"]["bounds"][SPLIT] != "between"
+        assert regime["auto_to_better"]["is_decided"] is regime["split_to_local"]["is_decided"] is False
+    lines = missed(found)
+    assert len(lines) == 4
+    assert all("not decided by the rates measured" in line and where in line for line in lines)
+    assert sum("not decided" in line for line in found["verdicts"]) == 4
+    assert not any("within 5 %" in line for line in found["verdicts"])
+    assert json.dumps(found, allow_nan=False)
 
 
 def test_what_auto_did_under_other_limits_says_nothing_about_these() -> None:
     tally = tally_of(split=SPLITTING, local=STAYING)
     for regime, answers in ((STRICT_TPOT, alike(1.0, 0.012, "split")), (STRICT_TTFT, alike(1.0, 0.03, "local"))):
-        tally.replays += [Replayed("made_up", AUTO, number + 1.0, tuple(answers), regime.name) for number in range(3)]
+        tally.replays += [
+            Replayed("made_up", AUTO, number + 1.0, tuple(some), regime.name)
+            for number, some in enumerate([*[answers] * 3, TOO_MUCH])
+        ]
     found = figures(tally)
     regimes = found["traces"]["made_up"]["regimes"]
     assert [regimes[regime.name]["auto_split_share"]["share"] for regime in REGIMES] == [1.0, 0.0]
-    assert [len(regimes[regime.name]["arrangements"][AUTO]["curve"]) for regime in REGIMES] == [3, 3]
+    assert [len(regimes[regime.name]["arrangements"][AUTO]["curve"]) for regime in REGIMES] == [4, 4]
     assert missed(found) == []
 
 
@@ -320,5 +343,5 @@ def test_the_command_compares_simulated_clusters_of_real_processes(tmp_path: Pat
     found = json.loads(done.stdout)
     for result in found["traces"]["small"]["regimes"].values():
         assert set(result["arrangements"]) == {SPLIT, LOCAL, AUTO}
-        assert result["auto_split_share"]["decisions"] > 0
+        assert result["auto_split_share"]["answers"] > 0
     assert found["answers_of_other_length"] == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import pytest
@@ -14,6 +15,7 @@ from edge_llm.bench.goodput import (
     Point,
     Timing,
     Unloaded,
+    certain_ratio,
     goodput,
     interval,
     monotone,
@@ -119,6 +121,16 @@ def test_who_serves_the_same_requests_as_the_best_is_exactly_as_good_in_every_dr
     ratio, low, high = ratio_to_best(curve(1.0, 0.8, 0.2), [curve(1.0, 1.0, 0.8), curve(0.9, 0.5)], 0.9)
     assert ratio == pytest.approx(1.5 / 2.5)
     assert low < ratio < high
+
+
+def test_a_ratio_is_certain_only_as_far_as_rates_were_measured() -> None:
+    between, above, below = curve(1.0, 0.8, 0.0), curve(1.0, 1.0, 1.0), curve(0.5, 0.4, 0.3)
+    assert certain_ratio(between, [between, below], 0.9) == (1.0, 1.0)
+    assert certain_ratio(between, [above], 0.9) == (0.0, 0.5), "the other one may have served any rate"
+    assert certain_ratio(above, [between], 0.9) == (2.0, math.inf)
+    assert certain_ratio(above, [above], 0.9) == (0.0, math.inf)
+    assert certain_ratio(below, [between], 0.9) == (0.0, pytest.approx(1.0 / 1.5))
+    assert certain_ratio(below, [below], 0.9) == (0.0, math.inf)
 
 
 def test_the_interval_of_a_share_is_wilsons() -> None:
