@@ -13,11 +13,13 @@ mixed nodes free of streams while limits of TPOT are strict; where streams can b
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from edge_llm.cluster.cost import NodeCost, Prediction, Request, Side, Stream, beside
+from edge_llm.cluster.cost import NodeCost, Prediction, Request, Side, Stream, Work, beside
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,18 +56,63 @@ NOBODY_LATE: Final = Verdict()
 
 @dataclass(frozen=True, slots=True)
 class _Watched:
-    """A stream with a limit that it keeps as things are. slack_s: what it can still lose. behind_s: how much prompt
-    work will be left when it begins; negative: it begins so long after all is read."""
+    """A stream with a limit that it keeps as things are. `behind_s`: how much prompt work will be left when it begins,
+    `piece_s` of it between two steps; negative: it begins so long after all is read. It loses `loses_s` by that, and
+    can lose `slack_s` more."""
 
     stream: Stream
     step_s: float
+    piece_s: float
     behind_s: float
+    loses_s: float
     slack_s: float
+
+    def loses_more_s(self, more_s: float) -> float:
+        """What it loses by `more_s` of prompt work behind what waits."""
+        all_of_it = beside(max(0.0, self.behind_s + more_s), self.piece_s, self.step_s, self.stream.left)
+        return all_of_it.stream_loses_s - self.loses_s
+
+    @property
+    def bears_s(self) -> float:
+        """So much prompt work behind what waits it can bear."""
+        if self.stream.left * self.piece_s <= self.loses_s + self.slack_s:
+            return math.inf  # a piece in every step to its end
+        return self.slack_s + self.loses_s - self.behind_s
+
+
+@dataclass(frozen=True, slots=True)
+class _Watch:
+    """Of a node. bears_s: of all `streams`, in order."""
+
+    streams: tuple[_Watched, ...]
+    bears_s: Sequence[float]
+
+    def overcome(self, more_s: float) -> int:
+        """How many cannot bear so much prompt work."""
+        return bisect_left(self.bears_s, more_s)
+
+
+_NOBODY: Final = _Watch((), ())
+
+
+class Watches:
+    """Who is watched, per node: worked out once for all requests that are judged by the same Work of it."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[NodeCost, Work, _Watch]] = {}
+
+    def of(self, worker: str, side: Side) -> _Watch:
+        kept = self._kept.get(worker)
+        # the very same Work: comparing a thousand streams would cost what is saved
+        if kept is None or kept[1] is not side.work or kept[0] != side.cost:
+            kept = self._kept[worker] = (side.cost, side.work, _watch(side))
+        return kept[2]
 
 
 class Judge:
     """Judges plans for one request. `sides`: all nodes that are looked at; `readers`: who of them reads prompts;
-    `next_tokens`: the prompt that is expected to come next; `waited_s`: since the request came."""
+    `next_tokens`: the prompt that is expected to come next; `waited_s`: since the request came; `watches`: what was
+    worked out for requests before it."""
 
     def __init__(
         self,
@@ -75,13 +122,15 @@ class Judge:
         readers: Collection[str],
         next_tokens: float,
         waited_s: float = 0.0,
+        watches: Watches | None = None,
     ) -> None:
+        watches = Watches() if watches is None else watches
         self._slo, self._request, self._sides, self._waited_s = slo, request, sides, waited_s
         self._readers = [worker for worker in readers if worker in sides]
         self._queued_s = {worker: side.cost.queued_s(side.work) for worker, side in sides.items()}
         self._next_s = {worker: side.cost.prefill_s(max(1, round(next_tokens))) for worker, side in sides.items()}
-        self._watched = {worker: _watched(side) for worker, side in sides.items()}
-        self._exposed = {worker: self._exposed_at(worker) for worker in self._readers}
+        self._watch = {worker: watches.of(worker, side) for worker, side in sides.items()}
+        self._exposed = {worker: self._watch[worker].overcome(self._next_s[worker]) for worker in self._readers}
 
     def verdict(self, reader: str, decode: str, prediction: Prediction) -> Verdict:
         """Of the plan in which `reader` computes the prompt and `decode` the answer."""
@@ -113,15 +162,15 @@ class Judge:
     def _pushed(self, worker: str, reads_s: float, begins_s: float | None) -> int:
         """Streams on a node that would be late if it read for `reads_s` more and, from `begins_s` on, made this
         answer."""
+        if begins_s is None:
+            return self._watch[worker].overcome(reads_s)
         cost, answer = self._sides[worker].cost, self._request.answer_tokens
         row_s = cost.row_s(self._request.prompt_tokens + answer / 2)
         pushed = 0
-        for watched in self._watched[worker]:
-            loses_s = _loses_s(cost, watched, reads_s)
-            if begins_s is not None:
-                stream = watched.stream
-                loses_s += row_s * common_steps(begins_s, answer, stream.begins_s, stream.left, watched.step_s)
-            pushed += loses_s > watched.slack_s
+        for watched in self._watch[worker].streams:
+            stream = watched.stream
+            steps = common_steps(begins_s, answer, stream.begins_s, stream.left, watched.step_s)
+            pushed += watched.loses_more_s(reads_s) + row_s * steps > watched.slack_s
         return pushed
 
     def _delayed(self, decode: str, begins_s: float) -> int:
@@ -146,13 +195,9 @@ class Judge:
 
     # -- those that will come
 
-    def _exposed_at(self, worker: str) -> int:
-        """Streams on a node that could not bear the next prompt."""
-        cost, next_s = self._sides[worker].cost, self._next_s[worker]
-        return sum(_loses_s(cost, one, next_s) > one.slack_s for one in self._watched[worker])
-
     def _exposed_after(self, reader: str, own_s: float, decode: str, tpot_s: float) -> int:
-        """The same where the next prompt does least harm, of the nodes that would read it in time, if any."""
+        """Streams that could not bear the next prompt where it does least harm, of the nodes that would read it in
+        time, if any."""
         found: list[tuple[bool, int]] = []
         for worker in self._readers:
             is_own = worker == decode and not self._bears_next(decode, tpot_s)
@@ -193,31 +238,54 @@ def common_steps(begins_s: float, tokens: float, other_begins_s: float, other_to
     return max(0.0, ends_s - max(begins_s, other_begins_s)) / step_s if step_s else 0.0
 
 
-def _watched(side: Side) -> list[_Watched]:
-    """Streams that keep their limits while all prompts that wait now are read."""
-    cost, streams = side.cost, side.work.streams
-    prompts_s = [cost.prefill_s(prompt.tokens, prompt.start) for prompt in side.work.prompts]
+def paces_s(cost: NodeCost, work: Work) -> list[float]:
+    """Predicted mean between two tokens of every stream of a node, each with the rows of the others as long as both
+    decode (`common_steps`, all of the length that a step has for one stream of mean depth). One pass over beginnings
+    and ends in order: a node may have a thousand streams."""
+    streams = work.streams
+    alone_s = cost.step_s(1, sum(stream.cells for stream in streams) / len(streams)) if streams else 0.0
+    rows_s = [cost.row_s(stream.cells) for stream in streams]
+    spans = [(stream.begins_s, stream.begins_s + stream.left * alone_s) for stream in streams]
+    begin = ((begins_s, row_s) for (begins_s, _), row_s in zip(spans, rows_s, strict=True))
+    end = ((ends_s, -row_s) for (_, ends_s), row_s in zip(spans, rows_s, strict=True))
+    at_s, rows, area = (
+        [0.0],
+        [0.0],
+        [0.0],
+    )  # from then on so many seconds of rows a step; their sum over time until then
+    for moment_s, change in sorted([*begin, *end]):
+        area.append(area[-1] + rows[-1] * (moment_s - at_s[-1]))
+        rows.append(rows[-1] + change)
+        at_s.append(moment_s)
+
+    def until(moment_s: float) -> float:
+        before = bisect_right(at_s, moment_s) - 1
+        return area[before] + rows[before] * (moment_s - at_s[before])
+
     found = []
-    for at, stream in enumerate(streams):
-        if stream.tpot_s is None:
-            continue
-        alone_s = cost.step_s(1, stream.cells)
-        rows_s = sum(
-            cost.row_s(other.cells) * common_steps(stream.begins_s, stream.left, other.begins_s, other.left, alone_s)
-            for other in (*streams[:at], *streams[at + 1 :])
-        )
-        step_s = alone_s + rows_s / stream.left
-        behind_s = sum(prompts_s[stream.ahead :]) - (0.0 if stream.ahead else stream.begins_s)
-        loses_s = beside(max(0.0, behind_s), cost.piece_s(step_s), step_s, stream.left).stream_loses_s
-        allowed_s = stream.tpot_s * (stream.tokens + stream.left)
-        slack_s = allowed_s - stream.age_s - stream.left * step_s - loses_s
-        if slack_s >= 0:
-            found.append(_Watched(stream, step_s, behind_s, slack_s))
+    for stream, row_s, (begins_s, ends_s) in zip(streams, rows_s, spans, strict=True):
+        others_s = (until(ends_s) - until(begins_s)) / alone_s - stream.left * row_s if alone_s else 0.0
+        found.append(cost.step_s(1, stream.cells) + max(0.0, others_s) / stream.left)
     return found
 
 
-def _loses_s(cost: NodeCost, watched: _Watched, more_s: float) -> float:
-    """What a stream loses by `more_s` of prompt work behind what waits."""
-    step_s, piece_s, left = watched.step_s, cost.piece_s(watched.step_s), watched.stream.left
-    before = beside(max(0.0, watched.behind_s), piece_s, step_s, left).stream_loses_s
-    return beside(max(0.0, watched.behind_s + more_s), piece_s, step_s, left).stream_loses_s - before
+def _watch(side: Side) -> _Watch:
+    """Streams that keep their limits while all prompts that wait now are read."""
+    cost, work = side.cost, side.work
+    if all(stream.tpot_s is None for stream in work.streams):
+        return _NOBODY
+    after_s = [0.0]  # prompt work from each prompt on, the last one first
+    for prompt in reversed(work.prompts):
+        after_s.append(after_s[-1] + cost.prefill_s(prompt.tokens, prompt.start))
+    found = []
+    for stream, step_s in zip(work.streams, paces_s(cost, work), strict=True):
+        if stream.tpot_s is None:
+            continue
+        behind_s = after_s[max(0, len(work.prompts) - stream.ahead)] - (0.0 if stream.ahead else stream.begins_s)
+        piece_s = cost.piece_s(step_s)
+        loses_s = beside(max(0.0, behind_s), piece_s, step_s, stream.left).stream_loses_s
+        allowed_s = stream.tpot_s * (stream.tokens + stream.left)
+        slack_s = allowed_s - stream.age_s - stream.left * step_s - loses_s
+        if slack_s >= 0:
+            found.append(_Watched(stream, step_s, piece_s, behind_s, loses_s, slack_s))
+    return _Watch(tuple(found), sorted(one.bears_s for one in found))

@@ -15,7 +15,7 @@ from typing import Any, Final
 import structlog
 
 from edge_llm.cluster.cost import TYPICAL_ANSWER_TOKENS, NodeCost, Work
-from edge_llm.cluster.slo import Slo
+from edge_llm.cluster.slo import Slo, Watches
 from edge_llm.cluster.view import ClusterView, Node
 from edge_llm.errors import Overloaded
 from edge_llm.gateway.affinity import Affinity, Chain, chain_of
@@ -129,6 +129,7 @@ class Planner:
     ) -> None:
         self._policy, self._cross_class, self._clock, self._on_outcome = policy, cross_class, clock, on_outcome
         self._book, self._affinity, self._pools = WorkBook(), Affinity(), Pools()
+        self._watches = Watches()
         self._known: dict[str, _Known] = {}
         self._answer_tokens: dict[str, float] = {}
         self._prompt_tokens: dict[str, float] = {}
@@ -148,6 +149,7 @@ class Planner:
             self._cross_class,
             self._policy,
             self._prompt_tokens.get(running.job.model),
+            self._watches,
         )
         plan, wish = self._decide(running, known, view, situation)
         known.decision = self._record(running, plan, wish)

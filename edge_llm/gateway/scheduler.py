@@ -35,7 +35,7 @@ from edge_llm.cluster.cost import (
     predict_split,
     work_of,
 )
-from edge_llm.cluster.slo import NO_LIMITS, NOBODY_LATE, Judge, Slo, Verdict
+from edge_llm.cluster.slo import NO_LIMITS, NOBODY_LATE, Judge, Slo, Verdict, Watches
 from edge_llm.cluster.view import ClusterView, Node
 from edge_llm.errors import Overloaded, UnknownModel
 from edge_llm.gateway.policies import Policy, Standby
@@ -112,7 +112,8 @@ class Situation:
     """What else is known now. A worker that `works` does not name has the work that it says it has.
 
     waiting: requests that have no plan yet. pool_of: where a node stands (none: everybody stands by for both).
-    next_prompt_tokens: how long the next prompt is expected to be (None: as this one).
+    next_prompt_tokens: how long the next prompt is expected to be (None: as this one). watches: kept between
+    decisions.
     """
 
     works: Mapping[str, Work] = field(default_factory=dict)
@@ -121,6 +122,7 @@ class Situation:
     cross_class: CrossClass = "when_faster"
     policy: Policy | None = None
     next_prompt_tokens: float | None = None
+    watches: Watches = field(default_factory=Watches)
 
     def work(self, node: Node) -> Work:
         return self.works.get(node.worker) or work_of(node.status)
@@ -251,7 +253,7 @@ def _judged(
 ) -> Iterator[_Option]:
     """The same options with what they mean for limits of latency."""
     coming = wish.prompt_tokens if situation.next_prompt_tokens is None else situation.next_prompt_tokens
-    judge = Judge(wish.slo, request, sides, {node.worker for node in readers}, coming, wish.waited_s)
+    judge = Judge(wish.slo, request, sides, {node.worker for node in readers}, coming, wish.waited_s, situation.watches)
     for option in options:
         verdict = judge.verdict(option.reader.worker, option.decode.worker, option.prediction)
         yield replace(option, verdict=verdict)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from edge_llm.cluster.cost import (
     NodeCost,
@@ -17,7 +20,7 @@ from edge_llm.cluster.cost import (
     predict_local,
     predict_split,
 )
-from edge_llm.cluster.slo import Judge, Slo, Verdict, common_steps, own_tpot_s
+from edge_llm.cluster.slo import Judge, Slo, Verdict, Watches, common_steps, own_tpot_s, paces_s
 from edge_llm.worker.messages import Rates
 
 # 10 ms a token of prompt; a step of one row takes 10 ms, each further one 10 ms; 15 ms of prompt between two steps
@@ -150,3 +153,59 @@ def test_a_quiet_node_that_cannot_read_the_next_prompt_in_time_is_no_refuge() ->
     judge = Judge(STRICT, REQUEST, {"m1": busy, "m2": full}, {"m1", "m2"}, 101)
     made = predict_split(REQUEST, full, busy, None)
     assert judge.verdict("m2", "m1", made).exposed == 2, "11 s until the next one is read there, of 10: it goes to m1"
+
+
+# -- many streams
+
+
+@dataclass(frozen=True, slots=True)
+class CountingCost(NodeCost):
+    """Counts how often anybody asks what a row costs."""
+
+    asked: list[float] = field(default_factory=list)
+
+    def row_s(self, cells: float) -> float:
+        self.asked.append(cells)
+        return NodeCost.row_s(self, cells)
+
+
+def crowded(streams: int) -> tuple[Side, list[float]]:
+    cost = CountingCost(RATES, chunk_tokens=100, kv_bytes_per_token=1)
+    return replace(side(*(stream(left=10.0 + at) for at in range(streams))), cost=cost), cost.asked
+
+
+def test_twice_the_streams_are_twice_the_work() -> None:
+    """A decision is made while all other requests wait."""
+    asked = []
+    for count in (50, 100):
+        busy, rows = crowded(count)
+        Judge(STRICT, REQUEST, {"m1": busy}, {"m1"}, 101)
+        asked.append(len(rows))
+    assert asked[1] <= 2 * asked[0]
+
+
+def test_streams_are_looked_at_once_for_all_requests_that_are_judged_by_the_same_work() -> None:
+    (busy, rows), watches = crowded(50), Watches()
+    judges = [Judge(LOOSE, REQUEST, {"m1": busy}, {"m1"}, 101, watches=watches)]
+    rows.clear()
+    judges += [Judge(LOOSE, REQUEST, {"m1": busy}, {"m1"}, 101, watches=watches)]
+    assert rows == []
+    first, second = (judge.verdict("m1", "m1", predict_local(REQUEST, busy)) for judge in judges)
+    assert first == second
+    rows.clear()
+    Judge(LOOSE, REQUEST, {"m1": replace(busy, work=replace(busy.work))}, {"m1"}, 101, watches=watches)
+    assert len(rows) == 50, "other work may have other streams"
+
+
+@given(st.lists(st.tuples(st.floats(1, 200), st.integers(0, 4000), st.floats(0, 3)), max_size=12))
+def test_a_stream_has_the_rows_of_others_for_the_steps_in_which_both_are(drawn: list[tuple[float, int, float]]) -> None:
+    cost = NodeCost(Rates(run_s=0.02, row_s=0.003, cell_s=1e-6), chunk_tokens=100, kv_bytes_per_token=1)
+    streams = tuple(Stream(left, cells, begins_s) for left, cells, begins_s in drawn)
+    depth = sum(one.cells for one in streams) / max(1, len(streams))
+    for at, pace_s in enumerate(paces_s(cost, Work(streams=streams))):
+        own = streams[at]
+        expected_s = cost.step_s(1, own.cells)
+        for other in (*streams[:at], *streams[at + 1 :]):
+            steps = common_steps(own.begins_s, own.left, other.begins_s, other.left, cost.step_s(1, depth))
+            expected_s += steps * cost.row_s(other.cells) / own.left
+        assert pace_s == pytest.approx(expected_s)
