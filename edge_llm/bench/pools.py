@@ -36,7 +36,9 @@ _ANSWERS: Final[Mapping[Kind, tuple[int, ...]]] = {
     "conv": (7, 41, 54, 77, 85, 91, 103, 129, 177, 384, 395, 400, 424, 451, 601),
     "code": (6, 6, 7, 8, 9, 9, 11, 13, 16, 20, 24, 29, 55, 90, 252),
 }
-JSQ: Final = "predicted"
+# The scheduler; and the classical policy: join the shortest queue, by the number of requests.
+OURS: Final = "predicted"
+SHORTEST_QUEUE: Final = "least_busy"
 _PERCENTILES: Final = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 _LOOK_S: Final = 1.0
 # The gateway's clock and ours are the machine's: events are asked for their time, and may be a little older than 0.
@@ -62,7 +64,7 @@ PHASES: Final = (Phase("conv", 25.0, 3.2), Phase("code", 85.0, 5.2), Phase("conv
 class Plan:
     """`scale` multiplies lengths; `turn_s` after a turn counts as during it. `wait_bound_s`: the gateway's."""
 
-    policies: tuple[str, ...] = (JSQ, "random", "round_robin")
+    policies: tuple[str, ...] = (OURS, SHORTEST_QUEUE, "random", "round_robin")
     phases: tuple[Phase, ...] = PHASES
     seed: int = 7
     scale: float = 0.5
@@ -266,18 +268,24 @@ def figures(plan: Plan, seen: Seen, run: Run) -> dict[str, Any]:
         "wait_bound_s": plan.wait_bound_s,
         "policies": {policy: _of(policy, plan, seen, run) for policy in plan.policies},
     }
-    ours = run.samples.get(f"{JSQ}.all.ttft_s")
-    for policy in plan.policies:
-        theirs = run.samples.get(f"{policy}.all.ttft_s")
-        if ours and theirs and policy != JSQ:
-            ratios = {name: percentile(ours, share) / percentile(theirs, share) for name, share in _PERCENTILES.items()}
-            found[f"ttft_{JSQ}_over_{policy}"] = {name: round(ratio, 3) for name, ratio in ratios.items()}
+    for mine in (OURS, SHORTEST_QUEUE):
+        for policy in plan.policies:
+            if policy not in (OURS, mine) and (ratios := _ttft_ratios(run, mine, policy)):
+                found[f"ttft_{mine}_over_{policy}"] = ratios
     for name in ("all", "gateway", "workers", "client"):
         if shares := run.samples.get(f"cpu_share_{name}"):
             found.setdefault("cpu_share", {})[name] = round(sum(shares) / len(shares), 3)
     if late := run.samples.get("late_s"):
         found["late_ms"] = {"p99": round(1e3 * percentile(late, 0.99), 2), "max": round(1e3 * max(late), 2)}
     return found
+
+
+def _ttft_ratios(run: Run, mine: str, other: str) -> dict[str, float]:
+    """By percentile; empty when one of them has no answer."""
+    ours, theirs = (run.samples.get(f"{policy}.all.ttft_s") for policy in (mine, other))
+    if not ours or not theirs:
+        return {}
+    return {name: round(percentile(ours, share) / percentile(theirs, share), 3) for name, share in _PERCENTILES.items()}
 
 
 def _of(policy: str, plan: Plan, seen: Seen, run: Run) -> dict[str, Any]:
@@ -317,16 +325,16 @@ def _spread(run: Run, name: str) -> dict[str, float] | None:
 
 def missed(found: Mapping[str, Any]) -> list[str]:
     """What the scheduler promises of itself, and did not do, as lines for people."""
-    ours = found["policies"].get(JSQ)
+    ours = found["policies"].get(OURS)
     if ours is None or not ours["answered"]:
-        return [f"{JSQ} was not measured"]
+        return [f"{OURS} was not measured"]
     kinds = [name for name in ("refused", "refused_late", "failed") if ours[name]]
     lines = [f"{ours[name]} requests were {name.replace('_', ' ')}, not 0" for name in kinds]
     if ours["longest_wait_s"] > found["wait_bound_s"]:
         lines.append(f"a request waited {ours['longest_wait_s']:.1f} s, more than its bound {found['wait_bound_s']} s")
     lines += _missing_moves(ours["events"], found["turns_at_s"])
     for name, ratios in found.items():
-        if name.startswith("ttft_") and ratios["p90"] >= 1.0:
+        if name.startswith(f"ttft_{OURS}_over_") and ratios["p90"] >= 1.0:
             lines.append(f"{name} is {ratios['p90']:.3g} at p90, not below 1")
     return lines
 

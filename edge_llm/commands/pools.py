@@ -23,7 +23,7 @@ POLICIES = ("predicted", "random", "round_robin", "least_busy")
 
 
 @click.command()
-@click.option("--policies", multiple=True, type=click.Choice(POLICIES), help="Default: all but least_busy.")
+@click.option("--policies", multiple=True, type=click.Choice(POLICIES), help="Default: all.")
 @click.option("--seed", type=int, default=7, show_default=True, help="Of lengths and times.")
 @click.option("--wait-bound-s", type=click.FloatRange(0.5, 300), default=30.0, show_default=True)
 @click.option("--one-by-one", is_flag=True, help="A cluster at a time: more CPU for each, as often as long.")

@@ -67,7 +67,7 @@ def seen(*events: tuple[float, str]) -> Seen:
 
 def measured(at_s: tuple[tuple[float, str], ...], ours_s: float = 0.5, wait_s: float = 1.0) -> dict[str, Any]:
     run = Run("pools", [], {})
-    for policy, ttft_s in (("predicted", ours_s), ("random", 1.0), ("round_robin", 1.0)):
+    for policy, ttft_s in (("predicted", ours_s), ("least_busy", 0.8), ("random", 1.0), ("round_robin", 1.0)):
         run.add(f"{policy}.all.ttft_s", ttft_s)
         run.add(f"{policy}.delay_s", wait_s)
     return figures(PLAN, seen(*at_s), run)
@@ -96,7 +96,21 @@ def test_what_the_pools_did_not_do_is_named(events: tuple[tuple[float, str], ...
 
 def test_a_wait_beyond_the_bound_and_a_policy_that_is_better_are_named() -> None:
     assert [line for line in missed(measured(GOOD, wait_s=PLAN.wait_bound_s + 1)) if "more than its bound" in line]
-    assert len(missed(measured(GOOD, ours_s=1.5))) == 2
+    assert len(missed(measured(GOOD, ours_s=1.5))) == 3
+    assert len(missed(measured(GOOD, ours_s=0.9))) == 1, "of the shortest queue alone"
+
+
+def test_the_shortest_queue_is_measured_by_default_and_compared_with_chance_and_turns_too() -> None:
+    assert PLAN.policies == ("predicted", "least_busy", "random", "round_robin")
+    found = measured(GOOD)
+    ratios = {name: found[name]["p90"] for name in found if name.startswith("ttft_")}
+    assert ratios == {
+        "ttft_predicted_over_least_busy": 0.625,
+        "ttft_predicted_over_random": 0.5,
+        "ttft_predicted_over_round_robin": 0.5,
+        "ttft_least_busy_over_random": 0.8,
+        "ttft_least_busy_over_round_robin": 0.8,
+    }
 
 
 @pytest.mark.parametrize("what", ["refused", "refused_late", "failed"])
