@@ -25,6 +25,8 @@ _TAIL_BYTES: Final = 8 << 10
 # A request that has not ended after so long is hung up and counts as lost.
 PATIENCE_S: Final = 120.0
 _RETRY_S: Final = 0.05
+# Requests that leave later than this share of what is judged (99 % of them) make it the generator's figure.
+LATE_SHARE: Final = 0.1
 
 
 @dataclass(frozen=True, slots=True)

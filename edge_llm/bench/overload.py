@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from edge_llm.bench.cpu_share import cpu_shares, read_cpu
 from edge_llm.bench.layout import Launch, Layout, Started
-from edge_llm.bench.open_loop import Answer, Call, OpenLoop, completion, poisson
+from edge_llm.bench.open_loop import LATE_SHARE, Answer, Call, OpenLoop, completion, poisson
 from edge_llm.bench.processes import MeasureFailed
 from edge_llm.bench.run import Run
 from edge_llm.bench.stats import percentile
@@ -236,3 +236,6 @@ def _missed_by(load: str, found: Mapping[str, Any]) -> Iterator[str]:
             yield f"{load}: {name} was not measured"
         elif found[name] > bar:
             yield f"{load}: {name} is {found[name]:.4g}, not at most {bar:g}"
+    late_ms, most_ms = found.get("late_ms", {}).get("p99", 0.0), LATE_SHARE * BARS["rejection_ms_p95"]
+    if late_ms > most_ms:
+        yield f"{load}: requests left late, {late_ms:.4g} ms at p99, not at most {most_ms:g}: the generator's figures"

@@ -20,7 +20,7 @@ import aiohttp
 
 from edge_llm.bench.cpu_share import cpu_shares, read_cpu
 from edge_llm.bench.layout import Launch, Layout, LocalProcess
-from edge_llm.bench.open_loop import Answer, Call, OpenLoop, completion, poisson
+from edge_llm.bench.open_loop import LATE_SHARE, Answer, Call, OpenLoop, completion, poisson
 from edge_llm.bench.run import Run
 from edge_llm.bench.stats import percentile
 
@@ -332,6 +332,9 @@ def missed(found: Mapping[str, Any]) -> list[str]:
     lines = [f"{ours[name]} requests were {name.replace('_', ' ')}, not 0" for name in kinds]
     if ours["longest_wait_s"] > found["wait_bound_s"]:
         lines.append(f"a request waited {ours['longest_wait_s']:.1f} s, more than its bound {found['wait_bound_s']} s")
+    late_ms, most_ms = found.get("late_ms", {}).get("p99", 0.0), 1e3 * LATE_SHARE * ours["ttft_s"]["all"]["p90"]
+    if late_ms > most_ms:
+        lines.append(f"requests left {late_ms:.4g} ms late at p99, not at most {most_ms:.4g}: figures of the generator")
     lines += _missing_moves(ours["events"], found["turns_at_s"])
     for name, ratios in found.items():
         if name.startswith(f"ttft_{OURS}_over_") and ratios["p90"] >= 1.0:

@@ -26,6 +26,7 @@ def run_of(**samples: list[float]) -> Run:
         "overload.refused_at_s": [1.0],
         "overload.rejection_s": [0.004],
         "overload.code 503 overloaded": [1.0],
+        "late_s": [0.001],
     }
     for name, values in (good | {key.replace("__", "."): value for key, value in samples.items()}).items():
         run.samples[f"answers.{name}"] = values
@@ -53,6 +54,7 @@ def test_a_run_within_all_bars_misses_nothing() -> None:
         ("capacity__lost", [1.0], "lost"),
         ("overload__unexplained", [1.0], "unexplained"),
         ("recovery__refused_at_s", [PLAN.overload_s + 1.5], "recovery_s"),
+        ("late_s", [0.001, 0.02], "left late"),
     ],
 )
 def test_each_bar_can_be_missed(sample: str, values: list[float], bar: str) -> None:

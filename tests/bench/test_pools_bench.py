@@ -65,8 +65,11 @@ def seen(*events: tuple[float, str]) -> Seen:
     return Seen({"predicted": {(at_s, kind, "d1", "token", "prompt", "because") for at_s, kind in events}})
 
 
-def measured(at_s: tuple[tuple[float, str], ...], ours_s: float = 0.5, wait_s: float = 1.0) -> dict[str, Any]:
+def measured(
+    at_s: tuple[tuple[float, str], ...], ours_s: float = 0.5, wait_s: float = 1.0, late_s: float = 0.001
+) -> dict[str, Any]:
     run = Run("pools", [], {})
+    run.add("late_s", late_s)
     for policy, ttft_s in (("predicted", ours_s), ("least_busy", 0.8), ("random", 1.0), ("round_robin", 1.0)):
         run.add(f"{policy}.all.ttft_s", ttft_s)
         run.add(f"{policy}.delay_s", wait_s)
@@ -111,6 +114,12 @@ def test_the_shortest_queue_is_measured_by_default_and_compared_with_chance_and_
         "ttft_least_busy_over_random": 0.8,
         "ttft_least_busy_over_round_robin": 0.8,
     }
+
+
+def test_a_generator_that_was_late_itself_is_named() -> None:
+    assert missed(measured(GOOD, late_s=0.049)) == []
+    (line,) = missed(measured(GOOD, late_s=0.051))
+    assert "51 ms late" in line, "more than a tenth of the 0.5 s that nine in ten waited for their first token"
 
 
 @pytest.mark.parametrize("what", ["refused", "refused_late", "failed"])
