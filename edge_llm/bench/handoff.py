@@ -163,8 +163,10 @@ async def _arrival(plan: Plan, layout: Layout, client: StreamClient, ids: Sequen
     if found:
         run.add(f"{where}: stall_ratio", max(gaps.stall_ratio for gaps in found))
         if layout.name != SERVER:  # there the step that makes the first token is the prompt's last one
-            waiting = [largest_s / gaps.mean_before_s for largest_s, gaps in zip(before, found, strict=True)]
-            run.add(f"{where}: prompt_stall_ratio", max(waiting))
+            pairs = zip(before, found, strict=True)
+            waiting = [largest_s / gaps.mean_before_s for largest_s, gaps in pairs if largest_s is not None]
+            if waiting:
+                run.add(f"{where}: prompt_stall_ratio", max(waiting))
         run.add(f"{where}: largest_gap_s", max(gaps.largest_during_s for gaps in found))
         run.add(f"{where}: mean_gap_s", max(gaps.mean_before_s for gaps in found))
     if layout.name != SERVER:

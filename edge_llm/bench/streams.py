@@ -19,6 +19,7 @@ from typing import Any, Final
 import aiohttp
 
 from edge_llm.bench.processes import MeasureFailed
+from edge_llm.bench.stats import median
 
 # Before an arrival counts, each stream has shown its pace over this many gaps.
 WARM_GAPS: Final = 24
@@ -59,14 +60,14 @@ def gaps_around(arrivals_s: Sequence[float], sent_s: float, answered_s: float) -
     return Gaps(sum(before) / len(before), max(during))
 
 
-def largest_gap_before(arrivals_s: Sequence[float], sent_s: float, first_s: float) -> float:
+def largest_gap_before(arrivals_s: Sequence[float], sent_s: float, first_s: float) -> float | None:
     """The largest gap that begins an arrival's stay and ends before its first token (at `first_s`): what a prompt that
-    is worked on does to a stream, without what its answer does as one more row. 0 where there is no such gap."""
+    is worked on does to a stream, without what its answer does as one more row. None where there is no such gap."""
     paced = [later - earlier for earlier, later in pairwise(arrivals_s) if later <= sent_s]
     # the step that makes the first token reaches both clients at about the same time: half a gap tells it from others
-    until_s = first_s - min(paced, default=0.0) / 2
+    until_s = first_s - (median(paced) if paced else 0.0) / 2
     gaps = [later - earlier for earlier, later in pairwise(arrivals_s) if sent_s < later < until_s]
-    return max(gaps, default=0.0)
+    return max(gaps, default=None)
 
 
 class StreamClient:

@@ -26,8 +26,9 @@ from edge_llm.bench.processes import MeasureFailed
 from edge_llm.bench.record import ModelFacts
 from edge_llm.bench.run import Run
 from edge_llm.errors import EdgeLLMError
+from edge_llm.worker.messages import WIDE_ROWS
 
-TOGETHER: Final = 8
+TOGETHER: Final = WIDE_ROWS
 CROWD_TOKENS: Final = 96
 MAX_TRIES: Final = 100
 # The gateway asks its workers every second how they are.

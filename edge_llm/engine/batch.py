@@ -21,6 +21,10 @@ from typing import Final
 PROMPT_STEPS_PER_DECODE_STEP: Final = 1.5
 # Repacked GEMM kernels work on four rows at a time (ggml-cpu/repack.cpp, tensor_traits::forward_mul_mat).
 ROW_BLOCK: Final = 4
+# llama.cpp reads whole blocks of KV cells (llama_kv_cache::get_n_kv).
+CELL_BLOCK: Final = 256
+# A call costs something whatever a fit says: at 0 every row would get its own, and nothing else would be learnt.
+_LEAST_RUN: Final = 0.05
 # Weight of the newest sample in running means; about the last eight samples count.
 _SMOOTHING: Final = 0.125
 
@@ -67,18 +71,25 @@ def token_budget(decode_step_s: float, prompt_token_s: float) -> int:
     return max(1, tokens - tokens % ROW_BLOCK if tokens >= ROW_BLOCK else tokens)
 
 
-def fillers(slots: Sequence[int], filled: Set[int], cost: RowCost) -> list[int]:
+def fillers(slots: Sequence[int], filled: Set[int], cost: RowCost, cells: int = 0) -> list[int]:
     """Idle slots between running ones worth evaluating too, so that the call stays one graph run.
 
-    `slots` is ascending. Filling a hole of g slots costs g rows, leaving it costs one more run. A hole with a slot in
+    `slots` is ascending; the deepest has `cells` KV cells, and a throw-away row beside it reads as many. Filling a hole
+    of g slots costs g rows, leaving it costs one more run. A hole with a slot in
     it that holds KV (`filled`: its prompt is not done) stays: a row there would be a wrong position of that sequence.
     """
     chosen: list[int] = []
+    row_s = cost.row_s + cells_read(cells) * cost.cell_s
     for left, right in pairwise(slots):
         hole = range(left + 1, right)
-        if hole and len(hole) * cost.row_s < cost.run_s and filled.isdisjoint(hole):
+        if hole and len(hole) * row_s < cost.run_s and filled.isdisjoint(hole):
             chosen.extend(hole)
     return chosen
+
+
+def cells_read(cells: int) -> int:
+    """Cells that llama.cpp reads for a sequence of `cells` (llama_kv_cache::get_n_kv)."""
+    return -(-cells // CELL_BLOCK) * CELL_BLOCK
 
 
 def calls(cells: Sequence[int], cost: RowCost) -> list[range]:
@@ -86,9 +97,10 @@ def calls(cells: Sequence[int], cost: RowCost) -> list[range]:
 
     One call reads max(cells) for each of its rows. Stretches of neighbours only: others would leave holes.
     """
-    count = len(cells)
+    count, cells = len(cells), [cells_read(depth) for depth in cells]
+    run_s = max(cost.run_s, _LEAST_RUN * cost.row_s)
     # a second call costs at least run_s and saves at most what one call reads in vain
-    if (count * max(cells) - sum(cells)) * cost.cell_s <= cost.run_s:
+    if (count * max(cells) - sum(cells)) * cost.cell_s <= run_s:
         return [range(count)]
     best_s = [0.0] + [math.inf] * count
     begins = [0] * (count + 1)
@@ -96,8 +108,8 @@ def calls(cells: Sequence[int], cost: RowCost) -> list[range]:
         deepest = 0
         for begin in reversed(range(end)):
             deepest = max(deepest, cells[begin])
-            seconds = best_s[begin] + cost.run_s + (end - begin) * deepest * cost.cell_s
-            if seconds < best_s[end]:
+            seconds = best_s[begin] + run_s + (end - begin) * deepest * cost.cell_s
+            if seconds <= best_s[end]:  # of equals the wider one
                 best_s[end], begins[end] = seconds, begin
     found: list[range] = []
     end = count

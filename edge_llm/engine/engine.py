@@ -166,7 +166,7 @@ class Engine(Protocol):
         ...
 
     def step(self) -> Step:
-        """One micro-batch of prompt work (bounded by the time budget when streams run) and one decode call."""
+        """Prompt work of one micro-batch (bounded by the time budget when streams run), a row of each running stream."""
         ...
 
     def end(self, slot: int) -> None:

@@ -21,7 +21,7 @@ from typing import Final
 import numpy as np
 
 from edge_llm.engine.backend import Interrupted, Logits, Row
-from edge_llm.engine.batch import RowCost, fillers
+from edge_llm.engine.batch import CELL_BLOCK, RowCost, cells_read, fillers
 from edge_llm.engine.engine import EngineFacts
 from edge_llm.engine.native import NativeContext, NativeModel
 from edge_llm.engine.rates import Rates
@@ -31,7 +31,7 @@ from edge_llm.kv.codec import BlobLayout, StateBlob, UnaccountedState, cut, extr
 
 _SELF_TEST_TOKENS: Final = 24
 _TIMED_TOKENS: Final = 64  # enough rows for the kernels of prompts, under 2 s at 40 tokens/s
-_TIMED_CELLS: Final = 1000  # llama.cpp reads multiples of 256 cells (llama_kv_cache::get_n_kv)
+_TIMED_CELLS: Final = 1000  # with the timed rows they stay in their last block
 _TIMED_STEPS: Final = 4
 _SERVED, _EXPORT = 0, 1  # sequence ids of the prompt context
 
@@ -100,7 +100,7 @@ class LlamaBackend:
             return context.decode([row.token_id], [row.position], [row.slot])
         slots = [row.slot for row in rows]
         self._filled.update(slots)
-        idle = fillers(slots, self._filled, self._row_cost)
+        idle = fillers(slots, self._filled, self._row_cost, max(row.position for row in rows) + 1)
         if not idle:
             return context.decode([row.token_id for row in rows], [row.position for row in rows], slots)
         every = sorted([*rows, *(Row(slot, 0, 0) for slot in idle)], key=lambda row: row.slot)
@@ -234,8 +234,8 @@ class LlamaBackend:
                 self._facts, splits=False, split_reason=error.message, layout=None, prompt_layout=None
             )
         if self._decode_context is not None:
-            self._row_cost = self._measure_rows()
             self._canary = self._known_answer(0)
+            self._row_cost = self._measure_rows()
         self._prompt_token_s = self._time_prompt(self._contexts[-1])
 
     def _learn(self, context: NativeContext, ids: Sequence[int]) -> BlobLayout:
@@ -305,7 +305,7 @@ class LlamaBackend:
         if layout is None or cells < _TIMED_CELLS // 2:
             return 0.0
         zeros = StateBlob(layout, cells, 0)
-        zeros.place(0, cells, bytes(layout.geometry.payload_bytes(cells)), self._facts.v_layout)
+        zeros.place(0, cells, bytes(layout.geometry.payload_bytes(cells)), layout.v_layout)
         try:
             self.restore(0, zeros)
             best_s = min(self._timed_row(cells + step) for step in range(_TIMED_STEPS))
@@ -313,7 +313,7 @@ class LlamaBackend:
             return 0.0
         finally:
             self.drop(0)
-        return max(0.0, best_s - one_row_s) / cells
+        return max(0.0, best_s - one_row_s) / (cells_read(cells) - CELL_BLOCK)
 
     def _timed_row(self, position: int) -> float:
         started_s = time.perf_counter()

@@ -26,10 +26,10 @@ from typing import Final
 Vector = tuple[float, float, float]
 Matrix = tuple[Vector, Vector, Vector]
 
-# About the last 200 samples count: decode steps of 10 ms forget a throttled minute within seconds.
+# About the last 200 samples count, 1,000 steps once the law is known: at 10 ms they forget a throttled minute in 10 s.
 _FORGETTING: Final = 0.995
 _LEARNT: Final = 64
-_OBSERVED_STEPS: Final = 4
+_OBSERVED_STEPS: Final = 5  # odd: prompt work of two kinds takes turns beside decode steps
 _SURPRISE: Final = 1.5
 _BELIEVED_AFTER: Final = 4
 # Weight of a first estimate against one sample; the sums hold up to 1 / (1 - _FORGETTING) samples.
@@ -141,7 +141,7 @@ class RateBook:
 
     def begin_step(self) -> bool:
         """Whether the decode calls of the step that begins shall be observed: all while little is known, then every
-        fourth step. Observing costs as much as drawing a token."""
+        fifth step. Observing costs as much as drawing a token."""
         self._steps += 1
         return self._decode.samples < _LEARNT or self._steps % _OBSERVED_STEPS == 0
 

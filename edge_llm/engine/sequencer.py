@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from edge_llm.engine.backend import Backend, Interrupted, Logits, Row
-from edge_llm.engine.batch import RowCost, calls, next_border, piece_end, smoothed, token_budget
+from edge_llm.engine.batch import RowCost, calls, cells_read, next_border, piece_end, smoothed, token_budget
 from edge_llm.engine.engine import EngineFacts, Failure, KeptKV, KVChunk, PromptProgress, ServedPrompt, Step, Vocabulary
 from edge_llm.engine.rates import NOTHING_KNOWN, RateBook, Rates
 from edge_llm.engine.sampling import sample
@@ -308,8 +308,9 @@ class Sequencer:
         started_s = self._clock()
         for part in self._calls(running):
             ended += self._decode_call(part, is_observed, outcome)
-        outcome.decode_s = self._clock() - started_s
-        self._decode_step_s = smoothed(self._decode_step_s, outcome.decode_s)
+        if outcome.decoded_rows:
+            outcome.decode_s = self._clock() - started_s
+            self._decode_step_s = smoothed(self._decode_step_s, outcome.decode_s)
         for sequence in ended:  # after the clock was read: it is no part of a decode step
             self._keep(sequence, outcome)
             self.end(sequence.slot)
@@ -323,7 +324,7 @@ class Sequencer:
     def _decode_call(self, running: Sequence[_Sequence], is_observed: bool, outcome: _Outcome) -> list[_Sequence]:
         """One call for neighbouring slots; those that ended with it. A call that fails leaves the others alone."""
         rows = [Row(sequence.slot, sequence.ids[-1], len(sequence.ids) - 1) for sequence in running]
-        deepest = max(row.position for row in rows) + 1
+        cells = cells_read(max(row.position for row in rows) + 1)
         started_s = self._clock()
         try:
             logits = self._backend.decode(rows)
@@ -339,11 +340,11 @@ class Sequencer:
         outcome.decoded_rows += len(rows)
         outcome.widest_call = max(outcome.widest_call, len(rows))
         if is_observed:
-            self._book.on_decode(len(rows), len(rows) * deepest, self._clock() - started_s)
+            self._book.on_decode(len(rows), len(rows) * cells, self._clock() - started_s)
         return ended
 
     def _rows_of_this_step(self) -> list[_Sequence]:
-        """Sequences whose KV is complete, in slot order; one that was just restored joins at the next step."""
+        """Sequences whose KV is complete, in slot order; one whose KV became whole just now joins at the next step."""
         able = [self._sequences[slot] for slot in sorted(self._sequences) if self._sequences[slot].is_decoding]
         running = [sequence for sequence in able if not sequence.waits_a_step]
         for sequence in able:

@@ -47,8 +47,9 @@ Rate = Annotated[float, Meta(ge=0, le=1e15)]
 Tenant = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{0,64}$")]
 
 
-class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Base of all messages: closed, immutable."""
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
+    """Base of all messages: closed, immutable. What has its default is left out, so that a peer of an older version
+    meets a newer field only where it is used."""
 
 
 class Sampling(Message, frozen=True, kw_only=True):

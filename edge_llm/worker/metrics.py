@@ -50,7 +50,7 @@ class WorkerMetrics:
         self._prompt_seconds = counter("prompt_seconds", "Seconds the engine spent on prompts.")
         self._generation_tokens = counter("generation_tokens", "Tokens generated here.")
         self._decode_seconds = counter("decode_seconds", "Seconds the engine spent on decode steps.")
-        self._decode_steps = counter("decode_steps", "Decode steps: calls that all running sequences share.")
+        self._decode_steps = counter("decode_steps", "Decode steps: a token for every running sequence.")
         self._decode_rows = counter("decode_rows", "Sequences in all decode steps: over steps, the batch's mean width.")
         self._handoff_bytes = counter(
             "handoff_bytes", "KV that went to other workers (out, frames included) or came from them (in).", "direction"

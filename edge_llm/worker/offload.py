@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Final, TypeVar
 
 # Copying or authenticating so many bytes takes about a millisecond.
@@ -30,8 +31,10 @@ def modest_threads() -> ThreadPoolExecutor:
 
 def _be_modest() -> None:
     if sys.platform == "linux":
-        # on Linux niceness belongs to threads (setpriority(2), notes)
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        # on Linux niceness belongs to threads (setpriority(2), notes); one that may not change it works all the same
+        thread = threading.get_native_id()
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + _NICENESS)
 
 
 async def off_loop(size: int, work: Callable[[], Result]) -> Result:

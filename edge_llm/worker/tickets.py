@@ -36,7 +36,7 @@ SCHEME: Final = "EdgeLLM"
 Operation = Literal["tokenize", "decode", "cancel", "events", "prefill", "status"]
 
 
-class Claims(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Claims(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What a ticket allows. `body_sha256` binds the body of a call from the gateway, `ids_sha256` the token ids of a
     prefill (whose bearer is the decode worker, `tenant` whose kept KV it may get); what is not used is empty.
     `peers`: worker -> address. `lifetime_s`: how long after it was signed it may be used."""

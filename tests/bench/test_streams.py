@@ -50,4 +50,9 @@ def test_what_a_prompt_does_to_a_stream_leaves_out_the_steps_that_make_tokens_of
     arrivals_s = [0.0, 1.0, 2.0, 4.5, 5.5, 9.0, 12.5]
     assert largest_gap_before(arrivals_s, sent_s=2.1, first_s=9.01) == 2.5
     assert largest_gap_before(arrivals_s, sent_s=2.1, first_s=8.99) == 2.5
-    assert largest_gap_before([0.0, 1.0, 9.0], sent_s=1.0, first_s=9.0) == 0.0
+    assert largest_gap_before([0.0, 1.0, 9.0], sent_s=1.0, first_s=9.0) is None
+
+
+def test_pieces_that_came_together_before_it_do_not_let_the_first_step_of_an_answer_count() -> None:
+    arrivals_s = [0.0, 1.0, 1.0, 2.0, 3.0, 5.0, 9.0]
+    assert largest_gap_before(arrivals_s, sent_s=3.1, first_s=9.01) == 2.0

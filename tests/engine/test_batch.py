@@ -64,8 +64,8 @@ COST = RowCost(run_s=0.002, row_s=0.010, cell_s=4e-6)
 
 
 def call_s(cells: list[int], cost: RowCost) -> float:
-    """llama.cpp: weights once, and for every row as many cells as the deepest one has."""
-    return cost.run_s + len(cells) * (cost.row_s + max(cells) * cost.cell_s)
+    """llama.cpp: weights once, and for every row as many blocks of 256 cells as the deepest one has."""
+    return cost.run_s + len(cells) * (cost.row_s + -(-max(cells) // 256) * 256 * cost.cell_s)
 
 
 def test_a_long_sequence_gets_a_call_of_its_own_when_its_neighbours_would_read_as_far() -> None:
@@ -76,6 +76,7 @@ def test_a_long_sequence_gets_a_call_of_its_own_when_its_neighbours_would_read_a
 def test_rows_of_like_depth_stay_in_one_call() -> None:
     assert calls([400, 410, 395, 402], COST) == [range(0, 4)]
     assert calls([17], COST) == [range(0, 1)]
+    assert calls([2, 250, 19, 99, 4, 201, 7, 30], COST) == [range(0, 8)], "all of them read one block"
 
 
 def test_where_weights_cost_more_than_cells_or_nothing_is_known_one_call_does_it() -> None:
@@ -83,7 +84,7 @@ def test_where_weights_cost_more_than_cells_or_nothing_is_known_one_call_does_it
     assert calls([400, 1700, 400], RowCost(run_s=0.0, row_s=0.0)) == [range(0, 3)]
 
 
-@given(st.lists(st.integers(1, 4000), min_size=1, max_size=6), st.floats(0, 0.05), st.floats(0, 1e-5))
+@given(st.lists(st.integers(1, 4000), min_size=1, max_size=6), st.floats(0.001, 0.05), st.floats(0, 1e-5))
 def test_no_other_way_to_cut_neighbours_into_calls_is_cheaper(cells: list[int], run_s: float, cell_s: float) -> None:
     cost = RowCost(run_s, 0.01, cell_s)
     found = calls(cells, cost)
@@ -93,3 +94,15 @@ def test_no_other_way_to_cut_neighbours_into_calls_is_cheaper(cells: list[int], 
         ends = [i + 1 for i in range(len(cells) - 1) if cuts >> i & 1] + [len(cells)]
         other_s = sum(call_s(cells[a:b], cost) for a, b in zip([0, *ends], ends, strict=False))
         assert took_s <= other_s + 1e-12
+
+
+def test_calls_are_not_free_even_where_a_fit_says_so() -> None:
+    assert calls([10, 300], RowCost(run_s=0.0, row_s=0.01, cell_s=1e-6)) == [range(0, 2)]
+    assert calls([10, 10], RowCost(run_s=0.0, row_s=0.0, cell_s=1e-6)) == [range(0, 2)]
+    assert calls([10, 10, 2000], RowCost(run_s=0.0, row_s=0.0, cell_s=1e-6)) == [range(0, 2), range(2, 3)]
+
+
+def test_a_hole_beside_a_long_sequence_costs_what_a_row_reads_there() -> None:
+    memory_bound = RowCost(run_s=0.010, row_s=0.001, cell_s=4e-6)
+    assert fillers([0, 2], set(), memory_bound, cells=500) == [1]
+    assert fillers([0, 2], set(), memory_bound, cells=4000) == []

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_llm.errors import EdgeLLMError, LocalProtocolError, RemoteProtocolError
-from edge_llm.kv.codec import BlobLayout, StateBlob, UnaccountedState, cut, extract, learn
+from edge_llm.kv.codec import BlobLayout, StateBlob, UnaccountedState, _write_heads, cut, extract, learn
 from edge_llm.kv.snapshot import CacheShape, Geometry, LayerShape, VLayout
 
 F16, Q8_0 = 1, 8
@@ -185,15 +185,14 @@ def test_v_layout_words_are_the_ones_that_travel() -> None:
     assert words == {"columns", "rows"}
 
 
+@pytest.mark.parametrize("v_columns", [False, True])
 @pytest.mark.parametrize("stream", [0, 1, 2])
-def test_a_state_is_the_same_in_memory_that_held_something_else(stream: int) -> None:
-    """It is not zeroed: every byte that no payload brings has to be written."""
-    shape, n = layout(GEOMETRIES[1], n_stream=3), 50
-    rows = bytes(range(256)) * (shape.geometry.payload_bytes(n) // 256 + 1)
-    values = rows[: shape.geometry.payload_bytes(n)]
-    for _ in range(8):
-        used = np.full(shape.size(n), 0xFF, np.uint8)
-        del used
-        state = StateBlob(shape, n, stream)
-        state.place(0, n, values, "rows")
-        assert bytes(state.buffer) == native(shape, values, 0, n, stream)
+def test_heads_of_a_state_leave_no_byte_but_k_and_v_as_it_was(stream: int, v_columns: bool) -> None:
+    """The memory of a state is not zeroed: whatever no payload brings has to be written."""
+    for geometry in GEOMETRIES:
+        shape, n = layout(geometry, n_stream=3, v_columns=v_columns), 5
+        ones, zeros = bytearray(b"\xff" * shape.size(n)), bytearray(shape.size(n))
+        for memory in (ones, zeros):
+            _write_heads(memoryview(memory), shape, n, stream)
+        untouched = sum(one != zero for one, zero in zip(ones, zeros, strict=True))
+        assert untouched == shape.geometry.payload_bytes(n)
