@@ -166,7 +166,7 @@ class Engine(Protocol):
         ...
 
     def step(self) -> Step:
-        """Prompt work of one micro-batch (bounded by the time budget when streams run), a row of each running stream."""
+        """Prompt work of one micro-batch (within the time budget when streams run), a row of each running stream."""
         ...
 
     def end(self, slot: int) -> None:
