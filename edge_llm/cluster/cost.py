@@ -40,8 +40,9 @@ class PromptWork:
 @dataclass(frozen=True, slots=True)
 class Stream:
     """A sequence that decodes on a node from `begins_s` on (0: it does) for `left` tokens and reads `cells` KV cells.
-    `tokens` came in the `age_s` since it began; tpot_s: its limit, if any. ahead: how many of the node's prompts are
-    read before it begins, the last one its own (0: it has none there)."""
+    `tokens` came in the `age_s` since it began (of one that goes on after its worker was lost: until it will);
+    tpot_s: its limit, if any. ahead: how many of the node's prompts are read before it begins, the last one its own
+    (0: it has none there)."""
 
     left: float
     cells: int = 0

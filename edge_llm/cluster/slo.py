@@ -44,6 +44,19 @@ class Slo:
 NO_LIMITS: Final = Slo()
 
 
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What a request has behind it: `since_arrival_s` since its client sent it and, of an answer that goes on after its
+    worker was lost, so many `tokens` in the `age_s` since the first of them."""
+
+    since_arrival_s: float = 0.0
+    tokens: int = 0
+    age_s: float = 0.0
+
+
+NOTHING_PAST: Final = Past()
+
+
 class Verdict(NamedTuple):
     """Of a plan; the smaller one is better. broken: requests that it makes late. exposed: module docstring."""
 
@@ -111,8 +124,8 @@ class Watches:
 
 class Judge:
     """Judges plans for one request. `sides`: all nodes that are looked at; `readers`: who of them reads prompts;
-    `next_tokens`: the prompt that is expected to come next; `waited_s`: since the request came; `watches`: what was
-    worked out for requests before it."""
+    `next_tokens`: the prompt that is expected to come next; `past`: of the request; `watches`: what was worked out for
+    requests before it."""
 
     def __init__(
         self,
@@ -121,11 +134,11 @@ class Judge:
         sides: Mapping[str, Side],
         readers: Collection[str],
         next_tokens: float,
-        waited_s: float = 0.0,
+        past: Past = NOTHING_PAST,
         watches: Watches | None = None,
     ) -> None:
         watches = Watches() if watches is None else watches
-        self._slo, self._request, self._sides, self._waited_s = slo, request, sides, waited_s
+        self._slo, self._request, self._sides, self._past = slo, request, sides, past
         self._readers = [worker for worker in readers if worker in sides]
         self._queued_s = {worker: side.cost.queued_s(side.work) for worker, side in sides.items()}
         self._next_s = {worker: side.cost.prefill_s(max(1, round(next_tokens))) for worker, side in sides.items()}
@@ -139,23 +152,32 @@ class Judge:
         # on a node that reads the prompt itself all others have been read by then
         beside_s = max(0.0, self._queued_s[decode] - begins_s) if reader != decode else 0.0
         tpot_s = own_tpot_s(self._request, self._sides[decode], begins_s, beside_s)
-        broken = int(self._is_late(begins_s, tpot_s))
+        slack_s = self._slack_s(begins_s, tpot_s)
+        broken = int(slack_s < 0.0 or self._is_late(begins_s))
         for worker in {reader, decode}:
             reads_s = own_s if worker == reader else 0.0
             broken += self._pushed(worker, reads_s, begins_s if worker == decode else None)
         broken += self._delayed(decode, begins_s)
-        return Verdict(broken, self._exposed_after(reader, own_s, decode, tpot_s))
+        bears_next = slack_s < 0.0 or self._loses_next_s(decode, tpot_s) <= slack_s
+        return Verdict(broken, self._exposed_after(reader, own_s, None if bears_next else decode))
 
     def _own_s(self, reader: str) -> float:
         side, positions = self._sides[reader], self._request.prompt_tokens - 1
         held = min(side.held, positions)
         return side.cost.prefill_s(positions - held, held)
 
-    def _is_late(self, ttft_s: float, tpot_s: float) -> bool:
-        limits = self._slo
-        misses_ttft = limits.ttft_s is not None and self._waited_s + ttft_s > limits.ttft_s
-        has_pace = self._request.answer_tokens >= 2
-        return misses_ttft or (limits.tpot_s is not None and has_pace and tpot_s > limits.tpot_s)
+    def _is_late(self, ttft_s: float) -> bool:
+        limit_s = self._slo.ttft_s
+        return limit_s is not None and self._past.since_arrival_s + ttft_s > limit_s
+
+    def _slack_s(self, ttft_s: float, tpot_s: float) -> float:
+        """What its limit of TPOT leaves of the answer's time; its client counts from the first token, wherever that
+        was made."""
+        limit_s, answer, past = self._slo.tpot_s, self._request.answer_tokens, self._past
+        if limit_s is None or past.tokens + answer < 2:
+            return math.inf
+        behind_s = past.tokens * limit_s - past.age_s - ttft_s if past.tokens else 0.0
+        return (limit_s - tpot_s) * answer + behind_s
 
     # -- those that run
 
@@ -195,25 +217,20 @@ class Judge:
 
     # -- those that will come
 
-    def _exposed_after(self, reader: str, own_s: float, decode: str, tpot_s: float) -> int:
+    def _exposed_after(self, reader: str, own_s: float, tender: str | None) -> int:
         """Streams that could not bear the next prompt where it does least harm, of the nodes that would read it in
-        time, if any."""
+        time, if any. tender: the node on which this answer is one of them."""
         found: list[tuple[bool, int]] = []
         for worker in self._readers:
-            is_own = worker == decode and not self._bears_next(decode, tpot_s)
             waits_s = self._queued_s[worker] + self._next_s[worker] + (own_s if worker == reader else 0.0)
             is_late = self._slo.ttft_s is not None and waits_s > self._slo.ttft_s
-            found.append((is_late, self._exposed[worker] + is_own))
+            found.append((is_late, self._exposed[worker] + (worker == tender)))
         return min(found)[1] if found else 0
 
-    def _bears_next(self, decode: str, tpot_s: float) -> bool:
-        """Whether this answer could bear the next prompt beside it."""
-        limit_s, answer = self._slo.tpot_s, self._request.answer_tokens
-        if limit_s is None or answer < 2:
-            return True
+    def _loses_next_s(self, decode: str, tpot_s: float) -> float:
+        """What this answer would lose by the next prompt beside it."""
         piece_s = self._sides[decode].cost.piece_s(tpot_s)
-        loses_s = beside(self._next_s[decode], piece_s, tpot_s, answer).stream_loses_s
-        return tpot_s > limit_s or loses_s <= (limit_s - tpot_s) * answer
+        return beside(self._next_s[decode], piece_s, tpot_s, self._request.answer_tokens).stream_loses_s
 
 
 def own_tpot_s(request: Request, decode: Side, begins_s: float, prompts_s: float) -> float:

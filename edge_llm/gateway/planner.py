@@ -15,7 +15,7 @@ from typing import Any, Final
 import structlog
 
 from edge_llm.cluster.cost import TYPICAL_ANSWER_TOKENS, NodeCost, Work
-from edge_llm.cluster.slo import Slo, Watches
+from edge_llm.cluster.slo import Past, Slo, Watches
 from edge_llm.cluster.view import ClusterView, Node
 from edge_llm.errors import Overloaded
 from edge_llm.gateway.affinity import Affinity, Chain, chain_of
@@ -165,9 +165,10 @@ class Planner:
                 held=known.decision.held_tokens,
                 delivered=running.session.delivered,
                 before=len(running.session.delivered),
-                due_s=None if wish.slo.ttft_s is None else running.waits_since_s + wish.slo.ttft_s,
+                due_s=None if wish.slo.ttft_s is None else running.arrived_s + wish.slo.ttft_s,
                 expected_s=now_s + expected_s,
                 tpot_s=wish.slo.tpot_s,
+                first_token_s=running.first_token_s,
             ),
         )
         return plan
@@ -188,6 +189,7 @@ class Planner:
 
     def _wish(self, running: Running, known: _Known, view: ClusterView, avoid: frozenset[str]) -> Wish:
         job, delivered, before = running.job, len(running.session.delivered), running.plan
+        now_s = self._clock()
         return Wish(
             model=job.model,
             prompt_tokens=len(job.prompt_ids) + delivered,
@@ -197,9 +199,10 @@ class Planner:
             answer_tokens=self.answer_left(running),
             held=self._held(running, known, view),
             exactness_class=before.decode.status.exactness_class if before is not None and delivered else None,
-            waited_s=self._clock() - running.waits_since_s,
+            waited_s=now_s - running.waits_since_s,
             # the first token of an answer that goes on elsewhere came when it came
             slo=Slo(None, job.slo.tpot_s) if delivered else job.slo,
+            past=Past(now_s - running.arrived_s, delivered, now_s - running.first_token_s if delivered else 0.0),
         )
 
     def typical_answer(self, model: str) -> float:

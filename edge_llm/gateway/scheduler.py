@@ -35,7 +35,7 @@ from edge_llm.cluster.cost import (
     predict_split,
     work_of,
 )
-from edge_llm.cluster.slo import NO_LIMITS, NOBODY_LATE, Judge, Slo, Verdict, Watches
+from edge_llm.cluster.slo import NO_LIMITS, NOBODY_LATE, NOTHING_PAST, Judge, Past, Slo, Verdict, Watches
 from edge_llm.cluster.view import ClusterView, Node
 from edge_llm.errors import Overloaded, UnknownModel
 from edge_llm.gateway.policies import Policy, Standby
@@ -61,7 +61,8 @@ class Wish:
 
     answer_tokens: how long the answer is expected to be (None: typical). avoid: workers that failed it and have not
     come back. held: how many positions of its prompt a worker is believed to hold. exactness_class: of the worker that
-    gave the tokens delivered so far. waited_s: how long it has been without a plan. slo: its limits of latency.
+    gave the tokens delivered so far. waited_s: how long it has been without a plan. slo: its limits of latency; past:
+    what of them is used up.
     """
 
     model: str
@@ -74,6 +75,7 @@ class Wish:
     exactness_class: str | None = None
     waited_s: float = 0.0
     slo: Slo = NO_LIMITS
+    past: Past = NOTHING_PAST
 
     @property
     def cells(self) -> int:
@@ -253,7 +255,7 @@ def _judged(
 ) -> Iterator[_Option]:
     """The same options with what they mean for limits of latency."""
     coming = wish.prompt_tokens if situation.next_prompt_tokens is None else situation.next_prompt_tokens
-    judge = Judge(wish.slo, request, sides, {node.worker for node in readers}, coming, wish.waited_s, situation.watches)
+    judge = Judge(wish.slo, request, sides, {node.worker for node in readers}, coming, wish.past, situation.watches)
     for option in options:
         verdict = judge.verdict(option.reader.worker, option.decode.worker, option.prediction)
         yield replace(option, verdict=verdict)

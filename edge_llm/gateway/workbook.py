@@ -26,7 +26,7 @@ class Booking:
     the tokens so far, `before` of which came from an earlier worker and are part of the prompt.
 
     On the caller's clock: by when its first token has to come (`due_s`), when it is expected (`expected_s`), when its
-    prompt was whole (`prompted_s`). tpot_s: its limit, if any."""
+    prompt was whole (`prompted_s`), when the first of those `before` came (`first_token_s`). tpot_s: its limit."""
 
     decode: str
     reader: str
@@ -41,6 +41,7 @@ class Booking:
     due_s: float | None = None
     expected_s: float = 0.0
     prompted_s: float = 0.0
+    first_token_s: float = 0.0
     tpot_s: float | None = None
 
     @property
@@ -66,12 +67,14 @@ class Booking:
 
     def stream_at(self, now_s: float, prompts: int) -> Stream:
         """What it is, or will be, at its decode worker, which has so many prompts to read before its own."""
+        begins_s = 0.0 if self.is_prompted else max(0.0, self.expected_s - now_s)
+        since_s = self.first_token_s if self.before else self.prompted_s
         return Stream(
             left=max(1.0, self.answer_tokens - self.generated),
             cells=self.prompt_tokens + self.generated,
-            begins_s=0.0 if self.is_prompted else max(0.0, self.expected_s - now_s),
-            tokens=self.generated,
-            age_s=max(0.0, now_s - self.prompted_s) if self.is_prompted else 0.0,
+            begins_s=begins_s,
+            tokens=len(self.delivered),
+            age_s=max(0.0, now_s + begins_s - since_s) if self.is_prompted or self.before else 0.0,
             tpot_s=self.tpot_s,
             ahead=prompts + 1 if self.reader == self.decode and not self.is_prompted else 0,
         )

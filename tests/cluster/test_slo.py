@@ -20,7 +20,7 @@ from edge_llm.cluster.cost import (
     predict_local,
     predict_split,
 )
-from edge_llm.cluster.slo import Judge, Slo, Verdict, Watches, common_steps, own_tpot_s, paces_s
+from edge_llm.cluster.slo import Judge, Past, Slo, Verdict, Watches, common_steps, own_tpot_s, paces_s
 from edge_llm.worker.messages import Rates
 
 # 10 ms a token of prompt; a step of one row takes 10 ms, each further one 10 ms; 15 ms of prompt between two steps
@@ -59,9 +59,16 @@ def test_a_request_names_limits_and_the_cluster_has_the_rest() -> None:
 def test_an_idle_node_keeps_all_limits_unless_the_request_waited_too_long() -> None:
     idle = side()
     assert verdict(idle, idle, Slo(ttft_s=1.1, tpot_s=0.011)).broken == 0
-    assert verdict(idle, idle, Slo(ttft_s=1.1, tpot_s=0.011), waited_s=0.2).broken == 1
+    assert verdict(idle, idle, Slo(ttft_s=1.1, tpot_s=0.011), past=Past(0.2)).broken == 1
     assert verdict(idle, idle, Slo(ttft_s=1.0)).broken == 1, "1 s of prompt and a step"
     assert verdict(idle, idle, Slo(tpot_s=0.009)).broken == 1, "a step takes 10 ms"
+
+
+def test_an_answer_that_goes_on_elsewhere_keeps_the_time_of_its_first_token() -> None:
+    """1 s of prompt and a step, then 20 steps of 10 ms; its client has had 20 tokens and counts on."""
+    idle, limits = side(), Slo(tpot_s=0.050)
+    assert verdict(idle, idle, limits, past=Past(9.0, 20, 0.7)).broken == 0, "1.91 s of 2 s"
+    assert verdict(idle, idle, limits, past=Past(9.0, 20, 0.9)).broken == 1, "2.11 s"
 
 
 def test_a_request_that_misses_both_of_its_limits_is_one_request() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from edge_llm.cluster.slo import Slo
+from edge_llm.cluster.slo import Slo, Verdict
 from edge_llm.cluster.view import ClusterView, Node
 from edge_llm.errors import Overloaded
 from edge_llm.gateway.planner import DECISIONS_KEPT, Decision, Planner
@@ -139,6 +139,55 @@ def test_limits_of_latency_are_booked_with_what_came_of_them_so_far() -> None:
     (stream,) = scene.planner.works(scene.view)["d1"].streams
     assert (stream.begins_s, stream.tokens) == (0.0, 4)
     assert stream.age_s == pytest.approx(2.0)
+
+
+def test_a_limit_of_ttft_counts_from_the_clients_sending_whoever_lost_the_request_meanwhile() -> None:
+    """It was tokenized for half a second; its worker is lost 2 s later, before the first token."""
+    scene = Scene(D1, D2)
+    running = scene.request()
+    running.job = replace(running.job, slo=Slo(ttft_s=5.0))
+    scene.now_s += 0.5
+    running.waits_since_s = scene.now_s
+    worker = scene.plan(running).decode.worker
+    (prompt,) = scene.planner.works(scene.view)[worker].prompts
+    assert prompt.due_s == 4.5
+    scene.now_s += 2.0
+    scene.fail(running)
+    running.waits_since_s = scene.now_s
+    worker = scene.plan(running).decode.worker
+    (prompt,) = scene.planner.works(scene.view)[worker].prompts
+    assert prompt.due_s == 2.5
+
+
+def test_a_request_that_lost_its_worker_is_judged_by_all_the_time_since_it_came() -> None:
+    scene = Scene(D1, D2)
+    running = scene.request()
+    running.job = replace(running.job, slo=Slo(ttft_s=2.0))
+    assert scene.plan(running).verdict == Verdict(0, 0)
+    scene.now_s += 1.5
+    scene.fail(running)
+    running.waits_since_s = scene.now_s
+    assert scene.plan(running).verdict == Verdict(1, 0), "it needs another second"
+
+
+def test_the_pace_of_an_answer_that_goes_on_elsewhere_counts_from_its_first_token() -> None:
+    scene = Scene(D1, D2)
+    running = scene.request()
+    running.job = replace(running.job, slo=Slo(tpot_s=0.2))
+    scene.plan(running)
+    scene.prompt(running)
+    scene.answer(running, 4, token_s=0.5, is_whole=False)
+    scene.fail(running)
+    again = scene.plan(running)
+    assert again.prediction is not None
+    (stream,) = scene.planner.works(scene.view)[again.decode.worker].streams
+    assert stream.tokens == 4
+    assert stream.begins_s == pytest.approx(again.prediction.ttft_s)
+    assert stream.age_s == pytest.approx(1.5 + again.prediction.ttft_s), "its client waits for the next one"
+    scene.prompt(running)
+    (stream,) = scene.planner.works(scene.view)[again.decode.worker].streams
+    assert stream.tokens == 4
+    assert stream.age_s == pytest.approx(2.5)
 
 
 def test_an_answer_that_goes_on_elsewhere_has_its_first_token_behind_it() -> None:
