@@ -16,12 +16,21 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import aiohttp
 
-from edge_llm.bench.contestants import NO_BOUND_NOTE, Arrangement, Send, Servers, arrangements, plain, running
+from edge_llm.bench.contestants import (
+    FLAGS_NOTE,
+    NO_BOUND_NOTE,
+    Arrangement,
+    Send,
+    Servers,
+    arrangements,
+    plain,
+    running,
+)
 from edge_llm.bench.goodput import Unloaded
 from edge_llm.bench.layout import Launch
 from edge_llm.bench.processes import MeasureFailed
@@ -44,6 +53,10 @@ _ALONE: Final = 3
 _ALONE_ANSWER: Final = 32
 _LEAST_REQUESTS: Final = 4
 _LEAST_SECONDS: Final = 5.0
+# Shorter replays have too few requests: rather fewer rates.
+_GOOD_SECONDS: Final = 25.0
+_FEWER_RATES: Final = 4
+_FEWEST_RATES: Final = 3
 # For the plan of the budget: starting and warming servers, and what a replay takes beyond its last request.
 _LAUNCH_S: Final = 20.0
 _DRAIN_S: Final = 10.0
@@ -77,6 +90,47 @@ def workload(plan: Plan, trace: Trace) -> Workload:
     return Workload(*scaled(trace.beginning(plan.trace_s), plan.scale, plan.n_ctx - 1))
 
 
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What a budget leaves of a plan. `are_flags_tried`: of llama-server, for each trace."""
+
+    plan: Plan
+    seconds_per_point: float
+    are_flags_tried: bool
+
+    @property
+    def note(self) -> str:
+        flags = "tried for each trace" if self.are_flags_tried else "not tried, the last ones of the list are used"
+        return (
+            f"what fits into the budget: {len(self.plan.rate_shares)} rates, passes: {self.plan.passes}, replays of "
+            f"{self.seconds_per_point:.0f} s, flags of llama-server {flags}"
+        )
+
+
+def fitted(plan: Plan, workloads: int, contestants: int, flags: int) -> Fit:
+    """The most of the plan that leaves each replay a good length: rather fewer rates (the highest go first, where
+    nobody keeps limits) and one pass than replays of a few requests. Raises MeasureFailed when nothing fits."""
+    fits = []
+    for rates, passes, are_flags_tried in (
+        (len(plan.rate_shares), plan.passes, True),
+        (_FEWER_RATES, 1, True),
+        (_FEWEST_RATES, 1, True),
+        (_FEWEST_RATES, 1, False),
+    ):
+        smaller = replace(plan, rate_shares=plan.rate_shares[:rates], passes=min(passes, plan.passes))
+        trials = workloads * flags if are_flags_tried and flags > 1 else 0
+        try:
+            seconds = fitting_seconds(smaller, workloads, contestants, trials)
+        except MeasureFailed:
+            if rates == _FEWEST_RATES and not are_flags_tried and not fits:
+                raise
+            continue
+        fits.append(Fit(smaller, seconds, are_flags_tried))
+        if seconds >= min(_GOOD_SECONDS, plan.seconds_per_point):
+            return fits[-1]
+    return fits[-1]
+
+
 def fitting_seconds(plan: Plan, workloads: int, contestants: int, trials: int) -> float:
     """Seconds of each replay: what was asked, or what the budget leaves. Raises MeasureFailed when that is nothing."""
     replays = workloads * contestants * len(plan.rate_shares) + trials
@@ -104,20 +158,19 @@ async def measure(
     """Fills `tally` and `run` as it goes; a part that fails is noted there and leaves the others."""
     tally.workloads.extend(workloads)
     ours = arrangements(launch, plan.size)
-    trials = len(servers.trials) if servers is not None and len(servers.trials) > 1 else 0
-    tally.seconds_per_point = fitting_seconds(plan, len(workloads), len(ours) + (servers is not None), trials)
-    if tally.seconds_per_point < plan.seconds_per_point:
-        run.notes.append(f"replays last {tally.seconds_per_point:.0f} s: more do not fit into the budget")
-    run.notes.append(NO_BOUND_NOTE)
-    contest = _Contest(plan, run, tally, progress, clock)
+    fit = fitted(plan, len(workloads), len(ours) + (servers is not None), len(servers.trials) if servers else 0)
+    tally.seconds_per_point = fit.seconds_per_point
+    run.notes += [fit.note, NO_BOUND_NOTE, *([FLAGS_NOTE] if servers is not None else [])]
+    contest = _Contest(fit.plan, run, tally, progress, clock)
     if not await contest.tried("one request alone, and a flood", contest.baseline(ours[1], workloads)):
         return
-    contestants = list(ours)
+    contestants = {one.name: list(ours) for one in workloads}
     if servers is not None:
-        contestants.append(await contest.tuned(servers, workloads[0]))
+        for one in workloads:
+            contestants[one.name].append(await contest.tuned(servers, one, are_tried=fit.are_flags_tried))
     for one in workloads:
-        for number in range(plan.passes):
-            for arrangement in contestants if number % 2 == 0 else contestants[::-1]:
+        for number in range(fit.plan.passes):
+            for arrangement in contestants[one.name] if number % 2 == 0 else contestants[one.name][::-1]:
                 what = f"{one.name}, {arrangement.label}, pass {number + 1}"
                 await contest.tried(what, contest.one_pass(one, arrangement, number))
 
@@ -171,19 +224,21 @@ class _Contest:
         room = self._plan.n_ctx - 1 - one.trace.prompt_percentile(0.9)
         return min(room, max(_ALONE_ANSWER, round(one.trace.mean_answer_tokens)))
 
-    async def tuned(self, servers: Servers, one: Workload) -> Arrangement:
+    async def tuned(self, servers: Servers, one: Workload, *, are_tried: bool) -> Arrangement:
         """The servers with those flags, of the ones to be tried, that keep the limits of most requests at a middle
-        rate, all regimes together. Of equals the first."""
-        best, found, rates = -1.0, next(iter(servers.trials)), self.rates(one)
-        for flags, launches in servers.trials.items() if len(servers.trials) > 1 else ():
-            arrangement = plain(launches)
+        rate, all regimes together. Of equals the first; without a trial the last."""
+        rates, flags_of = self.rates(one), list(servers.trials)
+        best, found = -1.0, flags_of[0] if are_tried else flags_of[-1]
+        for flags in flags_of if are_tried and len(flags_of) > 1 else ():
+            arrangement = plain(servers.trials[flags])
             rate = rates[len(rates) // 2]
-            self._progress(f"llama-server with {flags}", 0, 0)
+            what = f"{one.name}, llama-server with {flags}"
+            self._progress(what, 0, 0)
             score = [0.0]
-            if await self.tried(f"llama-server with {flags}", self._trial(one, arrangement, rate, score)):
-                self._run.add(f"llama-server with {flags}: attainment", score[0])
+            if await self.tried(what, self._trial(one, arrangement, rate, score)):
+                self._run.add(f"{what}: attainment", score[0])
                 best, found = max((best, found), (score[0], flags), key=lambda pair: pair[0])
-        self._tally.server_flags = found
+        self._tally.server_flags[one.name] = found
         return plain(servers.trials[found])
 
     async def _trial(self, one: Workload, arrangement: Arrangement, rate: float, score: list[float]) -> None:

@@ -28,6 +28,10 @@ NO_BOUND: Final = ("--queue-predicted-wait-s", "3600", "--queue-wait-s", "3600")
 NO_BOUND_NOTE: Final = (
     "our gateways refuse nobody for a predicted wait (bounds set to an hour): clients hang up when no limit can be kept"
 )
+FLAGS_NOTE: Final = (
+    "llama-server's flags are one choice for each trace, by the requests that keep limits at a middle rate, both "
+    "regimes together: flags chosen for one regime might serve that one better"
+)
 _CUT_S: Final = 600.0
 
 
@@ -61,7 +65,8 @@ class Arrangement:
 
 @dataclass(frozen=True, slots=True)
 class Servers:
-    """Two servers that know nothing of each other, started with flags to be tried; the best ones are used."""
+    """Two servers that know nothing of each other, started with flags to be tried; the best ones are used. They are in
+    order of what is expected of them: the last ones are used when there is no time to try."""
 
     trials: Mapping[str, tuple[Launch, ...]]
 

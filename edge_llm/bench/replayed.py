@@ -49,14 +49,14 @@ class Replayed:
 
 @dataclass(slots=True)
 class Tally:
-    """What is known so far."""
+    """What is known so far. `server_flags`: of llama-server, by workload."""
 
     workloads: list[Workload] = field(default_factory=list)
     unloaded: dict[str, Unloaded] = field(default_factory=dict)
     capacity_per_s: dict[str, float] = field(default_factory=dict)
     replays: list[Replayed] = field(default_factory=list)
     seconds_per_point: float = 0.0
-    server_flags: str | None = None
+    server_flags: dict[str, str] = field(default_factory=dict)
 
     def limits(self, workload: str) -> dict[str, Limits]:
         """By regime."""

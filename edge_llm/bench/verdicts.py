@@ -43,7 +43,7 @@ def figures(tally: Tally) -> dict[str, Any]:
     """Of everything measured so far."""
     traces = {one.name: _of_trace(tally, one) for one in tally.workloads if one.name in tally.unloaded}
     found: dict[str, Any] = {"traces": traces, "seconds_per_point": tally.seconds_per_point}
-    if tally.server_flags is not None:
+    if tally.server_flags:
         found["llama_server_flags"] = tally.server_flags
     answers = [answer for done in tally.replays for answer in done.answers]
     if answers:

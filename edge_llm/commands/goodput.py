@@ -27,7 +27,7 @@ from edge_llm.config import DEFAULT_MODEL
 # The beginnings of the two Azure traces of 2023; the folder's README says whose they are.
 SHIPPED: Final = Path(__file__).parent.parent / "bench" / "data"
 # llama-server reads prompts in batches of 2,048 tokens unless told otherwise, and its streams wait for each: smaller
-# ones are the flag to tune for what is measured here.
+# ones are the flag to tune for what is measured here. The last are used when there is no time to try them.
 SERVER_FLAGS: Final[Mapping[str, tuple[str, ...]]] = {
     "its defaults": (),
     "-b 256 -ub 256": ("-b", "256", "-ub", "256"),

@@ -7,7 +7,7 @@ and judged when the request is over. Refuses to know queues and connections; the
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -30,6 +30,8 @@ DECISIONS_KEPT: Final = 200
 OBSERVE_S: Final = 1.0
 # About the last twenty prompts and answers of a model say how long the next ones will be.
 _SMOOTHING: Final = 0.05
+# What is assumed of answers before any came counts as much as so many of them: one is not typical of others.
+_ASSUMED_ANSWERS: Final = 4
 _UNTOLD: Final = frozenset({"ago_s", "measured", "ttft_error_ratio", "tpot_error_ratio"})
 log = structlog.get_logger()
 Life = tuple[str, int, float]
@@ -132,6 +134,7 @@ class Planner:
         self._watches = Watches()
         self._known: dict[str, _Known] = {}
         self._answer_tokens: dict[str, float] = {}
+        self._answers_seen = Counter[str]()
         self._prompt_tokens: dict[str, float] = {}
         self._seen_s: dict[str, float] = {}
         self._observed_s = 0.0
@@ -314,14 +317,22 @@ class Planner:
 
     def _finished(self, running: Running, decode: Node) -> None:
         job, count = running.job, len(running.session.delivered)
-        mean = self._answer_tokens.get(job.model, float(count))
-        self._answer_tokens[job.model] = mean + _SMOOTHING * (count - mean)
+        self._learn(job.model, count, is_cut=running.session.finish_reason == "length")
         if job.cache_prompt:
             # the last token was drawn, never evaluated; elsewhere than at level exact only prompts are kept
             whole = decode.status.level == "exact"
             self._keep(
                 decode, running, ((*job.prompt_ids, *running.session.delivered) if whole else job.prompt_ids)[:-1]
             )
+
+    def _learn(self, model: str, tokens: int, *, is_cut: bool) -> None:
+        """How long answers are. One that was cut by its own limit before it was as long as others says nothing."""
+        mean, seen = self.typical_answer(model), self._answers_seen[model]
+        if is_cut and tokens < mean:
+            return
+        share = max(_SMOOTHING, 1 / (_ASSUMED_ANSWERS + seen + 1))
+        self._answer_tokens[model] = mean + share * (tokens - mean)
+        self._answers_seen[model] += 1
 
     def _correct(self, running: Running, known: _Known, node: Node, found: int) -> None:
         chain = self._chain(running, known, node.status.chunk_tokens)

@@ -16,7 +16,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from edge_llm.bench.comparison import Plan, fitting_seconds, measure, workload
+from edge_llm.bench.comparison import Plan, fitted, fitting_seconds, measure, workload
 from edge_llm.bench.contestants import AUTO, LOCAL, SERVER, SPLIT, Servers
 from edge_llm.bench.goodput import REGIMES, STRICT_TPOT, STRICT_TTFT, Unloaded
 from edge_llm.bench.layout import Layout, Started
@@ -41,6 +41,9 @@ class Cluster:
         self.bodies: dict[str, list[dict[str, Any]]] = {}
         self._broken, self._fails = broken, fails
 
+    def fails(self, name: str, _body: dict[str, Any]) -> bool:
+        return name == self._fails
+
     def launch(self, layout: Layout) -> AbstractAsyncContextManager[Started]:
         if layout.name == self._broken:
             raise WorkerError(f"{layout.name} could not start: no memory")
@@ -51,7 +54,7 @@ class Cluster:
         async def answer(request: web.Request) -> web.StreamResponse:
             body = await request.json()
             self.bodies.setdefault(name, []).append(body)
-            if name == self._fails:
+            if self.fails(name, body):
                 return web.json_response({"error": {"message": "overloaded"}}, status=503)
             return await _stream(request, body)
 
@@ -155,9 +158,33 @@ async def test_higher_rates_than_a_hopeless_one_are_left_out() -> None:
 async def test_flags_of_the_other_server_are_tried_and_the_best_are_used() -> None:
     bad, good = Cluster(fails=SERVER), Cluster()
     servers = Servers({"its defaults": (bad.launch, bad.launch), "others": (good.launch, good.launch)})
-    _, tally = await compared(good, servers=servers)
-    assert tally.server_flags == "others"
+    run, tally = await compared(good, servers=servers)
+    assert tally.server_flags == {"made_up": "others"}
     assert all(answer.is_complete for done in tally.replays if done.arrangement == SERVER for answer in done.answers)
+    assert any("both regimes together" in note for note in run.notes), "the record says what was not chosen apart"
+
+
+@pytest.mark.anyio
+async def test_flags_of_the_other_server_are_chosen_for_each_trace_by_itself() -> None:
+    class Fast(Cluster):
+        """Answers requests of one trace only; the other one's are shorter."""
+
+        def __init__(self, are_served_long: bool) -> None:
+            super().__init__()
+            self._long = are_served_long
+
+        def fails(self, name: str, body: dict[str, Any]) -> bool:
+            return name == SERVER and (len(body["prompt"]) > 30) is not self._long
+
+    ours, for_long, for_short = Cluster(), Fast(True), Fast(False)
+    servers = Servers({"short": (for_short.launch,) * 2, "long": (for_long.launch,) * 2})
+    longer = Trace("longer", tuple(replace(row, prompt_tokens=row.prompt_tokens + 100) for row in TRACE.rows))
+    shorter = Trace("shorter", tuple(replace(row, prompt_tokens=20) for row in TRACE.rows))
+    run, tally = Run("goodput", ["test"], {}), Tally()
+    plan = replace(PLAN, budget_s=4800.0)
+    workloads = [workload(plan, trace) for trace in (longer, shorter)]
+    await measure(plan, workloads, ours.launch, servers, run, tally, say_nothing)
+    assert figures(tally)["llama_server_flags"] == {"longer": "long", "shorter": "short"}
 
 
 @pytest.mark.anyio
@@ -178,6 +205,22 @@ def test_replays_are_shortened_to_fit_into_the_budget_or_refused() -> None:
     assert 5 <= short < 40
     with pytest.raises(MeasureFailed, match="at least"):
         fitting_seconds(replace(plan, budget_s=600.0), 2, 4, 3)
+
+
+def test_a_small_budget_takes_rates_passes_and_trials_before_it_makes_replays_short() -> None:
+    asked = Plan(seconds_per_point=75.0, budget_s=4800.0, vocab_size=1000)
+    all_of_it = fitted(asked, workloads=2, contestants=5, flags=3)
+    assert (all_of_it.plan, all_of_it.are_flags_tried) == (asked, True)
+    assert all_of_it.seconds_per_point > 45
+    for minutes, rates, are_tried in ((45, 4, True), (32, 3, True), (25, 3, False)):
+        fit = fitted(replace(asked, budget_s=60.0 * minutes), 2, 5, 3)
+        assert (len(fit.plan.rate_shares), fit.plan.passes, fit.are_flags_tried) == (rates, 1, are_tried)
+        assert fit.seconds_per_point >= 25
+        assert fit.plan.rate_shares == asked.rate_shares[:rates], "nobody keeps limits at the highest"
+        assert f"{rates} rates, passes: 1" in fit.note
+    assert 5 <= fitted(replace(asked, budget_s=1000.0), 2, 5, 3).seconds_per_point < 25
+    with pytest.raises(MeasureFailed, match="at least"):
+        fitted(replace(asked, budget_s=600.0), 2, 5, 3)
 
 
 @pytest.mark.anyio

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from edge_llm.cluster.cost import TYPICAL_ANSWER_TOKENS
 from edge_llm.cluster.slo import Slo, Verdict
 from edge_llm.cluster.view import ClusterView, Node
 from edge_llm.errors import Overloaded
@@ -80,22 +81,30 @@ class Scene:
         running.session.on(Event.PROMPTED)
         self.planner.prompted(running)
 
-    def answer(self, running: Running, tokens: int, token_s: float = 0.05, *, is_whole: bool = True) -> None:
+    def answer(
+        self,
+        running: Running,
+        tokens: int,
+        token_s: float = 0.05,
+        *,
+        is_whole: bool = True,
+        reason: FinishReason = "stop",
+    ) -> None:
         for at in range(tokens):
             self.now_s += token_s
             running.first_token_s = running.first_token_s or self.now_s
             running.last_token_s = self.now_s
-            reason: FinishReason | None = "stop" if is_whole and at + 1 == tokens else None
+            ends = reason if is_whole and at + 1 == tokens else None
             index = len(running.session.delivered)
-            running.session.deliver(TokenEvent(running.job.request_id, running.session.epoch, index, 7, "", reason))
+            running.session.deliver(TokenEvent(running.job.request_id, running.session.epoch, index, 7, "", ends))
         if is_whole:
             self.planner.over(running)
 
-    def served(self, running: Running, tokens: int = 10, **prompt: Any) -> Plan:
+    def served(self, running: Running, tokens: int = 10, reason: FinishReason = "stop", **prompt: Any) -> Plan:
         """A whole life."""
         plan = self.plan(running)
         self.prompt(running, **prompt)
-        self.answer(running, tokens)
+        self.answer(running, tokens, reason=reason)
         return plan
 
     def fail(self, running: Running) -> None:
@@ -227,10 +236,28 @@ def test_the_length_of_answers_is_learnt() -> None:
     scene = Scene(D1)
     scene.plan(scene.request())
     assert scene.last["predicted"]["answer_tokens"] == 20, "no longer than it may be"
-    for _ in range(3):
+    for _ in range(100):
         scene.served(scene.request(), tokens=4)
     scene.plan(scene.request())
-    assert scene.last["predicted"]["answer_tokens"] == pytest.approx(4.0)
+    assert scene.last["predicted"]["answer_tokens"] == pytest.approx(4.0, rel=0.1)
+
+
+def test_the_first_answer_is_not_typical_of_all_others() -> None:
+    scene = Scene(D1)
+    scene.served(scene.request(), tokens=4)
+    assert scene.planner.typical_answer("m") == pytest.approx(TYPICAL_ANSWER_TOKENS + (4 - TYPICAL_ANSWER_TOKENS) / 5)
+    scene.served(scene.request(), tokens=4)
+    assert scene.planner.typical_answer("m") == pytest.approx((4 * TYPICAL_ANSWER_TOKENS + 2 * 4) / 6)
+
+
+def test_answers_that_their_own_limit_cut_say_nothing_unless_they_are_longer_than_others() -> None:
+    """A health check of one token makes no answer of one token typical."""
+    scene = Scene(D1)
+    for _ in range(50):
+        scene.served(scene.request(), tokens=1, reason="length")
+    assert scene.planner.typical_answer("m") == TYPICAL_ANSWER_TOKENS
+    scene.served(scene.request(), tokens=TYPICAL_ANSWER_TOKENS + 50, reason="length")
+    assert scene.planner.typical_answer("m") == pytest.approx(TYPICAL_ANSWER_TOKENS + 10)
 
 
 # -- prefixes
