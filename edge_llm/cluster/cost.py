@@ -73,6 +73,13 @@ class Work:
         return sum(prompt.is_served for prompt in self.prompts)
 
     @property
+    def has_limits(self) -> bool:
+        """Whether anybody here can be made late."""
+        return any(stream.tpot_s is not None for stream in self.streams) or any(
+            prompt.due_s is not None for prompt in self.prompts
+        )
+
+    @property
     def pending_tokens(self) -> int:
         return sum(prompt.tokens for prompt in self.prompts)
 

@@ -3,10 +3,11 @@
 Owns the choice of decode worker and prefill candidates, together and at admission (Splitwise, papers.md 2.1), by what
 is predicted (cluster/cost.py). Refuses to know clients, connections, clocks: the same view gives the same plan.
 
-Where the request has limits of latency, plans are first compared by how many requests they are predicted to make late,
-this one included, then by how many streams they leave to be slowed too far by the next prompt (cluster/slo.py; goodput
-under both limits: DistServe, papers.md 3). A plan that must wait for a full prefill worker is waited for while it is
-better so. Plans that are equal there, as all are without limits, are compared by seconds:
+Where the request or anybody on these workers has limits of latency, plans are first compared by how many requests they
+are predicted to make late, this one included, then by how many streams they leave to be slowed too far by the next
+prompt (cluster/slo.py; goodput under both limits: DistServe, papers.md 3). A plan that must wait for a full prefill
+worker is waited for while it is better so. Plans that are equal there, as all are without limits, are compared by
+seconds:
 
 Rule: of all plans that can be carried out now, the one for which everybody together waits least: the request itself
 until its last token, the streams that run on either node, the prompts that will wait behind it. Local is the plan in
@@ -195,7 +196,7 @@ def _by_prediction(wish: Wish, decoders: Sequence[Node], readers: Sequence[Node]
     request = _request(wish, decoders, readers, situation)
     sides = _sides(wish, decoders, readers, situation)
     found = _options(wish, request, sides, decoders, readers, situation)
-    if wish.slo.is_set:
+    if wish.slo.is_set or any(side.work.has_limits for side in sides.values()):
         found = _judged(wish, request, sides, readers, situation, found)
     options = sorted(found, key=lambda option: option.order)
     splits = [option for option in options if option.prefill]

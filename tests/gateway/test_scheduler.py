@@ -190,6 +190,14 @@ def test_a_prompt_waits_for_a_full_prefill_worker_while_that_keeps_more_limits()
     assert made.mode == "local", "nobody is late by it"
 
 
+def test_a_request_without_limits_spares_those_who_have_them() -> None:
+    """The prefill worker has 9 s of prompts: to everybody together, waiting for it costs more than one late stream."""
+    bearing, strict = ({"d1": limited(1, tpot_s), "p1": reading(900)} for tpot_s in (0.400, 0.080))
+    assert names(plan([P1, D1], bearing)) == ("d1", [])
+    made = plan([P1, D1], strict)
+    assert (names(made), made.reason) == (("d1", ["p1"]), "limits")
+
+
 def test_limits_nobody_can_keep_change_nothing() -> None:
     works = {"d1": streams(3)}
     assert names(plan([P1, D1], works, slo=Slo(ttft_s=0.001, tpot_s=0.001))) == names(plan([P1, D1], works))
