@@ -242,11 +242,14 @@ def own_tpot_s(request: Request, decode: Side, begins_s: float, prompts_s: float
     for stream in work.streams:
         steps = common_steps(begins_s, answer, stream.begins_s, stream.left, step_s)
         beside_s += steps * cost.row_s(stream.cells)
-    # of those that are not known one by one it is not known either when they end
-    unknown = work.decoding - sum(stream.begins_s <= 0.0 for stream in work.streams)
-    if unknown > 0:
-        beside_s += answer * unknown * cost.row_s(work.cells / work.decoding)
+    beside_s += answer * _unknown_rows_s(cost, work)
     return cost.step_s(1, depth) + beside_s / answer
+
+
+def _unknown_rows_s(cost: NodeCost, work: Work) -> float:
+    """What streams that are not known one by one, of another gateway, add to a step; nor is it known when they end."""
+    unknown = work.decoding - sum(stream.begins_s <= 0.0 for stream in work.streams)
+    return unknown * cost.row_s(work.cells / work.decoding) if unknown > 0 else 0.0
 
 
 def common_steps(begins_s: float, tokens: float, other_begins_s: float, other_tokens: float, step_s: float) -> float:
@@ -279,10 +282,10 @@ def paces_s(cost: NodeCost, work: Work) -> list[float]:
         before = bisect_right(at_s, moment_s) - 1
         return area[before] + rows[before] * (moment_s - at_s[before])
 
-    found = []
+    found, unknown_s = [], _unknown_rows_s(cost, work)
     for stream, row_s, (begins_s, ends_s) in zip(streams, rows_s, spans, strict=True):
         others_s = (until(ends_s) - until(begins_s)) / alone_s - stream.left * row_s if alone_s else 0.0
-        found.append(cost.step_s(1, stream.cells) + max(0.0, others_s) / stream.left)
+        found.append(cost.step_s(1, stream.cells) + unknown_s + max(0.0, others_s) / stream.left)
     return found
 
 

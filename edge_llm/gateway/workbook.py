@@ -134,7 +134,7 @@ class WorkBook:
         """What it has to do."""
         desk = self._desk(worker)
         if desk.sum is None or now_s - desk.summed_s > REFRESH_S:
-            desk.sum, desk.summed_s = _joined(desk.foreign, _sum(worker, desk, now_s)), now_s
+            desk.sum, desk.summed_s = _joined(desk.foreign, _sum(worker, desk, now_s, len(desk.foreign.prompts))), now_s
         return desk.sum
 
     def fetching(self, worker: str) -> dict[str, Booking]:
@@ -153,8 +153,8 @@ class WorkBook:
         return desk
 
 
-def _sum(worker: str, desk: _Desk, now_s: float) -> Work:
-    """Our own requests at one worker."""
+def _sum(worker: str, desk: _Desk, now_s: float, foreign_prompts: int = 0) -> Work:
+    """Our own requests at one worker, which reads so many prompts of others before: they are there already."""
     sequences = decoding = cells = reserved = 0
     left, prompts, streams = 0.0, list[PromptWork](), list[Stream]()
     has_limits = any(booking.tpot_s is not None for booking in desk.bookings.values())
@@ -163,7 +163,7 @@ def _sum(worker: str, desk: _Desk, now_s: float) -> Work:
             sequences += 1
             reserved += booking.prompt_tokens + booking.max_tokens
             if has_limits:
-                streams.append(booking.stream_at(now_s, len(prompts)))
+                streams.append(booking.stream_at(now_s, foreign_prompts + len(prompts)))
             if booking.is_prompted:
                 decoding += 1
                 cells += booking.prompt_tokens + booking.generated
@@ -197,6 +197,7 @@ def _both(now: Work, before: Work) -> Work:
 
 
 def _joined(a: Work, b: Work) -> Work:
+    """`b`'s streams count `a`'s prompts among those before their own."""
     return Work(
         a.sequences + b.sequences,
         a.decoding + b.decoding,

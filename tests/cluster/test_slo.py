@@ -162,6 +162,21 @@ def test_a_quiet_node_that_cannot_read_the_next_prompt_in_time_is_no_refuge() ->
     assert judge.verdict("m2", "m1", made).exposed == 2, "11 s until the next one is read there, of 10: it goes to m1"
 
 
+def test_streams_of_another_gateway_slow_those_that_are_watched() -> None:
+    """40 steps of 10 ms have 0.84 s, and no time for 0.42 s of prompt when another gateway's row is in them."""
+    reads = Request(prompt_tokens=43, answer_tokens=20.0)
+    alone = side(stream())
+    shared = replace(alone, work=replace(alone.work, sequences=2, decoding=2))
+    broken = []
+    for busy in (alone, shared):
+        judge = Judge(Slo(), reads, {"m1": busy, "m2": side()}, {"m1"}, 101)
+        broken.append(judge.verdict("m1", "m2", Prediction(0.5, 1.0, 0.0)).broken)
+    assert broken == [0, 1]
+    late = replace(shared, work=replace(shared.work, sequences=3, decoding=3))
+    judge = Judge(Slo(), reads, {"m1": late, "m2": side()}, {"m1"}, 101)
+    assert judge.verdict("m1", "m2", Prediction(0.5, 1.0, 0.0)).broken == 0, "two of them make it late by themselves"
+
+
 # -- many streams
 
 

@@ -116,6 +116,17 @@ def test_others_work_is_believed_when_two_statuses_show_it() -> None:
     assert book.work("d1", 0.0) == Work(), "one status without it is enough"
 
 
+def test_others_prompts_are_read_before_ours() -> None:
+    """Their prompt is the first of the list: a stream that waits for two of two is not disturbed by its own."""
+    book = WorkBook()
+    for _ in range(2):
+        book.seen(status("d1", pending_prompt_tokens=400))
+    book.book("r1", booking("d1", tpot_s=0.1))
+    work = book.work("d1", 0.0)
+    assert [prompt.tokens for prompt in work.prompts] == [400, 100]
+    assert work.streams[0].ahead == 2
+
+
 def test_our_own_work_in_a_status_does_not_count_twice() -> None:
     book = WorkBook()
     book.book("r1", booking("d1"))
