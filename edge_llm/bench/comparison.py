@@ -110,7 +110,7 @@ class Fit:
 def fitted(plan: Plan, workloads: int, contestants: int, flags: int) -> Fit:
     """The most of the plan that leaves each replay a good length: rather fewer rates (the highest go first, where
     nobody keeps limits) and one pass than replays of a few requests. Raises MeasureFailed when nothing fits."""
-    fits = []
+    fits: list[Fit] = []
     for rates, passes, are_flags_tried in (
         (len(plan.rate_shares), plan.passes, True),
         (_FEWER_RATES, 1, True),
@@ -145,6 +145,14 @@ def fitting_seconds(plan: Plan, workloads: int, contestants: int, trials: int) -
     return min(plan.seconds_per_point, left_s)
 
 
+def seconds_of_the_rest(plan: Plan, left_s: float, workloads: int, contestants: int) -> float:
+    """Seconds of each replay when all preparations are over and so much of the budget is left: they take less or more
+    than was planned for them."""
+    series = workloads * contestants
+    replay_s = (left_s - series * plan.passes * _LAUNCH_S) / (series * len(plan.rate_shares)) - _DRAIN_S
+    return min(plan.seconds_per_point, max(_LEAST_SECONDS, replay_s))
+
+
 async def measure(
     plan: Plan,
     workloads: Sequence[Workload],
@@ -168,6 +176,9 @@ async def measure(
     if servers is not None:
         for one in workloads:
             contestants[one.name].append(await contest.tuned(servers, one, are_tried=fit.are_flags_tried))
+    rest_s = seconds_of_the_rest(fit.plan, contest.left_s, len(workloads), len(ours) + (servers is not None))
+    tally.seconds_per_point = rest_s
+    run.notes.append(f"when limits and flags were known, the budget left replays of {rest_s:.0f} s")
     for one in workloads:
         for number in range(fit.plan.passes):
             for arrangement in contestants[one.name] if number % 2 == 0 else contestants[one.name][::-1]:
@@ -181,6 +192,11 @@ class _Contest:
     def __init__(self, plan: Plan, run: Run, tally: Tally, progress: Progress, clock: Callable[[], float]) -> None:
         self._plan, self._run, self._tally, self._progress, self._clock = plan, run, tally, progress, clock
         self._until_s = clock() + plan.budget_s
+
+    @property
+    def left_s(self) -> float:
+        """Of the budget."""
+        return self._until_s - self._clock()
 
     async def tried(self, what: str, step: Awaitable[None]) -> bool:
         try:
@@ -258,7 +274,7 @@ class _Contest:
             for rate in rates:
                 if not self._is_worth(one, arrangement, rate):
                     continue
-                if self._clock() > self._until_s:
+                if self.left_s < 0:
                     raise MeasureFailed("the budget of time was over: give more with --budget-minutes")
                 answers = await self._at_rate(send, one, arrangement, rate, f"{rate:.6f}")
                 told = arrangement.regime.name if arrangement.regime else None

@@ -16,7 +16,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from edge_llm.bench.comparison import Plan, fitted, fitting_seconds, measure, workload
+from edge_llm.bench.comparison import Plan, fitted, fitting_seconds, measure, seconds_of_the_rest, workload
 from edge_llm.bench.contestants import AUTO, LOCAL, SERVER, SPLIT, Servers
 from edge_llm.bench.goodput import REGIMES, STRICT_TPOT, STRICT_TTFT, Unloaded
 from edge_llm.bench.layout import Layout, Started
@@ -221,6 +221,16 @@ def test_a_small_budget_takes_rates_passes_and_trials_before_it_makes_replays_sh
     assert 5 <= fitted(replace(asked, budget_s=1000.0), 2, 5, 3).seconds_per_point < 25
     with pytest.raises(MeasureFailed, match="at least"):
         fitted(replace(asked, budget_s=600.0), 2, 5, 3)
+
+
+def test_what_preparations_did_not_take_makes_replays_longer_and_what_they_took_more_makes_them_shorter() -> None:
+    plan = Plan(seconds_per_point=75.0, budget_s=1500.0, vocab_size=1000, rate_shares=(0.1, 0.2, 0.3), passes=1)
+    planned_s = fitting_seconds(plan, workloads=2, contestants=5, trials=0)
+    assert seconds_of_the_rest(plan, 1300.0, 2, 5) == pytest.approx(planned_s), "as long as was planned"
+    assert seconds_of_the_rest(plan, 1420.0, 2, 5) == pytest.approx(planned_s + 4.0)
+    assert seconds_of_the_rest(plan, 1000.0, 2, 5) < planned_s
+    assert seconds_of_the_rest(plan, 0.0, 2, 5) == 5.0
+    assert seconds_of_the_rest(plan, 9000.0, 2, 5) == 75.0, "as was asked"
 
 
 @pytest.mark.anyio

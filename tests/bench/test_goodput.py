@@ -129,7 +129,7 @@ def test_a_ratio_is_certain_only_as_far_as_rates_were_measured() -> None:
     assert certain_ratio(between, [above], 0.9) == (0.0, 0.5), "the other one may have served any rate"
     assert certain_ratio(above, [between], 0.9) == (2.0, math.inf)
     assert certain_ratio(above, [above], 0.9) == (0.0, math.inf)
-    assert certain_ratio(below, [between], 0.9) == (0.0, pytest.approx(1.0 / 1.5))
+    assert certain_ratio(below, [between], 0.9) == pytest.approx((0.0, 1.0 / 1.5))
     assert certain_ratio(below, [below], 0.9) == (0.0, math.inf)
 
 
