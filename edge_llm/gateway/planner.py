@@ -258,15 +258,17 @@ class Planner:
     def waits(self, running: Running, plan: Plan, view: ClusterView) -> Waits:
         """How long the decode worker of a plan that was just made will wait for KV."""
         fetching = self._book.fetching(plan.decode.worker)
-        fetching.pop(running.job.request_id, None)
-        before_s = 0.0
-        for booking in fetching.values():
-            if (reader := view.node(booking.reader)) is not None:
-                work = booking.prompt_work
-                before_s += NodeCost.of(reader.status).prefill_s(work.tokens, work.start)
+        own, now_s, before_s = fetching.pop(running.job.request_id, None), self._clock(), 0.0
+        # a worker reads prompts in order: those of other decode workers, and its own, come before what is fetched
+        for worker in sorted({booking.reader for booking in fetching.values()}):
+            if (reader := view.node(worker)) is not None:
+                cost = NodeCost.of(reader.status)
+                before_s += cost.queued_s(self._book.work(worker, now_s))
+                if own is not None and own.reader == worker:
+                    before_s -= cost.prefill_s(own.prompt_work.tokens, own.prompt_work.start)
         if plan.prediction is not None:
             return Waits(before_s, plan.prediction.ttft_s)
-        work_there = self._book.work(plan.reader.worker, self._clock())  # this request is booked
+        work_there = self._book.work(plan.reader.worker, now_s)  # this request is booked
         return Waits(before_s, NodeCost.of(plan.reader.status).queued_s(work_there))
 
     # -- what happens to requests

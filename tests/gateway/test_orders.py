@@ -83,6 +83,33 @@ async def test_what_is_read_already_or_here_need_not_be_waited_for() -> None:
     assert scene.planner.waits(last, scene.plan(last), scene.view).before_s == pytest.approx(READ_S / 4)
 
 
+async def test_what_a_prefill_worker_reads_for_another_decode_worker_first_is_waited_for_too() -> None:
+    """d2 fetches from p1 before it fetches from p2, and p1 reads 100 s for d1 before."""
+    load = {"rates": SLOW}
+    p1, p2 = (node(f"p{number}", "prefill", n_ctx=8192, load=load) for number in (1, 2))
+    d1, d2 = (node(f"d{number}", "decode", n_ctx=8192, load=load) for number in (1, 2))
+    scene = Scene(p1, d1)
+    scene.plan(scene.request(PROMPT, mode="split"))
+    scene.see(p1, d2)
+    scene.plan(scene.request(range(41), mode="split"))
+    scene.see(p2, d2)
+    last = scene.request(PROMPT, mode="split")
+    made = scene.plan(last)
+    assert (made.reader.worker, made.decode.worker) == ("p2", "d2")
+    scene.see(p1, p2, d1, d2)
+    assert scene.planner.waits(last, made, scene.view).before_s == pytest.approx(READ_S + 1.0)
+
+
+async def test_its_own_prompt_is_not_waited_for_before_itself() -> None:
+    scene = slow_boards()
+    scene.see(scene.view.nodes[0], scene.view.nodes[-1])
+    for _ in range(2):
+        last = scene.request(PROMPT, mode="split")
+        made = scene.plan(last)
+    assert made.reader.worker == "p1"
+    assert scene.planner.waits(last, made, scene.view).before_s == pytest.approx(READ_S)
+
+
 async def test_nothing_lives_for_ever() -> None:
     scene = slow_boards()
     for _ in range(3):
