@@ -163,7 +163,7 @@ class Arrival:
                 f"token id {max(ids)} is outside the vocabulary of {node.status.vocab_size}", param="prompt"
             )
         max_tokens = self._max_tokens(len(ids))
-        self._limits.reserve(self._caller.key, len(ids) + max_tokens, self._clock())
+        self._limits.reserve(self._caller.key, self._demand.request_id, len(ids) + max_tokens, self._clock())
         self._unused_tokens = len(ids) + max_tokens
         job = Job(
             request_id=self._demand.request_id,

@@ -7,8 +7,9 @@ Both rates are token buckets that hold one minute's worth: a key that was idle m
 are reserved at admission (prompt + max_tokens, as OpenAI counts them), what an answer did not use is given back.
 A request of more tokens than a minute's worth goes when the bucket is full and is paid off afterwards.
 
-Invariant: what a key has used stays used, whatever becomes of its entry in the keys file; new limits count from its
-next request on, and what came before still ends in the same account.
+Invariant: what a key has used of a limit stays used, whatever becomes of its entry in the keys file, also when the
+limit is taken away and comes back (in between nothing counts); new limits count from its next request on, and what came
+before still ends in the same account. Nobody gets back more than it reserved.
 """
 
 from __future__ import annotations
@@ -53,9 +54,11 @@ class Bucket:
 
 @dataclass(slots=True)
 class _Account:
+    """`streams`: answers under way, each with the tokens that it has reserved."""
+
     requests: Bucket | None = None
     tokens: Bucket | None = None
-    streams: set[str] = field(default_factory=set)
+    streams: dict[str, int] = field(default_factory=dict)
 
 
 class Limits:
@@ -73,30 +76,32 @@ class Limits:
             raise LimitReached(
                 f"key {key.id} has {key.max_streams} answers under way, as many as it may", code="too_many_streams"
             )
-        if account.requests is not None:
+        if account.requests is not None and key.requests_per_minute is not None:
             _check(account.requests, 1, now_s, f"key {key.id} may send {key.requests_per_minute} requests a minute")
             account.requests.take(1)
-        account.streams.add(request_id)
+        account.streams[request_id] = 0
 
-    def reserve(self, key: ApiKey, tokens: int, now_s: float) -> None:
+    def reserve(self, key: ApiKey, request_id: str, tokens: int, now_s: float) -> None:
         """Reserve the tokens of a request that has arrived. Raises LimitReached."""
-        bucket = self._accounts[key.id].tokens
-        if bucket is not None:
+        account = self._accounts[key.id]
+        bucket = account.tokens
+        if bucket is not None and key.tokens_per_minute is not None:
             _check(bucket, tokens, now_s, f"key {key.id} may use {bucket.per_minute} tokens a minute")
             bucket.take(tokens)
+            account.streams[request_id] += tokens
 
     def leave(self, key: ApiKey, request_id: str, unused_tokens: int) -> None:
         """A request that has arrived is over, with so many of its reserved tokens unused."""
         account = self._accounts[key.id]
-        account.streams.discard(request_id)
+        reserved = account.streams.pop(request_id, 0)
         if account.tokens is not None and unused_tokens > 0:
-            account.tokens.give_back(unused_tokens)
+            account.tokens.give_back(min(unused_tokens, reserved))
 
 
 def _adapted(bucket: Bucket | None, per_minute: int | None, now_s: float) -> Bucket | None:
-    """The bucket of a key that has this limit now: a new one is full."""
+    """The bucket of a key that has this limit now: a new one is full. Without a limit it is kept as it was."""
     if per_minute is None:
-        return None
+        return bucket
     if bucket is None:
         return Bucket(per_minute, float(per_minute), now_s)
     if bucket.per_minute != per_minute:

@@ -27,7 +27,7 @@ def refused(limits: Limits, key: ApiKey, now_s: float, *, tokens: int | None = N
         if tokens is None:
             limits.arrive(key, "refused", now_s)
         else:
-            limits.reserve(key, tokens, now_s)
+            limits.reserve(key, "a", tokens, now_s)
     return caught.value
 
 
@@ -35,7 +35,7 @@ def test_a_key_without_limits_may_do_anything() -> None:
     limits = Limits()
     for number in range(1000):
         limits.arrive(KEY, f"{number}", 0.0)
-        limits.reserve(KEY, 10**6, 0.0)
+        limits.reserve(KEY, f"{number}", 10**6, 0.0)
 
 
 def test_a_minutes_worth_of_requests_may_come_at_once_and_then_one_by_one() -> None:
@@ -51,21 +51,22 @@ def test_a_minutes_worth_of_requests_may_come_at_once_and_then_one_by_one() -> N
 def test_tokens_are_reserved_and_what_was_not_used_comes_back() -> None:
     key, limits = replace(KEY, tokens_per_minute=600), Limits()
     limits.arrive(key, "a", 0.0)
-    limits.reserve(key, 500, 0.0)
+    limits.reserve(key, "a", 500, 0.0)
     assert refused(limits, key, 0.0, tokens=200).retry_after_s == 10
     limits.leave(key, "a", 450)
-    limits.reserve(key, 550, 0.0)
+    limits.arrive(key, "a", 0.0)
+    limits.reserve(key, "a", 550, 0.0)
     refused(limits, key, 0.0, tokens=1)
 
 
 def test_a_request_of_more_than_a_minutes_worth_waits_for_a_full_bucket_and_is_paid_off() -> None:
     key, limits = replace(KEY, tokens_per_minute=600), Limits()
     limits.arrive(key, "a", 0.0)
-    limits.reserve(key, 100, 0.0)
+    limits.reserve(key, "a", 100, 0.0)
     assert refused(limits, key, 0.0, tokens=1200).retry_after_s == 10
-    limits.reserve(key, 1200, 10.0)
+    limits.reserve(key, "a", 1200, 10.0)
     assert refused(limits, key, 10.0, tokens=1).retry_after_s == 61
-    limits.reserve(key, 1, 71.0)
+    limits.reserve(key, "a", 1, 71.0)
 
 
 def test_answers_under_way_are_counted_until_they_end() -> None:
@@ -91,13 +92,13 @@ def test_keys_have_accounts_of_their_own() -> None:
 def test_a_change_of_the_keys_file_gives_nobody_a_new_minute() -> None:
     key, limits = replace(KEY, requests_per_minute=2, tokens_per_minute=600), Limits()
     limits.arrive(key, "a", 0.0)
-    limits.reserve(key, 500, 0.0)
+    limits.reserve(key, "a", 500, 0.0)
     other_tenant = replace(key, tenant="family", expires_s=1e9)
     limits.arrive(other_tenant, "b", 0.0)
     assert refused(limits, other_tenant, 0.0).retry_after_s == 30
     assert refused(limits, other_tenant, 0.0, tokens=101).retry_after_s == 1
     limits.leave(key, "a", 500)  # it came before the change
-    limits.reserve(other_tenant, 600, 0.0)
+    limits.reserve(other_tenant, "b", 600, 0.0)
 
 
 def test_of_a_limit_that_changes_what_was_used_counts_on() -> None:
@@ -111,6 +112,30 @@ def test_of_a_limit_that_changes_what_was_used_counts_on() -> None:
     fewer = replace(key, requests_per_minute=2)
     assert refused(limits, fewer, 0.0).retry_after_s == 120, "three beyond the limit flow in first, then one"
     limits.arrive(replace(key, requests_per_minute=None), "5", 0.0)
+
+
+def test_a_limit_that_was_taken_away_and_comes_back_gives_nobody_a_new_minute() -> None:
+    key, limits = replace(KEY, requests_per_minute=1, tokens_per_minute=600), Limits()
+    limits.arrive(key, "a", 0.0)
+    limits.reserve(key, "a", 600, 0.0)
+    free = replace(key, requests_per_minute=None, tokens_per_minute=None)
+    limits.arrive(free, "b", 0.0)
+    limits.reserve(free, "b", 10**6, 0.0)
+    assert refused(limits, key, 30.0).retry_after_s == 30
+    limits.arrive(key, "c", 60.0)
+    limits.reserve(key, "c", 600, 60.0)
+    assert refused(limits, key, 60.0, tokens=1).retry_after_s == 1
+
+
+def test_what_a_request_did_not_reserve_it_does_not_give_back() -> None:
+    """It came before its key had a limit, and ends after."""
+    key, limits = replace(KEY, tokens_per_minute=600), Limits()
+    limits.arrive(KEY, "before", 0.0)
+    limits.reserve(KEY, "before", 1000, 0.0)
+    limits.arrive(key, "a", 0.0)
+    limits.reserve(key, "a", 600, 0.0)
+    limits.leave(KEY, "before", 1000)
+    assert refused(limits, key, 0.0, tokens=1).retry_after_s == 1
 
 
 @given(
