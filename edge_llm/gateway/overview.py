@@ -68,11 +68,20 @@ def _node(node: Node, booked: Work | None, now_s: float) -> dict[str, Any]:
         "started_at": status.started_at,
         "build": status.build,
         "memory_bytes": status.memory_bytes,
-        "board": status.board,
-        "load": status.load,
+        "board": _whole(status.board),
+        "load": _whole(status.load),
         "booked": None if booked is None else _sums(booked),
         "seen_ago_s": round(max(0.0, now_s - node.seen_s), 3),
     }
+
+
+def _whole(value: object) -> object:
+    """A message with what has its default too: between processes that is left out, people look for it."""
+    if isinstance(value, msgspec.Struct):
+        return {name: _whole(getattr(value, name)) for name in value.__struct_fields__}
+    if isinstance(value, list | tuple):
+        return [_whole(one) for one in value]
+    return value
 
 
 def _sums(work: Work) -> dict[str, int]:
