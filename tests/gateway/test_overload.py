@@ -200,17 +200,18 @@ async def test_a_deadline_ends_a_prompt_that_is_still_computed_elsewhere() -> No
         held.go_on.set()
 
 
-async def test_who_has_no_time_for_the_queue_is_refused_at_once(cluster_of_four_slots: Service) -> None:
-    service = cluster_of_four_slots
-    await load(service, 0.5 * CAPACITY_PER_S, 1.0)  # now it knows how long answers take
-    long = asking(prompt_of(6), max_tokens=300)
-    tasks = [asyncio.create_task(service.post(COMPLETIONS, long)) for _ in range(SLOTS + 8)]
-    await until(lambda: service.requests("queued") == 8)
-    reply = await service.post(COMPLETIONS, asking(prompt_of(9)), {"x-request-timeout-s": "0.1"})
-    assert (reply.status, reply.error["code"]) == (503, "overloaded")
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+async def test_who_has_no_time_for_the_queue_is_refused_at_once() -> None:
+    async with running_cluster() as cluster, serving(cluster, queue_predicted_wait_s=30.0) as service:
+        await service.start("mixed", "m1", slow())
+        await load(service, 0.5 * CAPACITY_PER_S, 1.0)  # now it knows how fast answers come
+        long = asking(prompt_of(6), max_tokens=300)
+        tasks = [asyncio.create_task(service.post(COMPLETIONS, long)) for _ in range(SLOTS + 8)]
+        await until(lambda: service.requests("queued") == 8)
+        reply = await service.post(COMPLETIONS, asking(prompt_of(9)), {"x-request-timeout-s": "0.1"})
+        assert (reply.status, reply.error["code"]) == (503, "overloaded")
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def test_clients_that_leave_early_do_not_make_the_cluster_seem_fast() -> None:
