@@ -75,8 +75,8 @@ def fillers(slots: Sequence[int], filled: Set[int], cost: RowCost, cells: int = 
     """Idle slots between running ones worth evaluating too, so that the call stays one graph run.
 
     `slots` is ascending; the deepest has `cells` KV cells, and a throw-away row beside it reads as many. Filling a hole
-    of g slots costs g rows, leaving it costs one more run. A hole with a slot in
-    it that holds KV (`filled`: its prompt is not done) stays: a row there would be a wrong position of that sequence.
+    of g slots costs g rows, leaving it costs one more run. A hole with a slot in it that holds KV (`filled`: its prompt
+    is not done) stays: a row there would be a wrong position of that sequence.
     """
     chosen: list[int] = []
     row_s = cost.row_s + cells_read(cells) * cost.cell_s

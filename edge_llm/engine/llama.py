@@ -305,7 +305,9 @@ class LlamaBackend:
         if layout is None or cells < _TIMED_CELLS // 2:
             return 0.0
         zeros = StateBlob(layout, cells, 0)
-        zeros.place(0, cells, bytes(layout.geometry.payload_bytes(cells)), layout.v_layout)
+        for p0 in range(0, cells, _TIMED_TOKENS):  # in pieces: memory for one state is what a worker counts with
+            p1 = min(cells, p0 + _TIMED_TOKENS)
+            zeros.place(p0, p1, bytes(layout.geometry.payload_bytes(p1 - p0)), layout.v_layout)
         try:
             self.restore(0, zeros)
             best_s = min(self._timed_row(cells + step) for step in range(_TIMED_STEPS))
