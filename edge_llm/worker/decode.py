@@ -28,6 +28,7 @@ from typing import Final
 
 import structlog
 
+from edge_llm.engine.batch import smoothed
 from edge_llm.engine.engine import Engine, EngineFacts, KeptKV, Step
 from edge_llm.errors import (
     ContextTooLong,
@@ -54,7 +55,6 @@ from edge_llm.worker.tickets import Claims, KeyRing
 # How long a moved sequence's KV is held for whoever goes on with it.
 LEASE_S: Final = 10.0
 log = structlog.get_logger()
-_SMOOTHING: Final = 0.1
 
 
 @dataclass(slots=True)
@@ -314,9 +314,9 @@ class DecodeRole:
         if step.decoded_rows:
             self.widest_rows = max(self.widest_rows, step.widest_call)
             self.wide_calls += step.widest_call >= WIDE_ROWS
-            self.decode_step_s = _smoothed(self.decode_step_s, step.decode_s)
+            self.decode_step_s = smoothed(self.decode_step_s, step.decode_s)
         if step.prompt_tokens:
-            self.prompt_token_s = _smoothed(self.prompt_token_s, step.prompt_s / step.prompt_tokens)
+            self.prompt_token_s = smoothed(self.prompt_token_s, step.prompt_s / step.prompt_tokens)
 
     def _on_progress(self, request_id: str, done: int, total: int) -> None:
         running = self._running.get(request_id)
@@ -406,10 +406,6 @@ def _take(engine: Engine, slot: int) -> KeptKV:
         return engine.export(slot)
     finally:
         engine.end(slot)
-
-
-def _smoothed(mean: float, sample: float) -> float:
-    return mean + _SMOOTHING * (sample - mean) if mean else sample
 
 
 def _generation(request: DecodeRequest) -> Generation:

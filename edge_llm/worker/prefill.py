@@ -32,6 +32,7 @@ from typing import Final
 
 import structlog
 
+from edge_llm.engine.batch import smoothed
 from edge_llm.engine.engine import Engine, EngineFacts, KVChunk, PromptProgress, ServedPrompt, Step
 from edge_llm.errors import (
     ContextTooLong,
@@ -60,7 +61,6 @@ from edge_llm.worker.tickets import Claims
 MAX_CHUNKS_OUT: Final = 2
 MAX_ADMITTED: Final = 2  # one computes, one waits
 MAX_STORED: Final = 16  # transfers at once of what is kept: they hold references, no engine
-_SMOOTHING: Final = 0.1
 
 log = structlog.get_logger()
 _Item = KVChunk | PromptProgress | EdgeLLMError
@@ -192,8 +192,7 @@ class PrefillRole:
     def on_step(self, step: Step) -> None:
         """Put what a step made for the current prompt into its outbox."""
         if step.prompt_tokens:
-            token_s = step.prompt_s / step.prompt_tokens
-            self.prompt_token_s += _SMOOTHING * (token_s - self.prompt_token_s) if self.prompt_token_s else token_s
+            self.prompt_token_s = smoothed(self.prompt_token_s, step.prompt_s / step.prompt_tokens)
         transfer = self._current
         if transfer is None:
             return
