@@ -30,6 +30,7 @@ LatencyLimit = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 WorkerRole = Literal["prefill", "decode", "mixed"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 MetricsAlias = Literal["none", "vllm"]
+PolicyName = Literal["predicted", "round_robin", "random", "least_busy"]
 
 
 class ClosedLoader(yaml.SafeLoader):
@@ -141,7 +142,7 @@ class GatewayConfig(_Settings):
     """Let everybody in who reaches the port; only on loopback."""
     announce: bool = False
     """Say on stdout when ready, for `edge-llm up`."""
-    policy: Literal["predicted", "round_robin", "random", "least_busy"] = "predicted"
+    policy: PolicyName = "predicted"
     """How workers are chosen; all but `predicted` are there to be compared with."""
     policy_seed: Annotated[int, Field(ge=0)] = 0
     """For the policy `random`."""

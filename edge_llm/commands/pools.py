@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import click
 
@@ -18,12 +19,11 @@ from edge_llm.commands.measuring import (
     steps,
     until_interrupted,
 )
-
-POLICIES = ("predicted", "random", "round_robin", "least_busy")
+from edge_llm.config import PolicyName
 
 
 @click.command()
-@click.option("--policies", multiple=True, type=click.Choice(POLICIES), help="Default: all.")
+@click.option("--policies", multiple=True, type=click.Choice(get_args(PolicyName)), help="Default: all.")
 @click.option("--seed", type=int, default=7, show_default=True, help="Of lengths and times.")
 @click.option("--wait-bound-s", type=click.FloatRange(0.5, 300), default=30.0, show_default=True)
 @click.option("--one-by-one", is_flag=True, help="A cluster at a time: more CPU for each, as often as long.")

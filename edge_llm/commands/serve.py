@@ -8,11 +8,11 @@ import secrets
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import click
 
-from edge_llm.config import GatewayConfig, WorkerConfig, load_settings
+from edge_llm.config import GatewayConfig, PolicyName, WorkerConfig, load_settings
 from edge_llm.machine import huge_page_environment
 
 
@@ -116,7 +116,7 @@ def worker(config: Path | None, allowed_peers: tuple[str, ...], **flags: Any) ->
 @click.option("--drain-s", type=float, help="How long answers may go on after SIGTERM (default 30).")
 @click.option(
     "--policy",
-    type=click.Choice(["predicted", "round_robin", "random", "least_busy"]),
+    type=click.Choice(get_args(PolicyName)),
     help="How workers are chosen; all but `predicted` (default) are there to be compared with.",
 )
 @click.option("--policy-seed", type=int, help="For the policy `random`.")

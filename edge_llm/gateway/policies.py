@@ -12,8 +12,8 @@ from typing import Literal, Protocol
 
 from edge_llm.cluster.cost import Work
 from edge_llm.cluster.view import Node
+from edge_llm.config import PolicyName
 
-PolicyName = Literal["predicted", "round_robin", "random", "least_busy"]
 Task = Literal["prompt", "token"]
 
 

@@ -17,9 +17,10 @@ import pytest
 
 from edge_llm.cluster.cost import NodeCost
 from edge_llm.cluster.view import ClusterView, Node
+from edge_llm.config import PolicyName
 from edge_llm.errors import Overloaded
 from edge_llm.gateway.planner import Planner
-from edge_llm.gateway.policies import PolicyName, policy_of
+from edge_llm.gateway.policies import policy_of
 from edge_llm.gateway.running import Job, Running
 from edge_llm.gateway.scheduler import Plan
 from edge_llm.gateway.session import Event, Session
