@@ -7,15 +7,11 @@ event is parsed. Refuses to know what is measured.
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, cast
+from typing import Any, cast
 
-_TEXT: Final = b'"text":"'
-_EMPTY_TEXT: Final = b'"text":""'
-_DONE: Final = b"data: [DONE]"
-_TAIL_BYTES: Final = 8 << 10
+from edge_llm.bench.raw_http import DONE, EMPTY_TEXT, TAIL_BYTES, TEXT, generated_tokens, request_bytes
 
 
 class LoadStream(asyncio.Protocol):
@@ -38,14 +34,14 @@ class LoadStream(asyncio.Protocol):
         self._transport.write(self._request)
 
     def data_received(self, data: bytes) -> None:
-        found = data.count(_TEXT) - data.count(_EMPTY_TEXT)
+        found = data.count(TEXT) - data.count(EMPTY_TEXT)
         if found:
             self.pieces += found
             if not self.first_s:
                 self.first_s = time.monotonic()
                 self._on_change(self)
-        self._tail = data if len(data) > _TAIL_BYTES else (self._tail + data)[-_TAIL_BYTES:]
-        if _DONE in data and not self.ended_s:
+        self._tail = data if len(data) > TAIL_BYTES else (self._tail + data)[-TAIL_BYTES:]
+        if DONE in data and not self.ended_s:
             self._end()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -63,14 +59,7 @@ class LoadStream(asyncio.Protocol):
 
     @property
     def tokens(self) -> int:
-        """What the last event says was generated; 0 when it did not come."""
-        for line in reversed(self._tail.split(b"\n")):
-            if line.startswith(b"data: {") and b'"timings"' in line:
-                try:
-                    return int(json.loads(line.removeprefix(b"data: "))["timings"]["predicted_n"])
-                except (ValueError, KeyError):
-                    return 0
-        return 0
+        return generated_tokens(self._tail)
 
     @property
     def complaint(self) -> str:
@@ -92,7 +81,7 @@ class LoadClient:
         began_s = time.monotonic()
         for number, body in enumerate(bodies):
             await asyncio.sleep(max(0.0, began_s + number / per_s - time.monotonic()))
-            stream = LoadStream(_request(self._host, self._port, body), lambda _stream: self._changed.set())
+            stream = LoadStream(request_bytes(self._host, self._port, body), lambda _stream: self._changed.set())
             self.streams.append(stream)
             await loop.create_connection(lambda stream=stream: stream, self._host, self._port)  # type: ignore[misc]
 
@@ -114,9 +103,3 @@ class LoadClient:
     def hang_up(self) -> None:
         for stream in self.streams:
             stream.hang_up()
-
-
-def _request(host: str, port: int, body: Mapping[str, Any]) -> bytes:
-    data = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: {host}:{port}\r\ncontent-type: application/json\r\n"
-    return f"{head}content-length: {len(data)}\r\n\r\n".encode() + data

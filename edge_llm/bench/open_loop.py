@@ -17,11 +17,17 @@ from itertools import count
 from typing import Any, Final, cast
 from urllib.parse import urlsplit
 
-_TEXT: Final = b'"text":"'
-_EMPTY_TEXT: Final = b'"text":""'
-_DONE: Final = b"data: [DONE]"
+from edge_llm.bench.raw_http import (
+    DONE,
+    EMPTY_TEXT,
+    TAIL_BYTES,
+    TEXT,
+    generated_tokens,
+    last_object,
+    request_bytes,
+)
+
 _HEAD_END: Final = b"\r\n\r\n"
-_TAIL_BYTES: Final = 8 << 10
 # A request that has not ended after so long is hung up and counts as lost.
 PATIENCE_S: Final = 120.0
 _RETRY_S: Final = 0.05
@@ -61,14 +67,14 @@ class Answer(asyncio.Protocol):
                 return
             head, _, data = self._head.partition(_HEAD_END)
             self._head, self.status = head, int(head.split(b" ", 2)[1])
-        self._kept = (self._kept + data)[-_TAIL_BYTES:]
+        self._kept = (self._kept + data)[-TAIL_BYTES:]
         if self.status != 200:
             if len(self._kept) >= int(self._header(b"content-length") or 0):
                 self._end()
             return
-        if not self.first_s and self._kept.count(_TEXT) > self._kept.count(_EMPTY_TEXT):
+        if not self.first_s and self._kept.count(TEXT) > self._kept.count(EMPTY_TEXT):
             self.first_s = time.monotonic()
-        if _DONE in self._kept:
+        if DONE in self._kept:
             self._end()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -97,7 +103,7 @@ class Answer(asyncio.Protocol):
     @property
     def is_whole(self) -> bool:
         """All tokens that were asked for, and the end of the stream."""
-        return self.status == 200 and _DONE in self._kept and self.tokens == self.call.body["max_tokens"]
+        return self.status == 200 and DONE in self._kept and self.tokens == self.call.body["max_tokens"]
 
     @property
     def is_refused(self) -> bool:
@@ -121,12 +127,12 @@ class Answer(asyncio.Protocol):
     @property
     def tokens(self) -> int:
         """What the last event says was generated."""
-        return int(self._last("timings").get("predicted_n", 0))
+        return generated_tokens(self._kept)
 
     @property
     def queue_s(self) -> float | None:
         """What the server says of the time until the request was given to a worker."""
-        waited_ms = self._last("timings").get("edge_llm", {}).get("queue_ms")
+        waited_ms = last_object(self._kept, "timings").get("edge_llm", {}).get("queue_ms")
         return None if waited_ms is None else float(waited_ms) / 1e3
 
     @property
@@ -139,7 +145,7 @@ class Answer(asyncio.Protocol):
     def code(self) -> str:
         """Of an error, of the answer or in its stream; empty without."""
         if self.status == 200:
-            return str(self._last("error").get("code", ""))
+            return str(last_object(self._kept, "error").get("code", ""))
         try:
             return str(json.loads(self._kept)["error"]["code"])
         except (ValueError, KeyError, TypeError):
@@ -149,16 +155,6 @@ class Answer(asyncio.Protocol):
     def complaint(self) -> str:
         """How it ended, for people."""
         return f"status {self.status}: {self._kept[-200:].decode(errors='replace').strip()}"
-
-    def _last(self, key: str) -> dict[str, Any]:
-        """The object of this name in the last event that has one."""
-        for line in reversed(self._kept.split(b"\n")):
-            if line.startswith(b"data: {") and f'"{key}":{{'.encode() in line:
-                try:
-                    return cast(dict[str, Any], json.loads(line.removeprefix(b"data: "))[key])
-                except (ValueError, KeyError):
-                    return {}
-        return {}
 
 
 class OpenLoop:
@@ -209,12 +205,6 @@ class OpenLoop:
             answer.hang_up()
         self._on_end(answer)
         return answer
-
-
-def request_bytes(host: str, port: int, body: Mapping[str, Any]) -> bytes:
-    data = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: {host}:{port}\r\ncontent-type: application/json\r\n"
-    return f"{head}connection: close\r\ncontent-length: {len(data)}\r\n\r\n".encode() + data
 
 
 def poisson(rate_per_s: float, from_s: float, until_s: float, rng: random.Random) -> Iterator[float]:
