@@ -20,7 +20,6 @@ from typing import Final, Literal
 from edge_llm.bench.stats import percentile
 
 GOALS: Final = (0.90, 0.99)
-_Z: Final = 1.959964  # 95 %, both sides
 _DRAWS: Final = 1000
 Bound = Literal["between", "at_most", "at_least"]
 
@@ -111,18 +110,6 @@ class Goodput:
 
     rate_per_s: float
     bound: Bound
-
-
-def wilson(successes: int, total: int) -> tuple[float, float]:
-    """95 % interval of a share. Of nothing, everything is possible."""
-    if not total:
-        return 0.0, 1.0
-    share = successes / total
-    middle = share + _Z**2 / (2 * total)
-    half = _Z * math.sqrt(share * (1 - share) / total + _Z**2 / (4 * total**2))
-    scale = 1 + _Z**2 / total
-    low, high = (middle - half) / scale, (middle + half) / scale
-    return (low if successes else 0.0), (high if successes < total else 1.0)
 
 
 def monotone(points: Sequence[Point]) -> list[float]:

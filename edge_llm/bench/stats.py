@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+_Z: Final = 1.959964  # 95 %, both sides
+
 # Enough for a 95 % interval whose ends move by less than a percent of its width from seed to seed.
 _RESAMPLES: Final = 2000
 
@@ -103,3 +105,15 @@ def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
     if len(ours) != len(theirs):
         raise ValueError(f"{len(ours)} samples of ours against {len(theirs)} of theirs")
     return [mine / other for mine, other in zip(ours, theirs, strict=True)]
+
+
+def wilson(successes: int, total: int) -> tuple[float, float]:
+    """95 % interval of a share. Of nothing, everything is possible."""
+    if not total:
+        return 0.0, 1.0
+    share = successes / total
+    middle = share + _Z**2 / (2 * total)
+    half = _Z * math.sqrt(share * (1 - share) / total + _Z**2 / (4 * total**2))
+    scale = 1 + _Z**2 / total
+    low, high = (middle - half) / scale, (middle + half) / scale
+    return (low if successes else 0.0), (high if successes < total else 1.0)

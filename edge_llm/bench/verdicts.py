@@ -23,11 +23,10 @@ from edge_llm.bench.goodput import (
     goodput,
     interval,
     ratio_to_best,
-    wilson,
 )
 from edge_llm.bench.replay import Answer, lateness
 from edge_llm.bench.replayed import Replayed, Tally, Workload
-from edge_llm.bench.stats import percentile
+from edge_llm.bench.stats import percentile, wilson
 
 ORDER: Final = (SPLIT, LOCAL, AUTO, SERVER)
 GOAL: Final = GOALS[0]

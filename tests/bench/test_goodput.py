@@ -20,7 +20,6 @@ from edge_llm.bench.goodput import (
     interval,
     monotone,
     ratio_to_best,
-    wilson,
 )
 
 LIMITS = Limits(ttft_s=1.0, tpot_s=0.1)
@@ -131,11 +130,3 @@ def test_a_ratio_is_certain_only_as_far_as_rates_were_measured() -> None:
     assert certain_ratio(above, [above], 0.9) == (0.0, math.inf)
     assert certain_ratio(below, [between], 0.9) == pytest.approx((0.0, 1.0 / 1.5))
     assert certain_ratio(below, [below], 0.9) == (0.0, math.inf)
-
-
-def test_the_interval_of_a_share_is_wilsons() -> None:
-    assert wilson(0, 0) == (0.0, 1.0)
-    low, high = wilson(9, 10)
-    assert [low, high] == pytest.approx([0.596, 0.982], abs=1e-3)
-    assert wilson(10, 10)[1] == 1.0
-    assert wilson(0, 10)[0] == 0.0

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_llm.bench.stats import bootstrap, deviation, mean, median, percentile, ratios, summary
+from edge_llm.bench.stats import bootstrap, deviation, mean, median, percentile, ratios, summary, wilson
 
 FLOATS = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=40)
 
@@ -63,3 +63,11 @@ def test_no_samples_is_an_error_and_not_a_zero() -> None:
             function([])
     with pytest.raises(ValueError, match=r"0\.\.1"):
         percentile([1.0], 95)
+
+
+def test_the_interval_of_a_share_is_wilsons() -> None:
+    assert wilson(0, 0) == (0.0, 1.0)
+    low, high = wilson(9, 10)
+    assert [low, high] == pytest.approx([0.596, 0.982], abs=1e-3)
+    assert wilson(10, 10)[1] == 1.0
+    assert wilson(0, 10)[0] == 0.0
