@@ -108,8 +108,9 @@ class Fit:
 
 
 def fitted(plan: Plan, workloads: int, contestants: int, flags: int) -> Fit:
-    """The most of the plan that leaves each replay a good length: rather fewer rates (the highest go first, where
-    nobody keeps limits) and one pass than replays of a few requests. Raises MeasureFailed when nothing fits."""
+    """The most of the plan that leaves each replay a good length: rather fewer rates (from the lowest to the highest
+    all the same: else the edge may lie beyond) and one pass than replays of a few requests. Raises MeasureFailed when
+    nothing fits."""
     fits: list[Fit] = []
     for rates, passes, are_flags_tried in (
         (len(plan.rate_shares), plan.passes, True),
@@ -117,7 +118,7 @@ def fitted(plan: Plan, workloads: int, contestants: int, flags: int) -> Fit:
         (_FEWEST_RATES, 1, True),
         (_FEWEST_RATES, 1, False),
     ):
-        smaller = replace(plan, rate_shares=plan.rate_shares[:rates], passes=min(passes, plan.passes))
+        smaller = replace(plan, rate_shares=spread(plan.rate_shares, rates), passes=min(passes, plan.passes))
         trials = workloads * flags if are_flags_tried and flags > 1 else 0
         try:
             seconds = fitting_seconds(smaller, workloads, contestants, trials)
@@ -129,6 +130,13 @@ def fitted(plan: Plan, workloads: int, contestants: int, flags: int) -> Fit:
         if seconds >= min(_GOOD_SECONDS, plan.seconds_per_point):
             return fits[-1]
     return fits[-1]
+
+
+def spread(shares: tuple[float, ...], count: int) -> tuple[float, ...]:
+    """`count` (>= 2) of them, evenly chosen, first and last among them; all when there are no more."""
+    if len(shares) <= count:
+        return shares
+    return tuple(shares[round(i * (len(shares) - 1) / (count - 1))] for i in range(count))
 
 
 def fitting_seconds(plan: Plan, workloads: int, contestants: int, trials: int) -> float:

@@ -216,7 +216,8 @@ def test_a_small_budget_takes_rates_passes_and_trials_before_it_makes_replays_sh
         fit = fitted(replace(asked, budget_s=60.0 * minutes), 2, 5, 3)
         assert (len(fit.plan.rate_shares), fit.plan.passes, fit.are_flags_tried) == (rates, 1, are_tried)
         assert fit.seconds_per_point >= 25
-        assert fit.plan.rate_shares == asked.rate_shares[:rates], "nobody keeps limits at the highest"
+        assert set(fit.plan.rate_shares) <= set(asked.rate_shares)
+        assert (fit.plan.rate_shares[0], fit.plan.rate_shares[-1]) == (asked.rate_shares[0], asked.rate_shares[-1])
         assert f"{rates} rates, passes: 1" in fit.note
     assert 5 <= fitted(replace(asked, budget_s=1000.0), 2, 5, 3).seconds_per_point < 25
     with pytest.raises(MeasureFailed, match="at least"):
