@@ -22,7 +22,7 @@ DOORS = {
     "kubernetes": r"cluster/kubernetes\.py",
     "onnxruntime": r"embed.*",
     "matplotlib": r"report/.*",
-    "aiohttp": r"(worker|cluster|bench|gateway|commands)/\w+\.py",
+    "aiohttp": r"(worker|cluster|bench(/serve)?|gateway|commands)/\w+\.py",
     "click": r"(cli\.py|commands/.*)",
     "rich": r"commands/.*",
     "prometheus_client": r"(exposition|(gateway|worker)/metrics)\.py",

@@ -34,9 +34,10 @@ from edge_llm.bench.contestants import (
 from edge_llm.bench.goodput import Unloaded
 from edge_llm.bench.layout import Launch
 from edge_llm.bench.processes import MeasureFailed
-from edge_llm.bench.replay import Answer, Call, served_per_s
 from edge_llm.bench.replayed import Replayed, Tally, Workload, keep
 from edge_llm.bench.run import Run
+from edge_llm.bench.serve.answers import Answer, Call
+from edge_llm.bench.serve.driver import served_per_s
 from edge_llm.bench.stats import median
 from edge_llm.bench.streams import prompt_ids
 from edge_llm.bench.traces import Row, Trace, scaled, thinned

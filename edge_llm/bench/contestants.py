@@ -16,8 +16,9 @@ from edge_llm.bench.goodput import REGIMES, Limits, Regime
 from edge_llm.bench.layout import Launch, Layout, LocalProcess
 from edge_llm.bench.least_busy import LeastBusy
 from edge_llm.bench.record import Process
-from edge_llm.bench.replay import Answer, Call, replay, sending
 from edge_llm.bench.run import Run
+from edge_llm.bench.serve.answers import Answer, Call
+from edge_llm.bench.serve.driver import replay, sending
 from edge_llm.machine import peak_memory_bytes, process_usage
 
 SPLIT, LOCAL, AUTO, SERVER = "split", "local", "auto", "llama_server"

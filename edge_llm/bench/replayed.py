@@ -10,8 +10,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from edge_llm.bench.goodput import REGIMES, Limits, Unloaded
-from edge_llm.bench.replay import Answer
 from edge_llm.bench.run import Run
+from edge_llm.bench.serve.answers import Answer
 from edge_llm.bench.traces import Clipping, Trace
 
 

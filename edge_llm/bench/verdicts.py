@@ -24,8 +24,9 @@ from edge_llm.bench.goodput import (
     interval,
     ratio_to_best,
 )
-from edge_llm.bench.replay import Answer, lateness
 from edge_llm.bench.replayed import Replayed, Tally, Workload
+from edge_llm.bench.serve.answers import Answer
+from edge_llm.bench.serve.driver import lateness
 from edge_llm.bench.stats import percentile, wilson
 
 ORDER: Final = (SPLIT, LOCAL, AUTO, SERVER)

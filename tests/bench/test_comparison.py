@@ -21,9 +21,9 @@ from edge_llm.bench.contestants import AUTO, LOCAL, SERVER, SPLIT, Servers
 from edge_llm.bench.goodput import REGIMES, STRICT_TPOT, STRICT_TTFT, Unloaded
 from edge_llm.bench.layout import Layout, Started
 from edge_llm.bench.processes import MeasureFailed
-from edge_llm.bench.replay import Answer
 from edge_llm.bench.replayed import Replayed, Tally, Workload
 from edge_llm.bench.run import Run
+from edge_llm.bench.serve.answers import Answer
 from edge_llm.bench.traces import Row, Trace
 from edge_llm.bench.verdicts import figures, missed
 from edge_llm.errors import WorkerError

@@ -1,4 +1,4 @@
-"""An open loop sends on time, keeps what a client sees, counts what goes wrong, and says when it was late itself."""
+"""Open and closed loops send on time, keep what a client sees, count what goes wrong, and say when they were late."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from aiohttp.test_utils import TestServer
 
 from edge_llm.bench.goodput import Limits
 from edge_llm.bench.least_busy import LeastBusy
-from edge_llm.bench.replay import CUT, Answer, Call, lateness, replay, sending, served_per_s
+from edge_llm.bench.serve.answers import CUT, Answer, Call
+from edge_llm.bench.serve.driver import circulate, lateness, replay, sending, served_per_s
 
 Handler = Callable[[web.Request, dict[str, Any]], Awaitable[web.StreamResponse]]
 
@@ -235,3 +236,169 @@ def test_a_request_that_fails_makes_its_server_free_again() -> None:
         raise OSError
     with servers.chosen() as one, servers.chosen() as other:
         assert {one, other} == {"a", "b"}
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("parts", "kind"),
+    [
+        ((text("a"), {"error": {"message": "no worker left"}}), "error_in_stream"),
+        ((text("a"),), "no_end"),
+        (("data: {not json\n\n",), "garbage"),
+        (("data: \xff\xfe\n\n",), "garbage"),
+        (("data: " + "x" * (3 << 20),), "garbage"),
+        ((DONE,), "empty"),
+    ],
+)
+async def test_failures_have_kinds(parts: tuple[Any, ...], kind: str) -> None:
+    (answer,) = await replayed(lambda request, _body: events(request, *parts), [Call(0.0, {}, 3)])
+    assert answer.kind == kind, answer.error
+    assert not answer.is_complete
+
+
+@pytest.mark.anyio
+async def test_a_status_is_a_kind_and_its_retry_after_is_kept() -> None:
+    async def refuse(_request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        return web.Response(status=body["status"], text="no", headers={"Retry-After": "7"})
+
+    calls = [Call(0.0, {"status": status}, 3) for status in (429, 503, 500, 302)]
+    answers = await replayed(refuse, calls)
+    assert [answer.kind for answer in answers] == ["http_429", "http_503", "http_500", "http_302"]
+    assert [answer.retry_after_s for answer in answers] == [7.0] * 4
+
+
+@pytest.mark.anyio
+async def test_a_server_that_hangs_is_counted_not_waited_for() -> None:
+    async def hang(request: web.Request, _body: dict[str, Any]) -> web.StreamResponse:
+        reply = await events(request, text("a"))
+        await asyncio.sleep(60)
+        return reply
+
+    async with Server(hang).running() as url, sending() as session:
+        (answer,) = await replay([Call(0.0, {}, 3)], session, LeastBusy([url]), None, timeout_s=0.2)
+    assert (answer.kind, answer.pieces) == ("timeout", 1)
+    assert "0.2 s" in answer.error
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("sent", "kind"),
+    [
+        (b"", "disconnected"),
+        (b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: 999\r\n\r\ndata: ", "disconnected"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "garbage"),
+    ],
+)
+async def test_a_connection_that_breaks_and_one_that_talks_something_else_are_told_apart(
+    sent: bytes, kind: str
+) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(sent)
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as listening, sending() as session:
+        url = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+        (answer,) = await replay([Call(0.0, {}, 3)], session, LeastBusy([url]), 5.0)
+    assert answer.kind == kind, answer.error
+    async with sending() as session:
+        (nobody,) = await replay([Call(0.0, {}, 3)], session, LeastBusy([url]), 5.0)
+    assert nobody.kind == "unreachable"
+
+
+@pytest.mark.anyio
+async def test_an_answer_in_one_piece_has_an_end_and_no_first_token() -> None:
+    async def whole(_request: web.Request, _body: dict[str, Any]) -> web.StreamResponse:
+        choice = {"message": {"role": "assistant", "content": "a b c"}, "finish_reason": "stop"}
+        usage = {"completion_tokens": 3, "prompt_tokens": 9, "prompt_tokens_details": {"cached_tokens": 4}}
+        return web.json_response({"choices": [choice], "usage": usage})
+
+    (answer,) = await replayed(whole, [Call(0.0, {}, 3)], path="/v1/chat/completions")
+    assert answer.is_complete
+    assert (answer.tokens, answer.prompt_tokens, answer.cached_tokens) == (3, 9, 4)
+    assert (answer.counted_by, answer.finish_reason) == ("usage", "stop")
+    assert answer.ttft_s is None
+    assert answer.e2e_s is not None
+
+
+@pytest.mark.anyio
+async def test_an_answer_that_may_stop_is_complete_when_it_does() -> None:
+    (answer,) = await replayed(three_tokens, [Call(0.0, {}, tokens=40, may_stop=True)])
+    assert answer.is_complete
+    assert not answer.is_cut_short
+
+
+@pytest.mark.anyio
+async def test_tokens_are_counted_by_usage_else_by_timings_else_by_events() -> None:
+    usage, timings = {"usage": {"completion_tokens": 3}}, {"timings": {"predicted_n": 4}}
+    for parts, counted in (((usage, timings), ("usage", 3)), ((timings,), ("timings", 4)), ((), ("events", 2))):
+        whole: tuple[Any, ...] = (text("a"), text("b"), *parts, DONE)
+
+        async def say(request: web.Request, _body: dict[str, Any]) -> web.StreamResponse:
+            return await events(request, *whole)  # noqa: B023 - it answers before the next one is made
+
+        (answer,) = await replayed(say, [Call(0.0, {}, 2)])
+        assert (answer.counted_by, answer.tokens) == counted
+
+
+@pytest.mark.anyio
+async def test_what_a_model_thinks_aloud_is_text_too() -> None:
+    parts = ({"choices": [{"delta": {name: "hm"}}]} for name in ("reasoning_content", "reasoning", "content"))
+    whole: tuple[Any, ...] = (*parts, DONE)
+    (answer,) = await replayed(lambda request, _body: events(request, *whole), [Call(0.0, {}, 3)])
+    assert answer.pieces == 3
+    assert len(answer.itl_s) == 2
+
+
+@pytest.mark.anyio
+async def test_a_closed_loop_keeps_so_many_requests_under_way_and_no_more() -> None:
+    async def slow(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        await asyncio.sleep(0.01)
+        return await three_tokens(request, body)
+
+    server, ended = Server(slow), list[Answer]()
+    async with server.running() as url, sending() as session:
+        calls = (Call(0.0, {"prompt": number}, 3, number=number) for number in range(12))
+        answers = await circulate(calls, 3, session, LeastBusy([url]), on_end=ended.append)
+    assert server.most_open == 3
+    assert [answer.number for answer in answers] == list(range(12))
+    assert all(answer.is_complete for answer in answers)
+    assert sorted(answer.number for answer in ended) == list(range(12))
+    assert all(answer.late_s < 1.0 for answer in answers), "who waits for an answer is not late"
+
+
+@pytest.mark.anyio
+async def test_a_closed_loop_ends_when_its_time_is_over_and_lets_answers_end() -> None:
+    async with Server(three_tokens).running() as url, sending() as session:
+        endless = (Call(0.0, {}, 3) for _ in iter(int, 1))
+        answers = await circulate(endless, 2, session, LeastBusy([url]), seconds=0.2)
+    assert answers
+    assert all(answer.is_complete for answer in answers)
+
+
+@pytest.mark.anyio
+async def test_a_closed_loop_does_not_storm_a_server_that_is_gone() -> None:
+    async with sending() as session:
+        endless = (Call(0.0, {}, 3) for _ in iter(int, 1))
+        answers = await circulate(endless, 1, session, LeastBusy(["http://127.0.0.1:9"]), seconds=0.5)
+    assert 0 < len(answers) <= 6
+    assert {answer.kind for answer in answers} == {"unreachable"}
+
+
+@pytest.mark.anyio
+async def test_an_interrupted_loop_still_tells_of_what_was_under_way() -> None:
+    async def hang(request: web.Request, _body: dict[str, Any]) -> web.StreamResponse:
+        reply = await events(request, text("a"))
+        await asyncio.sleep(60)
+        return reply
+
+    ended = list[Answer]()
+    async with Server(hang).running() as url, sending() as session:
+        loop = circulate([Call(0.0, {}, 3)] * 4, 2, session, LeastBusy([url]), on_end=ended.append)
+        task = asyncio.create_task(loop)
+        await asyncio.sleep(0.2)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert [answer.kind for answer in ended] == ["unfinished"] * 2
