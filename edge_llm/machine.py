@@ -1,7 +1,8 @@
 """This board: cores, memory, temperature, frequency, and what a process uses. The one door to psutil.
 
-Owns reading /proc, /sys and cgroup files, under a root that is a parameter so that a Pi's files can be tested
-anywhere. Refuses to know models and networks. Every reading that a board does not have is None, never invented.
+Owns reading /proc, /sys and cgroup files (watts: power.py), under a root that is a parameter so that a Pi's files can
+be tested anywhere. Refuses to know models and networks. Every reading that a board does not have is None, never
+invented.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from pathlib import Path
 import psutil
 
 _UNLIMITED = 1 << 60
+_TICKS = os.sysconf("SC_CLK_TCK")
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _TUNABLES = "GLIBC_TUNABLES"
 _HUGE_PAGES = "glibc.malloc.hugetlb"
 # Bits of the Raspberry Pi firmware's get_throttled that say what happens now; from bit 16 on: what happened since boot.
@@ -51,6 +54,32 @@ class BoardState:
 
 
 @dataclass(frozen=True, slots=True)
+class CoreTime:
+    """Of one core since the boot, in seconds: when it was busy, and all of it."""
+
+    busy_s: float
+    all_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkBytes:
+    """Since the boot: over this board's network cards, and between processes of this board."""
+
+    received: int
+    sent: int
+    loopback: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessReading:
+    """One process now. `began` tells two processes apart that had the same id."""
+
+    cpu_s: float
+    rss_bytes: int
+    began: str
+
+
+@dataclass(frozen=True, slots=True)
 class ProcessUsage:
     """CPU seconds since the process began and resident bytes now."""
 
@@ -61,8 +90,8 @@ class ProcessUsage:
 def node_facts(root: Path = Path("/")) -> NodeFacts:
     """Read this board now."""
     cpu = root / "sys/devices/system/cpu/cpu0/cpufreq"
-    frequency = _number(cpu / "scaling_cur_freq")
-    temperature = _number(root / "sys/class/thermal/thermal_zone0/temp")
+    frequency = file_number(cpu / "scaling_cur_freq")
+    temperature = file_number(root / "sys/class/thermal/thermal_zone0/temp")
     return NodeFacts(
         cpu=_cpu_name(root),
         machine=platform.machine(),
@@ -70,8 +99,8 @@ def node_facts(root: Path = Path("/")) -> NodeFacts:
         usable_cores=tuple(sorted(os.sched_getaffinity(0))),
         ram_bytes=psutil.virtual_memory().total,
         kernel=platform.release(),
-        board=_text(root / "proc/device-tree/model"),
-        governor=_text(cpu / "scaling_governor"),
+        board=file_text(root / "proc/device-tree/model"),
+        governor=file_text(cpu / "scaling_governor"),
         frequency_mhz=None if frequency is None else frequency / 1000,
         temperature_c=None if temperature is None else temperature / 1000,
         page_bytes=os.sysconf("SC_PAGE_SIZE"),
@@ -81,13 +110,95 @@ def node_facts(root: Path = Path("/")) -> NodeFacts:
 
 def board_state(root: Path = Path("/")) -> BoardState:
     """Read this board now; a few small files, cheap enough for every scrape."""
-    frequency_khz = _number(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq")
-    temperature = _number(root / "sys/class/thermal/thermal_zone0/temp")
+    frequency_khz = file_number(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq")
+    temperature = file_number(root / "sys/class/thermal/thermal_zone0/temp")
     return BoardState(
         temperature_c=None if temperature is None else temperature / 1000,
         frequency_hz=None if frequency_khz is None else frequency_khz * 1000,
         throttled=_throttled(root),
     )
+
+
+def throttled_since_boot(root: Path = Path("/")) -> dict[str, bool]:
+    """What held the board back at any time since it started, by kind; empty: not known."""
+    bits = _throttle_bits(root)
+    return {} if bits is None else {kind: bool(bits >> bit + 16 & 1) for kind, bit in _THROTTLE_BITS.items()}
+
+
+def core_times(root: Path = Path("/")) -> dict[int, CoreTime]:
+    """Every core that is on. Waiting for a disk is not busy; what a host took from a virtual machine is."""
+    cores = {}
+    for line in (file_text(root / "proc/stat") or "").splitlines():
+        name, *words = line.split()
+        if not name.removeprefix("cpu").isdigit() or not name.startswith("cpu"):
+            continue
+        ticks = [int(word) for word in words[:8] if word.isdigit()]  # the rest is counted in these already
+        if len(ticks) >= 4:
+            waiting = ticks[3] + sum(ticks[4:5])
+            cores[int(name.removeprefix("cpu"))] = CoreTime((sum(ticks) - waiting) / _TICKS, sum(ticks) / _TICKS)
+    return cores
+
+
+def memory_bytes(root: Path = Path("/")) -> tuple[int, int] | None:
+    """All memory, and what is not available to a new process."""
+    facts = _kilobytes(root / "proc/meminfo")
+    if "MemTotal" not in facts or "MemAvailable" not in facts:
+        return None
+    return facts["MemTotal"], facts["MemTotal"] - facts["MemAvailable"]
+
+
+def group_memory_bytes(root: Path = Path("/")) -> tuple[int | None, int | None]:
+    """What our control group (v2, then v1) uses, and the most it ever used; files that were read count."""
+    v2, v1 = root / "sys/fs/cgroup", root / "sys/fs/cgroup/memory"
+    paths = {}
+    for line in (file_text(root / "proc/self/cgroup") or "").splitlines():
+        number, controllers, path = [*line.split(":", 2), "", ""][:3]
+        if number == "0" or "memory" in controllers.split(","):
+            paths["v2" if number == "0" else "v1"] = path.strip("/")
+    tries = (
+        (v2 / paths.get("v2", ""), "memory.current", "memory.peak"),
+        (v2, "memory.current", "memory.peak"),  # a container may see its group's files at the top, under no path
+        (v1 / paths.get("v1", ""), "memory.usage_in_bytes", "memory.max_usage_in_bytes"),
+        (v1, "memory.usage_in_bytes", "memory.max_usage_in_bytes"),
+    )
+    for folder, current, peak in tries:
+        used, most = file_number(folder / current), file_number(folder / peak)
+        if used is not None:
+            return int(used), None if most is None else int(most)
+    return None, None
+
+
+def network_bytes(root: Path = Path("/")) -> NetworkBytes | None:
+    """Network cards only, where there are any: bridges and tunnels of K3s carry the same bytes once more."""
+    counted: dict[str, tuple[int, int]] = {}
+    for line in (file_text(root / "proc/net/dev") or "").splitlines():
+        name, _, rest = line.partition(":")
+        words = rest.split()
+        if len(words) >= 9 and words[0].isdigit() and words[8].isdigit():
+            counted[name.strip()] = int(words[0]), int(words[8])
+    if not counted:
+        return None
+    loopback, _ = counted.pop("lo", (0, 0))
+    cards = [both for name, both in counted.items() if (root / "sys/class/net" / name / "device").exists()]
+    chosen = cards or list(counted.values())
+    return NetworkBytes(sum(received for received, _ in chosen), sum(sent for _, sent in chosen), loopback)
+
+
+def process_reading(pid: int, root: Path = Path("/")) -> ProcessReading | None:
+    """None when nobody has the id, or who had it has ended."""
+    words = (file_text(root / f"proc/{pid}/stat") or "").rpartition(")")[2].split()
+    if len(words) < 22 or words[0] == "Z":
+        return None
+    return ProcessReading(
+        cpu_s=(int(words[11]) + int(words[12])) / _TICKS, rss_bytes=int(words[21]) * _PAGE_BYTES, began=words[19]
+    )
+
+
+def process_parts_bytes(pid: int, root: Path = Path("/")) -> tuple[int, int] | None:
+    """A process's share of memory (pages that others have, too, are divided: PSS), and its anonymous memory, which is
+    all but mapped files. The kernel walks every page for it: some milliseconds per GB. None: not allowed, or gone."""
+    facts = _kilobytes(root / f"proc/{pid}/smaps_rollup")
+    return (facts["Pss"], facts["Anonymous"]) if "Pss" in facts and "Anonymous" in facts else None
 
 
 def cpu_share() -> float:
@@ -102,18 +213,26 @@ def ram_share() -> float:
 
 def _throttled(root: Path) -> dict[str, bool]:
     """By the firmware's bits where the kernel shows them, else the under-voltage alarm alone; empty: not known."""
-    text = _text(root / "sys/devices/platform/soc/soc:firmware/get_throttled")
-    try:
-        if text is not None:
-            bits = int(text, 16)
-            return {kind: bool(bits >> bit & 1) for kind, bit in _THROTTLE_BITS.items()}
-    except ValueError:
-        pass
+    bits = _throttle_bits(root)
+    if bits is not None:
+        return {kind: bool(bits >> bit & 1) for kind, bit in _THROTTLE_BITS.items()}
     for monitor in sorted((root / "sys/class/hwmon").glob("hwmon*")):
-        alarm = _number(monitor / "in0_lcrit_alarm")
-        if _text(monitor / "name") == "rpi_volt" and alarm is not None:
+        alarm = file_number(monitor / "in0_lcrit_alarm")
+        if file_text(monitor / "name") == "rpi_volt" and alarm is not None:
             return {"under_voltage": bool(alarm)}
     return {}
+
+
+def _throttle_bits(root: Path) -> int | None:
+    """The firmware's word. Its folder is called by the system's bus, whose name has an address on some kernels."""
+    devices = root / "sys/devices/platform"
+    named = devices / "soc/soc:firmware/get_throttled"
+    for path in (named, *sorted(devices.glob("soc*/soc*:firmware/get_throttled"))):
+        try:
+            return int(file_text(path) or "", 16)
+        except ValueError:
+            continue
+    return None
 
 
 def available_memory_bytes(root: Path = Path("/")) -> int:
@@ -129,7 +248,7 @@ def available_memory_bytes(root: Path = Path("/")) -> int:
         (v1 / "memory.limit_in_bytes", v1 / "memory.usage_in_bytes", v1 / "memory.stat", "total_inactive_file"),
     )
     for limit_file, used_file, stat, reclaimable in groups:
-        limit, used = _number(limit_file), _number(used_file) or 0
+        limit, used = file_number(limit_file), file_number(used_file) or 0
         if limit is not None and limit < _UNLIMITED:
             free = min(free, max(0, int(limit - max(0, used - _line(stat, reclaimable)))))
     return free
@@ -154,7 +273,7 @@ def huge_page_environment(environ: Mapping[str, str], root: Path = Path("/")) ->
     """
     tunables = environ.get(_TUNABLES, "")
     if _HUGE_PAGES in tunables or "[never]" in (
-        _text(root / "sys/kernel/mm/transparent_hugepage/enabled") or "[never]"
+        file_text(root / "sys/kernel/mm/transparent_hugepage/enabled") or "[never]"
     ):
         return {}
     return {_TUNABLES: ":".join(filter(None, (tunables, f"{_HUGE_PAGES}=1")))}
@@ -176,15 +295,15 @@ def process_life(pid: int, root: Path = Path("/")) -> str | None:
     Ids are given out again, soon after a boot above all. In clock ticks since the boot: a clock that is set changes
     nothing.
     """
-    words = (_text(root / f"proc/{pid}/stat") or "").rpartition(")")[2].split()
+    words = (file_text(root / f"proc/{pid}/stat") or "").rpartition(")")[2].split()
     if len(words) < 20 or words[0] == "Z":
         return None
-    return f"{_text(root / 'proc/sys/kernel/random/boot_id')}:{words[19]}"
+    return f"{file_text(root / 'proc/sys/kernel/random/boot_id')}:{words[19]}"
 
 
 def peak_memory_bytes(pid: int, root: Path = Path("/")) -> int | None:
     """The most resident bytes a process ever had, or had since `reset_peak_memory`. None when it is gone."""
-    for line in (_text(root / f"proc/{pid}/status") or "").splitlines():
+    for line in (file_text(root / f"proc/{pid}/status") or "").splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     return None
@@ -199,11 +318,22 @@ def reset_peak_memory(pid: int, root: Path = Path("/")) -> bool:
     return True
 
 
+def _kilobytes(path: Path) -> dict[str, int]:
+    """Lines `<name>: <number> kB`, as bytes."""
+    found = {}
+    for line in (file_text(path) or "").splitlines():
+        name, _, rest = line.partition(":")
+        words = rest.split()
+        if len(words) == 2 and words[1] == "kB" and words[0].isdigit():
+            found[name] = int(words[0]) * 1024
+    return found
+
+
 @cache
 def cpu_kind(root: Path = Path("/")) -> str:
     """`<architecture>/<digest of CPU features>`: machines of one kind choose the same kernels."""
     flags = ""
-    for line in (_text(root / "proc/cpuinfo") or "").splitlines():
+    for line in (file_text(root / "proc/cpuinfo") or "").splitlines():
         if line.lower().startswith(("flags", "features")):
             flags = " ".join(sorted(line.partition(":")[2].split()))
             break
@@ -212,21 +342,22 @@ def cpu_kind(root: Path = Path("/")) -> str:
 
 def _cpu_quota(root: Path) -> tuple[float | None, float | None]:
     """Microseconds of CPU per period (cgroup v2, then v1); None when there is no quota."""
-    words = (_text(root / "sys/fs/cgroup/cpu.max") or "").split()
+    words = (file_text(root / "sys/fs/cgroup/cpu.max") or "").split()
     if len(words) == 2:
         return (float(words[0]), float(words[1])) if words[0].isdigit() and words[1].isdigit() else (None, None)
-    quota = _number(root / "sys/fs/cgroup/cpu/cpu.cfs_quota_us")
-    return (quota if quota and quota > 0 else None), _number(root / "sys/fs/cgroup/cpu/cpu.cfs_period_us")
+    quota = file_number(root / "sys/fs/cgroup/cpu/cpu.cfs_quota_us")
+    return (quota if quota and quota > 0 else None), file_number(root / "sys/fs/cgroup/cpu/cpu.cfs_period_us")
 
 
 def _cpu_name(root: Path) -> str:
-    for line in (_text(root / "proc/cpuinfo") or "").splitlines():
+    for line in (file_text(root / "proc/cpuinfo") or "").splitlines():
         if line.startswith(("model name", "Model")):
             return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
 
 
-def _text(path: Path) -> str | None:
+def file_text(path: Path) -> str | None:
+    """What a small file of the kernel says; None when it cannot be read."""
     try:
         return path.read_text(errors="replace").strip("\0\n ")
     except OSError:
@@ -235,15 +366,16 @@ def _text(path: Path) -> str | None:
 
 def _line(path: Path, name: str) -> int:
     """The number in the line `<name> <number>`; 0 when there is none."""
-    for line in (_text(path) or "").splitlines():
+    for line in (file_text(path) or "").splitlines():
         key, _, value = line.partition(" ")
         if key == name and value.isdigit():
             return int(value)
     return 0
 
 
-def _number(path: Path) -> float | None:
-    text = _text(path)
+def file_number(path: Path) -> float | None:
+    """The number in a file; None when there is none."""
+    text = file_text(path)
     try:
         return None if text is None else float(text)
     except ValueError:

@@ -9,7 +9,6 @@ a file is complete or absent; fields are only ever added, with a default, so tha
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import subprocess
@@ -23,6 +22,8 @@ from typing import Any, Final
 import msgspec
 
 import edge_llm
+from edge_llm.bench.cases import SUFFIX, Cases, stems
+from edge_llm.bench.resources import Watched
 from edge_llm.bench.stats import Summary
 from edge_llm.errors import EdgeLLMError
 from edge_llm.machine import NodeFacts
@@ -108,7 +109,11 @@ class Failure(msgspec.Struct, frozen=True):
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
-    """The file. `figures` is what the command printed; `samples` what it was computed from, by name."""
+    """The file. `figures` is what the command printed; `samples` what it was computed from, by name.
+
+    `workload`: what was asked of the system, before anything was measured. `resources`: nodes beside the run. `cases`:
+    the lines kept beside this file, one per finished case.
+    """
 
     schema_version: int
     run_id: str
@@ -129,6 +134,9 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     statistics: dict[str, dict[str, float]]
     failures: list[Failure]
     notes: list[str] = []
+    workload: dict[str, Any] = {}
+    resources: list[Watched] = []
+    cases: Cases | None = None
 
 
 def run_id(now: datetime, random_bits: int) -> str:
@@ -194,10 +202,17 @@ def without_paths(text: str, folders: Sequence[str] = ()) -> str:
     return _PATH.sub(lambda found: found.group().rstrip("/").rpartition("/")[2], text)
 
 
+def stem_of(started_at: datetime, kind: str, models: Sequence[ModelFacts]) -> str:
+    """`<date>-<kind>-<model>`, UTC."""
+    model = _UNSAFE.sub("-", models[0].name if models else "none").strip("-.")
+    return f"{started_at.astimezone(UTC):%Y%m%dT%H%M%SZ}-{kind}-{model}"
+
+
 def file_name(record: Record) -> str:
-    """`<date>-<kind>-<model>.json`, UTC."""
-    model = _UNSAFE.sub("-", record.models[0].name if record.models else "none").strip("-.")
-    return f"{record.started_at.astimezone(UTC):%Y%m%dT%H%M%SZ}-{record.kind}-{model}.json"
+    """As its lines are called, or `<date>-<kind>-<model>.json`."""
+    if record.cases is not None and record.cases.file is not None:
+        return f"{record.cases.file.removesuffix(SUFFIX)}.json"
+    return f"{stem_of(record.started_at, record.kind, record.models)}.json"
 
 
 def write(record: Record, folder: Path) -> Path:
@@ -218,9 +233,7 @@ def write(record: Record, folder: Path) -> Path:
 
 def _names(path: Path, run: str) -> Iterator[Path]:
     """The plain name, then with the run's id, then numbered."""
-    yield path
-    for end in itertools.chain(("",), (f"-{number}" for number in itertools.count(2))):
-        yield path.with_name(f"{path.stem}-{run[-6:]}{end}.json")
+    return (path.with_name(f"{stem}.json") for stem in stems(path.stem, run))
 
 
 def _is_given(temporary: str, path: Path) -> bool:
@@ -234,9 +247,12 @@ def _is_given(temporary: str, path: Path) -> bool:
 
 def encode(record: Record) -> bytes:
     """JSON bytes without paths of this machine."""
-    folders = [str(Path.home()), str(Path.cwd()), tempfile.gettempdir()]
-    tree = msgspec.to_builtins(record)
-    return msgspec.json.encode(_cleaned(tree, folders))
+    return msgspec.json.encode(cleaned(msgspec.to_builtins(record)))
+
+
+def cleaned(tree: Any) -> Any:
+    """The same JSON without paths of this machine, in names, too."""
+    return _cleaned(tree, [str(Path.home()), str(Path.cwd()), tempfile.gettempdir()])
 
 
 def _cleaned(tree: Any, folders: Sequence[str]) -> Any:

@@ -6,12 +6,15 @@ it measured. Refuses to know what the samples mean.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Final
 
 import edge_llm
+from edge_llm.bench.cases import CaseLog, with_name
 from edge_llm.bench.record import (
     SCHEMA_VERSION,
     EngineBuild,
@@ -19,11 +22,14 @@ from edge_llm.bench.record import (
     ModelFacts,
     Process,
     Record,
+    cleaned,
     new_run_id,
     node_of,
     read_source,
     statistics_of,
+    stem_of,
 )
+from edge_llm.bench.resources import Watch, Watched
 from edge_llm.bench.stats import median, summary
 from edge_llm.machine import NodeFacts, node_facts
 
@@ -32,11 +38,19 @@ WHY_CHARS: Final = 2000
 
 @dataclass(slots=True)
 class Run:
-    """What is known so far. Build it when the run starts: the board is read then."""
+    """What is known so far. Build it when the run starts: the board is read then.
+
+    `folder`: where its lines are kept while it runs (`case`); without one they are in `cases`. `idle_s`: how long the
+    board is watched before the first load, which is what loads are above.
+    """
 
     kind: str
     command: list[str]
     config: dict[str, Any]
+    folder: Path | None = None
+    idle_s: float = 3.0
+    workload: dict[str, Any] = field(default_factory=dict)
+    run_id: str = field(default_factory=new_run_id)
     started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
     before: NodeFacts = field(default_factory=node_facts)
     models: list[ModelFacts] = field(default_factory=list)
@@ -45,6 +59,8 @@ class Run:
     samples: dict[str, list[float]] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    resources: list[Watched] = field(default_factory=list)
+    _log: CaseLog | None = None
 
     def add(self, name: str, value: float) -> None:
         self.samples.setdefault(name, []).append(value)
@@ -57,6 +73,36 @@ class Run:
     def fail(self, what: str, why: str) -> None:
         """Note it. A server's message may be a page: a record keeps its beginning."""
         self.failures.append(Failure(what, why if len(why) <= WHY_CHARS else f"{why[:WHY_CHARS]} ..."))
+
+    def case(self, facts: Mapping[str, Any]) -> None:
+        """Keep what was just finished, as one line, at once: whatever happens later, it is there. `facts["case"]` is
+        its name (default: this run's kind). Add the model first: the file is named by it, as the record is."""
+        if self._log is None:
+            self._log = CaseLog(self.folder, stem_of(self.started_at, self.kind, self.models), self.run_id)
+        self._log.add(cleaned(with_name(facts, self.kind, datetime.now(UTC))))
+
+    @property
+    def cases(self) -> list[dict[str, Any]]:
+        """The lines that are in no file."""
+        return self._log.kept if self._log else []
+
+    @contextmanager
+    def watching(
+        self,
+        processes: Mapping[str, int],
+        period_s: float = 1.0,
+        nodes: Mapping[str, str] | None = None,
+        part: str = "run",
+    ) -> Iterator[Watch]:
+        """Sample this board and these processes (name: id) meanwhile, and other boards by their workers' /metrics
+        (`nodes`, name: URL). `part`: of the run, when there are several. Enter before the load: `idle_s` go by here,
+        the first time in a run. Raises ValueError: more than a sample per second, no URL."""
+        watch = Watch(processes, period_s, nodes or {}, part)
+        try:
+            with watch.running(0.0 if self.resources else self.idle_s):
+                yield watch
+        finally:
+            self.resources += watch.watched()
 
     def used(self, process: Process | None) -> None:
         """Count a process; runs of the same tool on the same cores become one line."""
@@ -75,9 +121,12 @@ class Run:
 
     def record(self, figures: dict[str, Any], is_complete: bool) -> Record:
         """Everything so far. `figures` is what is printed."""
+        cases = None if self._log is None else self._log.facts()
+        if self._log is not None and self._log.trouble:
+            self.fail("cases", self._log.trouble)
         return Record(
             schema_version=SCHEMA_VERSION,
-            run_id=new_run_id(),
+            run_id=self.run_id,
             kind=self.kind,
             is_complete=is_complete,
             started_at=self.started_at,
@@ -95,6 +144,9 @@ class Run:
             statistics=statistics_of({name: summary(values) for name, values in self.samples.items() if values}),
             failures=self.failures,
             notes=self.notes,
+            workload=self.workload,
+            resources=self.resources,
+            cases=cases,
         )
 
 
