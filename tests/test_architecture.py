@@ -20,7 +20,7 @@ DOORS = {
     "llama_cpp": r"engine/(native|vocabulary)\.py",  # vocabulary: its sandboxed chat formatter
     "psutil": r"machine\.py",
     "kubernetes": r"cluster/kubernetes\.py",
-    "onnxruntime": r"embed.*",
+    "onnxruntime": r"bench/accuracy/similarity\.py",
     "matplotlib": r"report/.*",
     "aiohttp": r"(worker|cluster|bench(/serve)?|gateway|commands)/\w+\.py",
     "click": r"(cli\.py|commands/.*)",
@@ -28,12 +28,12 @@ DOORS = {
     "prometheus_client": r"(exposition|(gateway|worker)/metrics)\.py",
     "gguf": r"(catalogue/gguf|engine/(quantize|random_model))\.py",  # reads, requantizes, writes
     "huggingface_hub": r"catalogue/fetch\.py",
-    "yaml": r"(config|catalogue/manifest|cluster/static|commands/supervisor|gateway/keys)\.py",
+    "yaml": r"(config|catalogue/manifest|cluster/static|commands/supervisor|doctor/k3s|gateway/keys)\.py",
 }
 # Who reads the environment: settings, what runs before settings, and the door to the library that is set up by it.
 ENVIRONMENT_READERS = r"(config|bootstrap|engine/native|bench/\w+|commands/\w+)\.py"
-# serving announces readiness to `up`; measure is a process of its own whose answer is its output
-PRINTERS = r"(cli|commands/\w+|bootstrap|serving|engine/measure)\.py"
+# serving announces readiness to `up`; measure and score are processes of their own whose answer is their output
+PRINTERS = r"(cli|commands/\w+|bootstrap|serving|engine/(measure|score))\.py"
 
 
 def below(path: Path) -> str:

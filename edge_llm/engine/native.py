@@ -327,6 +327,10 @@ class NativeContext:
     def remove(self, seq: int) -> None:
         self._lib.llama_memory_seq_rm(self.memory, seq, -1, -1)
 
+    def truncate(self, seq: int, length: int) -> bool:
+        """Forget the positions of `seq` from `length` on. False: this model's memory cannot give back a part of it."""
+        return bool(self._lib.llama_memory_seq_rm(self.memory, seq, length, -1))
+
     def mark(self, source: int, target: int, p0: int, p1: int) -> None:
         """Let `target` hold the cells [p0, p1) of `source` too; copies nothing. Unified contexts only
         (elsewhere llama.cpp asserts and the process dies)."""
