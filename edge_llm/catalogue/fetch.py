@@ -63,7 +63,12 @@ def fetch(entry: ModelEntry, report: Report = quiet, pause: Pause = time.sleep) 
         raise CatalogueError(
             f"{entry.name} has no sha256 yet: `edge-llm models pin {entry.name}` fetches it and records what it saw"
         )
-    target = installed_path(entry)
+    return fetch_to(entry, installed_path(entry), report, pause)
+
+
+def fetch_to(entry: ModelEntry, target: Path, report: Report = quiet, pause: Pause = time.sleep) -> Path:
+    """The same, to a place of the caller's; the entry must have a hash."""
+    assert entry.sha256 is not None
     if is_intact(entry, target):
         return target  # needs no lock: the folder may be a read-only volume
     with _turn(target):

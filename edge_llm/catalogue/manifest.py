@@ -18,6 +18,8 @@ from edge_llm.config import ClosedLoader, catalogue_settings, data_dir
 from edge_llm.errors import CatalogueError
 
 _PLAIN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+# Models, and what benches need beside them: an embedding model with its tokenizer, data sets.
+_FILE: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]*\.(gguf|onnx|json|jsonl|csv)$"
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -70,7 +72,7 @@ class ModelEntry(_Closed):
 
     name: Annotated[str, Field(pattern=_PLAIN)]
     family: str = ""
-    file: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\.gguf$")]
+    file: Annotated[str, Field(pattern=_FILE)]
     size: Annotated[int, Field(gt=0)] | None = None
     sha256: Sha256 | None = None
     licence: str = ""

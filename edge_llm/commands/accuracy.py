@@ -1,0 +1,340 @@
+"""`edge-llm bench accuracy`: how good, and how far from a reference: tasks, perplexity, divergence, drift."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+from edge_llm.commands.measuring import (
+    Report,
+    command_line,
+    finish,
+    json_option,
+    output_option,
+    quick_option,
+    steps,
+    until_interrupted,
+)
+from edge_llm.config import DEFAULT_MODEL, cache_dir
+from edge_llm.errors import ConfigError
+
+_QUICK_ITEMS: Final = 10
+_QUICK_WINDOWS: Final = 2
+
+
+@click.command()
+@click.option("--model", "models", multiple=True, help="Name in models.yaml or path of a .gguf file; again for more.")
+@click.option("--requantize", "kinds", multiple=True, help="The first model in this format too (Q4_0, Q8_0, ...).")
+@click.option("--reference", help="The model others are compared with (default: the first of several).")
+@click.option("--tasks", help="Names with commas between (default: all that have data). --list shows them.")
+@click.option(
+    "--data", type=click.Path(path_type=Path, file_okay=False), help="Folder of data sets (default: what was fetched)."
+)
+@click.option("--limit", type=click.IntRange(0), help="Items of each task, drawn with the seed; 0: all (default 100).")
+@click.option("--shots", type=click.IntRange(0, 64), default=0, show_default=True, help="Examples before each item.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of drawing items and examples.")
+@click.option(
+    "--window", type=click.IntRange(16), default=512, show_default=True, help="Tokens of a perplexity window."
+)
+@click.option("--windows", type=click.IntRange(0), help="Windows of a text, from its beginning; 0: all (default 20).")
+@click.option(
+    "--module", "swaps", multiple=True, metavar="TASK.KIND=FILE", help="A text for a part of a task's prompt."
+)
+@click.option("--chat/--no-chat", default=True, help="Answers by the model's chat template, if it has one.")
+@click.option("--drift", is_flag=True, help="Compare answers in meaning (fetches all-MiniLM-L6-v2, 107 MB once).")
+@click.option("--resume", type=click.Path(path_type=Path, dir_okay=False), help="Lines (.cases.jsonl) to take over.")
+@click.option("--policy", type=click.Choice(["exact", "fast"]), default="exact", show_default=True)
+@click.option("--k-type", type=click.Choice(["f16", "f32", "bf16", "q8_0", "q4_0"]), default="f16", show_default=True)
+@click.option("--n-ctx", type=click.IntRange(64, 1 << 20), default=2048, show_default=True, help="Context per slot.")
+@click.option("--slots", type=click.IntRange(1, 64), default=4, show_default=True, help="Answers at once.")
+@click.option("--threads", type=click.IntRange(0, 512), default=0, help="0 = all cores this process may use.")
+@click.option("--list", "is_list", is_flag=True, help="Show the tasks, their data and licences, and stop.")
+@click.option("--fetch", help="Fetch data sets by name (commas between) into the folder of --data, and stop.")
+@quick_option
+@output_option
+@json_option
+def accuracy(
+    models: tuple[str, ...],
+    kinds: tuple[str, ...],
+    reference: str | None,
+    swaps: tuple[str, ...],
+    drift: bool,
+    resume: Path | None,
+    is_list: bool,
+    fetch: str | None,
+    output: Path,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Tasks with right answers, perplexity, divergence from a reference. Without data: a small set of our own.
+
+    Every finished item is kept at once (.cases.jsonl); --resume goes on where a run was stopped."""
+    from edge_llm.bench.accuracy.measure import Measured, check_data, measure, scorer
+    from edge_llm.bench.accuracy.resume import finished
+    from edge_llm.bench.run import Run
+
+    folder = options["data"] or cache_dir() / "datasets"
+    if is_list:
+        _list(folder, as_json)
+        return
+    if fetch is not None:
+        _fetch(_names(fetch), folder)
+        return
+    plan = _plan(folder, swaps, **options)
+    files = check_data(plan)
+    known = finished(resume) if resume else {}
+    run = Run("accuracy", command_line(), _config(plan, files, resume), folder=output)
+    with steps() as report:
+        chosen, base = _models(models or (DEFAULT_MODEL,), kinds, reference, report)
+        cosines = _cosines(report) if drift else None
+        found = Measured(run, known)
+        work = Path(tempfile.mkdtemp(prefix="accuracy-", dir=_cache()))
+        try:
+            figures, is_complete = until_interrupted(
+                lambda: _watched(run, lambda: measure(plan, chosen, base, scorer(plan), found, report, work, cosines)),
+                lambda: _partial(found, base),
+            )
+        finally:
+            _remove(work)
+    _conclude(run, found)
+    finish(run, figures, is_complete, output, as_json, [], show)
+
+
+def show(figures: Mapping[str, Any]) -> None:
+    """A row for each model, task and measure."""
+    rows = [("model", "task", "measure", "value", "+-", "95 %", "n", "against chance")]
+    for model, tasks in figures["models"].items():
+        for task, found in tasks.items():
+            rows += [(model, task, *row) for row in _rows(found)]
+    for model, tasks in figures.get("against_reference", {}).items():
+        for task, found in tasks.items():
+            rows += [(model, task, *row) for row in _compared(found)]
+    _table(rows)
+
+
+def _rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Of one task."""
+    verdict = _verdict(found)
+    rows: list[tuple[str, ...]] = [
+        (key, *_share(value), verdict if key == "acc" else "")
+        for key, value in found.items()
+        if isinstance(value, dict)
+    ]
+    if "perplexity" in found:
+        tokens = f"{found['tokens']:,}"
+        rows.append(("perplexity", f"{found['perplexity']:.4f}", f"{found['perplexity_stderr']:.4f}", "", tokens, ""))
+    if "kl" in found:
+        tokens, top = f"{found['tokens']:,}", f"{100 * found['same_top']:.2f} %"
+        rows.append(("KL from reference", f"{found['kl']:.6f}", f"{found['kl_stderr']:.6f}", "", tokens, ""))
+        rows.append(("same likeliest token", top, f"{100 * found['same_top_stderr']:.2f} %", "", tokens, ""))
+    if "word_perplexity" in found:
+        rows.append(("perplexity of words", f"{found['word_perplexity']:.3f}", "", "", str(found["n"]), ""))
+    if found["failed"]:
+        rows.append(("failed", str(found["failed"]), "", "", "", ""))
+    return rows
+
+
+def _share(value: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    error = f"{100 * value['stderr']:.1f}" if value["stderr"] is not None else "-"
+    interval = f"{100 * value['low']:.1f} to {100 * value['high']:.1f}"
+    return f"{100 * value['value']:.1f} %", error, interval, str(value["n"])
+
+
+def _verdict(found: Mapping[str, Any]) -> str:
+    if "chance" not in found:
+        return ""
+    word = "differs" if found["differs_from_chance"] else "does not differ"
+    return f"{word} from {100 * found['chance']:.1f} % (p {found['p_value']:.2g})"
+
+
+def _compared(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    n = str(found["n"])
+    words = f"{found['gained']} gained, {found['lost']} lost (p {found['p_value']:.2g})"
+    rows: list[tuple[str, ...]] = [("same as reference", f"{100 * found['same_answer']:.1f} %", "", "", n, words)]
+    if "same_text" in found:
+        rows.append(("same text", f"{100 * found['same_text']:.1f} %", "", "", n, ""))
+    if "drift" in found:
+        near = found["drift"]
+        words = f"{100 * near['share_near']:.0f} % say nearly the same; drift, not truth"
+        rows.append(("similarity", f"{near['similarity_mean']:.3f}", "", "", n, words))
+    return rows
+
+
+def _table(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        click.echo("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _plan(folder: Path, swaps: Sequence[str], **options: Any) -> Any:
+    from edge_llm.bench.accuracy.measure import Plan
+
+    is_quick = options["quick"]
+    given = {key: options[key] for key in ("shots", "seed", "window", "n_ctx", "slots", "policy", "k_type")}
+    limit, windows = options["limit"], options["windows"]
+    return Plan(
+        tasks=tuple(_tasks(options["tasks"], folder, swaps, options["shots"])),
+        data=folder,
+        limit=limit if limit is not None else (_QUICK_ITEMS if is_quick else 100),
+        windows=windows if windows is not None else (_QUICK_WINDOWS if is_quick else 20),
+        threads=options["threads"] or len(os.sched_getaffinity(0)),
+        is_chat=options["chat"],
+        **given,
+    )
+
+
+def _tasks(names: str | None, folder: Path, swaps: Sequence[str], shots: int) -> list[Any]:
+    """Those named, or all whose data is there; with other texts for modules where asked for."""
+    from edge_llm.bench.accuracy.tasks import chosen
+
+    wanted = _names(names) if names is not None else _available(folder, shots)
+    tasks = {task.name: task for task in chosen(wanted)}
+    if not tasks:
+        raise ConfigError("no task is named: `edge-llm bench accuracy --list` shows them")
+    for swap in swaps:
+        name, module = _module(swap)
+        if name not in tasks:
+            raise ConfigError(f"--module {swap}: {name} is not among the tasks of this run ({', '.join(tasks)})")
+        tasks[name] = replace(tasks[name], prompt=tasks[name].prompt.swapped(module))
+    return list(tasks.values())
+
+
+def _available(folder: Path, shots: int) -> list[str]:
+    from edge_llm.bench.accuracy.datasets import SOURCES, TEXTS
+    from edge_llm.bench.accuracy.tasks import OWN, TASKS
+
+    files = {**TEXTS, **{name: source.file for name, source in SOURCES.items()}}
+    names = [name for name in TASKS if name in OWN or (folder / files[name]).is_file()]
+    if len(names) > len(OWN):  # there is real data: ours would only look like more of it
+        names = [name for name in names if name not in OWN]
+    return [name for name in names if not (shots and TASKS[name].kind == "instructions")]
+
+
+def _module(swap: str) -> tuple[str, Any]:
+    """`TASK.KIND=FILE`."""
+    from edge_llm.bench.accuracy.prompts import KINDS, Module
+
+    where, _, file = swap.partition("=")
+    task, _, kind = where.rpartition(".")
+    if not file or kind not in KINDS:
+        raise ConfigError(f"--module {swap}: write TASK.KIND=FILE, KIND one of {', '.join(KINDS)}")
+    path = Path(file).expanduser()
+    try:
+        return task, Module(kind, path.stem, path.read_text(encoding="utf-8").removesuffix("\n"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--module {swap}: cannot read the file: {error}") from error
+
+
+def _models(
+    names: Sequence[str], kinds: Sequence[str], reference: str | None, report: Report
+) -> tuple[list[Any], Any | None]:
+    """All models, and the one that the others are compared with, if any."""
+    from edge_llm.bench.models import local_model, requantized
+
+    found = [local_model(name, report) for name in names]
+    found += [requantized(found[0], kind, report) for kind in kinds]
+    if reference is None:
+        return found, found[0] if len(found) > 1 else None
+    base = local_model(reference, report)
+    same = next((model for model in found if model.facts.name == base.facts.name), None)
+    if same is not None:
+        return found, same if len(found) > 1 else None
+    return [base, *found], base
+
+
+def _watched(run: Any, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    with run.watching({"bench": os.getpid()}):
+        return work()
+
+
+def _partial(found: Any, base: Any | None) -> dict[str, Any]:
+    from edge_llm.bench.accuracy.figures import figures
+
+    return figures(found.cases, base.facts.name if base else None)
+
+
+def _conclude(run: Any, found: Any) -> None:
+    """Items that failed are counted in their figures; the record says why the first of each task did."""
+    seen: dict[str, list[str]] = {}
+    for case in found.cases:
+        if "failed" in case:
+            seen.setdefault(f"{case['model']}/{case['task']}", []).append(f"{case['item']}: {case['failed']}")
+    for what, why in seen.items():
+        run.fail(what, f"{len(why)} items failed, the first: {why[0]}")
+
+
+def _config(plan: Any, files: Mapping[str, Path], resume: Path | None) -> dict[str, Any]:
+    from edge_llm.bench.accuracy.prompts import module_facts
+    from edge_llm.catalogue.fetch import known_sha256
+
+    keys = ("limit", "shots", "seed", "window", "windows", "n_ctx", "slots", "threads", "policy", "k_type", "is_chat")
+    return {
+        **{key: getattr(plan, key) for key in keys},
+        "tasks": [task.name for task in plan.tasks],
+        "notes": {task.name: task.note for task in plan.tasks if task.note},
+        "prompts": module_facts({task.name: task.prompt for task in plan.tasks}),
+        "data": {name: {"file": path.name, "sha256": known_sha256(path)} for name, path in files.items()},
+        "resumed_from": resume.name if resume else None,
+    }
+
+
+def _cosines(report: Report) -> Callable[[Sequence[str], Sequence[str]], list[float]]:
+    from edge_llm.bench.accuracy import similarity
+    from edge_llm.catalogue.resolve import resolve
+
+    model, tokenizer = (
+        resolve(name, lambda done, total, name=name: report(f"fetching {name}", done, total or 0)).path  # type: ignore[misc]
+        for name in (similarity.MODEL, similarity.TOKENIZER)
+    )
+    return similarity.load(model, tokenizer).cosines
+
+
+def _fetch(names: Sequence[str], folder: Path) -> None:
+    from edge_llm.bench.accuracy.sources import wanted
+    from edge_llm.catalogue.fetch import fetch_to
+    from edge_llm.commands.progress import progress
+
+    for entry, path in wanted(names, folder):
+        with progress(entry.name, is_bytes=True) as report:
+            fetch_to(entry, path, report)
+        click.echo(f"{entry.name}  {path}  ({entry.licence})")
+
+
+def _list(folder: Path, as_json: bool) -> None:
+    from edge_llm.bench.accuracy.datasets import SOURCES, TEXTS
+    from edge_llm.bench.accuracy.sources import PUBLISHED
+    from edge_llm.bench.accuracy.tasks import OWN, TASKS
+
+    files = {**TEXTS, **{name: source.file for name, source in SOURCES.items()}}
+    rows = []
+    for name, task in TASKS.items():
+        is_there = name in OWN or (folder / files[name]).is_file()
+        state = "ships" if name in OWN else "there" if is_there else "fetchable" if name in PUBLISHED else "missing"
+        rows.append({"task": name, "kind": task.kind, "data": state, "file": files[name], "note": task.note})
+    if as_json:
+        click.echo(json.dumps(rows))
+        return
+    _table([("task", "kind", "data", "file", "note"), *(tuple(map(str, row.values())) for row in rows)])
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _cache() -> Path:
+    """Not the folder for temporary files: that may be memory, and a window's logits are up to 160 MB."""
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    return cache_dir()
+
+
+def _remove(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)
