@@ -196,7 +196,7 @@ async def _read(reply: aiohttp.ClientResponse, answer: Answer, now_s: Callable[[
         await _read_whole(reply, answer, now_s)
     else:
         await _read_events(reply, answer, now_s)
-    if not answer.error and not answer.tokens:
+    if not answer.error and not answer.tokens and not answer.may_stop:
         answer.failed(EMPTY, "it came to its end without a token")
 
 

@@ -1,0 +1,264 @@
+"""What a run of `edge-llm bench serve` has measured so far, and the figures that follow from it.
+
+Owns the tally (who was asked under which load, and all answers), the shape of the figures (msgspec structs: their JSON
+schema is published), goodput and the scale of limits, and the sentences about them. Refuses to know how it was
+measured.
+What was interrupted counts with what had ended by then, and is marked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import msgspec
+
+from edge_llm.bench.goodput import GOALS, Limits, Point, goodput, interval
+from edge_llm.bench.serve.answers import UNFINISHED, Answer
+from edge_llm.bench.serve.metrics import DEFINITIONS, Figures, Spread, figures, spread
+from edge_llm.bench.serve.schedule import Load
+from edge_llm.bench.serve.slowdown import Slowdown, alone_of, slowdown
+
+# Fewer requests at a rate say nothing about 99 %.
+_FOR_99: Final = 100
+
+
+@dataclass(slots=True)
+class Replayed:
+    """One pass of one load. `answers` fills while it runs; `is_done`: it ran to its end."""
+
+    contender: str
+    load: Load
+    scale: float | None
+    number: int
+    answers: list[Answer] = field(default_factory=list)
+    is_done: bool = False
+
+    @property
+    def counted(self) -> list[Answer]:
+        """By time. Of a pass that was interrupted, what had ended."""
+        kept = [answer for answer in self.answers if self.is_done or answer.kind != UNFINISHED]
+        return sorted(kept, key=lambda answer: answer.at_s)
+
+
+@dataclass(slots=True)
+class Tally:
+    """What is known so far. `servers`: facts by contender; `is_search`: rates were searched, or swept, for goodput."""
+
+    limits: Limits | None = None
+    scales: tuple[float, ...] = ()
+    nodes: int = 1
+    workload: dict[str, Any] = field(default_factory=dict)
+    servers: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    alone: dict[str, list[Answer]] = field(default_factory=dict)
+    wants_slowdown: bool = False
+    replays: list[Replayed] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def begin(self, contender: str, load: Load, scale: float | None, number: int) -> Replayed:
+        self.replays.append(Replayed(contender, load, scale, number))
+        return self.replays[-1]
+
+    def points(self, contender: str, scale: float | None = None) -> list[Point]:
+        """Rates of an open loop, and which requests kept the limits there."""
+        if self.limits is None:
+            return []
+        limits = scaled(self.limits, scale or 1.0)
+        return [
+            Point(load.rate_per_s, tuple(answer.timing.meets(limits) for one in passes for answer in one.counted))
+            for (load, at), passes in self._by_load(contender)
+            if load.is_open and load.rate_per_s is not None and at == scale and any(one.counted for one in passes)
+        ]
+
+    def _by_load(self, contender: str) -> list[tuple[tuple[Load, float | None], list[Replayed]]]:
+        found: dict[tuple[Load, float | None], list[Replayed]] = {}
+        for replayed in self.replays:
+            if replayed.contender == contender:
+                found.setdefault((replayed.load, replayed.scale), []).append(replayed)
+        return list(found.items())
+
+    def found(self) -> ServeFigures:
+        """Everything so far."""
+        names = [name for name in self.servers if self._by_load(name) or name in self.alone]
+        contenders = {name: self._of(name) for name in names}
+        lines = [line for name, one in contenders.items() for line in _sentences(name, one)]
+        return ServeFigures(dict(DEFINITIONS), self.workload, contenders, [*lines, *self.notes])
+
+    def _of(self, name: str) -> ContenderFigures:
+        alone = self.alone.get(name, [])
+        measured = [self._point(name, load, scale, passes) for (load, scale), passes in self._by_load(name)]
+        return ContenderFigures(
+            server=dict(self.servers[name]),
+            loads=measured,
+            goodput=self._goodput(name),
+            alone=_alone(alone) if alone else None,
+        )
+
+    def _point(self, name: str, load: Load, scale: float | None, passes: Sequence[Replayed]) -> LoadFigures:
+        counted = [one.counted for one in passes]
+        limits = None if self.limits is None else scaled(self.limits, scale or 1.0)
+        answers = [answer for one in counted for answer in one]
+        alone = alone_of(self.alone.get(name, [])) if self.wants_slowdown else None
+        return LoadFigures(
+            label=load.label if scale is None else f"{load.label}, limits times {scale:g}",
+            profile=load.profile,
+            rate_per_s=load.rate_per_s,
+            clients=load.clients,
+            passes=len(passes),
+            is_whole=all(one.is_done for one in passes),
+            figures=figures(counted, load.is_open, limits),
+            slo_scales=self._scales(answers) if scale is None else None,
+            slowdown=slowdown(answers, alone, len(self.alone[name])) if alone is not None else None,
+        )
+
+    def _scales(self, answers: Sequence[Answer]) -> ScaleFigures | None:
+        """Of servers that were not told their limits: one replay serves all scales."""
+        if self.limits is None or not self.scales or not answers:
+            return None
+        attained = {
+            scale: sum(answer.timing.meets(scaled(self.limits, scale)) for answer in answers) / len(answers)
+            for scale in sorted(self.scales)
+        }
+        tightest = {
+            f"tightest_{100 * goal:.0f}": next((scale for scale, share in attained.items() if share >= goal), None)
+            for goal in GOALS
+        }
+        return ScaleFigures({f"{scale:g}": share for scale, share in attained.items()}, tightest)
+
+    def _goodput(self, name: str) -> dict[str, GoodputFigure]:
+        points = self.points(name)
+        if len({point.rate_per_s for point in points}) < 2:
+            return {}
+        found = {}
+        for goal in GOALS:
+            at = goodput(points, goal)
+            low, high = interval(points, goal)
+            found[f"goodput_{100 * goal:.0f}"] = GoodputFigure(
+                goal=goal,
+                per_s=at.rate_per_s,
+                per_node_per_s=at.rate_per_s / self.nodes,
+                low=low,
+                high=high,
+                bound=at.bound,
+                requests_per_rate=min(len(point.met) for point in points),
+            )
+        return found
+
+
+def scaled(limits: Limits, factor: float) -> Limits:
+    """DistServe's SLO scale: both limits times one factor."""
+    return Limits(limits.ttft_s * factor, limits.tpot_s * factor)
+
+
+# -- the figures
+
+
+class GoodputFigure(msgspec.Struct, frozen=True, kw_only=True):
+    """The highest rate with such an attainment. `bound` at_most: the lowest rate measured was too high already;
+    at_least: the highest was not yet. `low`, `high`: 95 % bootstrap interval over requests."""
+
+    goal: float
+    per_s: float
+    per_node_per_s: float
+    low: float
+    high: float
+    bound: str
+    requests_per_rate: int
+
+
+class ScaleFigures(msgspec.Struct, frozen=True):
+    """Attainment by the factor that both limits are multiplied by, and the tightest factor that is still attained."""
+
+    attainment: dict[str, float]
+    tightest: dict[str, float | None]
+
+
+class AloneFigures(msgspec.Struct, frozen=True):
+    """Requests sent one after another to an idle server."""
+
+    requests: int
+    ttft_ms: Spread | None
+    tpot_ms: Spread | None
+    e2el_ms: Spread | None
+
+
+class LoadFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """One load. `is_whole`: no pass of it was interrupted."""
+
+    label: str
+    profile: str
+    rate_per_s: float | None
+    clients: int | None
+    passes: int
+    is_whole: bool
+    figures: Figures
+    slo_scales: ScaleFigures | None = None
+    slowdown: Slowdown | None = None
+
+
+class ContenderFigures(msgspec.Struct, frozen=True, kw_only=True):
+    server: dict[str, Any]
+    loads: list[LoadFigures]
+    goodput: dict[str, GoodputFigure]
+    alone: AloneFigures | None = None
+
+
+class ServeFigures(msgspec.Struct, frozen=True):
+    """What `edge-llm bench serve --json` prints, and `figures` of its record."""
+
+    definitions: dict[str, str]
+    workload: dict[str, Any]
+    contenders: dict[str, ContenderFigures]
+    sentences: list[str]
+    record: str | None = None
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of what `edge-llm bench serve --json` prints."""
+    return msgspec.json.schema(ServeFigures)
+
+
+def _alone(answers: Sequence[Answer]) -> AloneFigures:
+    done = [answer for answer in answers if answer.is_complete]
+    return AloneFigures(
+        requests=len(answers),
+        ttft_ms=spread([1e3 * answer.ttft_s for answer in done if answer.ttft_s is not None]),
+        tpot_ms=spread([1e3 * answer.tpot_s for answer in done if answer.tpot_s is not None]),
+        e2el_ms=spread([1e3 * answer.e2e_s for answer in done if answer.e2e_s is not None]),
+    )
+
+
+def _sentences(name: str, one: ContenderFigures) -> Iterator[str]:
+    """What must not be overlooked."""
+    for load in one.loads:
+        yield from (f"{name}, {load.label}: {line}" for line in _of_load(load))
+    for key, found in one.goodput.items():
+        if found.bound != "between":
+            where = "lower than the lowest" if found.bound == "at_most" else "at least the highest"
+            yield f"{name}: {key} is {where} rate that was measured, {found.per_s:.3g}/s"
+    if (nearly := one.goodput.get("goodput_99")) and nearly.requests_per_rate < _FOR_99:
+        yield f"{name}: {nearly.requests_per_rate} requests at a rate are too few for 99 %: give --requests {_FOR_99}"
+
+
+def _of_load(load: LoadFigures) -> Iterator[str]:
+    found = load.figures
+    if not load.is_whole:
+        yield "interrupted: what had ended by then is counted"
+    if found.failed:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in found.failed.items())
+        yield f"{sum(found.failed.values())} of {found.requests} requests failed: {kinds}"
+    if found.cut_short:
+        yield f"{found.cut_short} answers ended before they had all tokens that were asked for"
+    if found.saturation is not None and found.saturation.is_saturated:
+        yield f"over-saturated, its latencies depend on how long is measured: {found.saturation.why}"
+    if found.generator is not None and found.generator.is_fault:
+        yield f"this side was late ({found.generator.late_ms_p99:.1f} ms at p99): its own figure is in these"
+    if set(found.counted_by) - {"usage"}:
+        yield "the server counts no tokens in `usage`: " + ", ".join(
+            f"{count} answers by {how}" for how, count in found.counted_by.items()
+        )
+    if found.prompt_tokens_asked and abs(found.prompt_tokens / found.prompt_tokens_asked - 1) > 0.1:
+        yield (
+            f"prompts had {found.prompt_tokens} tokens as the server counts, {found.prompt_tokens_asked} were asked for"
+        )
