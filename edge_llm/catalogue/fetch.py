@@ -108,15 +108,22 @@ def sha256_of(path: Path) -> str:
 
 def known_sha256(path: Path) -> str:
     """The same, remembered as long as size and modification time stay (a Pi hashes 4 GB in half a minute)."""
+    if (noted := noted_sha256(path)) is not None:
+        return noted
+    digest = sha256_of(path)
+    remember_sha256(path, digest)
+    return digest
+
+
+def noted_sha256(path: Path) -> str | None:
+    """What is remembered of the file as it is now; None: it would have to be hashed."""
     try:
         noted = json.loads(_note_path(path).read_text())
         if isinstance(noted, dict) and noted.get("stamp") == _stamp(path):
             return str(noted["sha256"])
     except (OSError, ValueError, KeyError):
-        pass  # no note, or not ours: hash again
-    digest = sha256_of(path)
-    remember_sha256(path, digest)
-    return digest
+        pass  # no note, or not ours
+    return None
 
 
 def remember_sha256(path: Path, digest: str) -> None:
