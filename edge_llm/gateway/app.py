@@ -80,6 +80,7 @@ class Gateway:
                 self.metrics,
                 planner,
                 buffer_bytes=config.stream_buffer_bytes,
+                checkpoint_tokens=config.checkpoint_tokens,
             )
             self.intake = Intake(config, self.dispatcher, time.monotonic)
             prober = Prober(self._discovery, client, config.probe_s, self.dispatcher.on_view)

@@ -31,6 +31,7 @@ from edge_llm.errors import (
     WorkerError,
 )
 from edge_llm.gateway import queue
+from edge_llm.gateway.checkpoints import Checkpoints
 from edge_llm.gateway.listen import Listener
 from edge_llm.gateway.metrics import GatewayMetrics
 from edge_llm.gateway.orders import Orders, peer_of
@@ -68,11 +69,14 @@ class Dispatcher:
         planner: Planner,
         clock: Callable[[], float] = time.monotonic,
         buffer_bytes: int = 256 << 10,
+        checkpoint_tokens: int = 0,
     ) -> None:
-        """`buffer_bytes`: what a client may leave unread of one answer."""
+        """`buffer_bytes`: what a client may leave unread of one answer. `checkpoint_tokens`: how many of an answer may
+        have to be computed again (checkpoints.py); 0: all."""
         self._client, self._metrics, self._orders = client, metrics, Orders(client, gateway)
         self._queue_wait_s, self._replan_limit, self._clock = bounds.wait_s, replan_limit, clock
         self._planner = planner
+        self._checkpoints = Checkpoints(client, self._orders, planner, metrics, lambda: self.view, checkpoint_tokens)
         self._running: dict[str, Running] = {}
         self._listener = Listener(client, self._running, self, metrics, clock, buffer_bytes)
         self._queue = queue.PlanQueue(bounds, clock=clock)
@@ -344,6 +348,9 @@ class Dispatcher:
         self._planner.prompted(running)
         self._queue.move()
 
+    def delivered(self, running: Running) -> None:
+        self._checkpoints.on_token(running)
+
     def finished(self, running: Running) -> None:
         """A slot is free."""
         self._planner.left(running)
@@ -367,7 +374,7 @@ class Dispatcher:
             await asyncio.wait(self._endings, timeout=CLOSE_S)
         for task in self._endings:
             task.cancel()
-        await asyncio.gather(self._listener.close(), *self._endings, return_exceptions=True)
+        await asyncio.gather(self._listener.close(), self._checkpoints.close(), *self._endings, return_exceptions=True)
 
 
 def _work_done(running: Running) -> int | None:

@@ -47,6 +47,9 @@ class Outcomes(Protocol):
     def prompted(self, running: Running) -> None:
         """Its prompt is whole."""
 
+    def delivered(self, running: Running) -> None:
+        """A token came that is not its last one."""
+
     def finished(self, running: Running) -> None:
         """Its last token came."""
 
@@ -185,6 +188,8 @@ class Listener:
         elif running.unread_bytes > self._buffer_bytes:
             unread = f"the client left {running.unread_bytes} bytes of its answer unread"
             self._outcomes.drop(running, ReaderTooSlow(unread))
+        else:
+            self._outcomes.delivered(running)
 
     def _drop(self, token: messages.Token) -> None:
         """A late token of a plan that is over. Its request may be gone: then nobody misses it."""

@@ -74,6 +74,10 @@ class GatewayMetrics:
         )
         self._replans = self._counter("replans", "Requests planned again after a worker failed them.", "reason")
         self._dropped = self._counter("stale_tokens", "Tokens that came for an older plan and were dropped.")
+        self._checkpoints = self._counter(
+            "checkpoints", "Copies of running answers' KV, by what came of it.", "outcome"
+        )
+        self._checkpoint_bytes = self._counter("checkpoint_bytes", "KV that went from worker to worker for these.")
         self._prediction = self._histogram(
             "prediction_error_ratio", "What came to pass over what the plan predicted.", RATIOS, "kind"
         )
@@ -149,6 +153,11 @@ class GatewayMetrics:
 
     def dropped(self, model: str) -> None:
         self._dropped.labels(model, ROLE, self._gateway).inc()
+
+    def checkpointed(self, model: str, outcome: str, fetched_bytes: int) -> None:
+        """A checkpoint is kept (outcome `ok`), or failed with an error of that code."""
+        self._checkpoints.labels(model, ROLE, self._gateway, outcome).inc()
+        self._checkpoint_bytes.labels(model, ROLE, self._gateway).inc(fetched_bytes)
 
     # -- making series
 

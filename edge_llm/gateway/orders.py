@@ -19,7 +19,7 @@ from edge_llm.kv.snapshot import ids_digest
 from edge_llm.request import SamplingParams
 from edge_llm.worker import messages
 from edge_llm.worker.client import Peer, WorkerClient
-from edge_llm.worker.messages import ADVANCE_S, DecodeRequest, PrefillCandidate
+from edge_llm.worker.messages import ADVANCE_S, DecodeRequest, KeepRequest, PrefillCandidate
 from edge_llm.worker.tickets import LIFETIME_S, MAX_LIFETIME_S
 
 MARGIN: Final = 2.0
@@ -52,6 +52,13 @@ class Orders:
             holder=self._holder(running, plan, digest, waits),
             must_split=job.mode == "split",
         )
+
+    def keep_request(self, running: Running) -> KeepRequest:
+        """Keep KV of all tokens so far, which the decode worker has: it evaluates the last one now."""
+        assert running.plan is not None
+        job, ids = running.job, (*running.job.prompt_ids, *running.session.delivered)
+        source = self._source(running, running.plan.decode, ids_digest(ids), LIFETIME_S, only_stored=True)
+        return KeepRequest(request_id=job.request_id, ids=list(ids), tenant=job.tenant, source=source)
 
     def _candidates(self, running: Running, plan: Plan, digest: str, waits: Waits) -> list[PrefillCandidate]:
         """Where the decode worker may get KV: first from a draining worker that holds all of it."""

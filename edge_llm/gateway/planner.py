@@ -289,6 +289,15 @@ class Planner:
                 self._correct(running, known, node, report.prefill_cached_tokens)
                 self._keep(node, running, running.job.prompt_ids[:-1])
 
+    def held(self, running: Running, view: ClusterView) -> dict[str, int]:
+        """How many leading positions of the answer so far each worker is believed to hold; those that hold none are
+        left out."""
+        return self._held(running, _Known(), view)
+
+    def kept(self, running: Running, node: Node, ids: Sequence[int]) -> None:
+        """A worker keeps KV of a running answer, as far as `ids`."""
+        self._keep(node, running, ids)
+
     def failed(self, running: Running) -> None:
         """Its decode worker failed it."""
         known, plan = self._known.get(running.job.request_id), running.plan

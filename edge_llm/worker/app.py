@@ -35,6 +35,7 @@ from edge_llm.errors import (
 )
 from edge_llm.exposition import CONTENT_TYPE, Exposition
 from edge_llm.worker.bodies import error_reply, read_body, reply_of
+from edge_llm.worker.checkpoint import Keeper, RunningKV
 from edge_llm.worker.decode import DecodeRole
 from edge_llm.worker.holders import Holders
 from edge_llm.worker.links import Links
@@ -45,6 +46,7 @@ from edge_llm.worker.messages import (
     CancelRequest,
     DecodeReply,
     DecodeRequest,
+    KeepRequest,
     Load,
     PrefillRequest,
     Role,
@@ -100,6 +102,7 @@ class Worker:
         self.metrics = WorkerMetrics(self.exposition.registry, Readings(self._labels, self.status, self._computing))
         self.outboxes = Outboxes(monotonic, config.gateway_lease_s, self.metrics.prompted)
         self.decode: DecodeRole | None = None
+        self.keeper: Keeper | None = None
         self.is_draining = False
         self.on_death: Callable[[], None] = lambda: None
 
@@ -124,7 +127,8 @@ class Worker:
         """Start the engine thread and the sweeper; stop both."""
         asyncio.get_running_loop().set_default_executor(modest_threads())
         async with Puller(self._monotonic, self._patience, self.links) as puller:
-            self.prefill.holders = Holders(puller, self.keys, lambda: self.facts, self.links)
+            holders = self.prefill.holders = Holders(puller, self.keys, lambda: self.facts, self.links)
+            self.keeper = Keeper(holders, self.prefixes, lambda: self.facts, self.config.allowed_peers)
             if self.facts.slots:
                 self.decode = DecodeRole(
                     self.loop,
@@ -138,6 +142,8 @@ class Worker:
                     self._monotonic,
                 )
                 self.prefill.on_given = self.decode.given
+                running = RunningKV(self.loop, lambda: self.facts, self.decode.adopting, self.decode.slot_of)
+                self.prefill.read_running = running.read
             self.loop.start(self._on_step, self._on_engine_death)
             sweeper = asyncio.create_task(self._sweep(), name="sweeper")
             try:
@@ -399,6 +405,13 @@ def create_app(worker: Worker) -> FastAPI:
         message = decode(CancelRequest, _admitted(request).body)
         found = worker.decode.cancel(message.request_id, message.epoch) if worker.decode else False
         return reply_of(CancelReply(found=found))
+
+    @app.post("/keep")
+    async def keep(request: Request) -> Response:
+        admitted = _admitted(request)
+        _refuse_unless_ready(worker)
+        assert worker.keeper is not None  # the app serves only while the worker runs
+        return reply_of(await worker.keeper.keep(decode(KeepRequest, admitted.body), admitted.claims))
 
     @app.post("/prefill")
     async def prefill(request: Request) -> Response:

@@ -37,6 +37,8 @@ from edge_llm.worker.messages import (
     DecodeRequest,
     ErrorReply,
     EventBatch,
+    KeepReply,
+    KeepRequest,
     Message,
     MessageType,
     TokenizeReply,
@@ -101,6 +103,11 @@ class WorkerClient:
 
     async def cancel(self, peer: Peer, request: CancelRequest) -> CancelReply:
         return await self._post(peer, "cancel", request, CancelReply, request.request_id)
+
+    async def keep(self, peer: Peer, request: KeepRequest) -> KeepReply:
+        """Let a worker fetch and keep KV of a sequence that runs elsewhere."""
+        peers = {request.source.worker: request.source.address}
+        return await self._post(peer, "keep", request, KeepReply, request.request_id, peers)
 
     async def status(self, peer: Peer) -> WorkerStatus:
         ticket = self._ticket(peer, "status", "", b"")

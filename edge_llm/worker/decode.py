@@ -109,6 +109,11 @@ class DecodeRole:
         self.prompt_token_s = 0.0
         self.widest_rows = self.wide_calls = 0
 
+    def slot_of(self, request_id: str) -> int | None:
+        """Of a running sequence with KV of this worker's class; None when there is none, or none yet."""
+        running = self._running.get(request_id)
+        return running.slot if running is not None and running.is_begun and running.prompt.is_same_class else None
+
     @property
     def slots_free(self) -> int:
         return len(self._free)

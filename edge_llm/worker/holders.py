@@ -1,14 +1,14 @@
-"""Fetching the beginning of a prompt from the decode worker that holds its conversation (the reverse hand-off).
+"""Fetching KV from the decode worker that holds a conversation (the reverse hand-off), or generates it (a checkpoint).
 
 Only a decode worker holds the KV of what it generated. When a long next turn is prefilled elsewhere, that KV is either
 fetched from there or computed again, whichever is predicted sooner. Owns that choice and the fetch. Refuses to know
-turns, engines and what is computed afterwards. Whatever goes wrong here costs time and nothing else.
+turns, engines and what is computed or kept afterwards. Whatever goes wrong here costs time and nothing else.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Final
 
@@ -45,7 +45,8 @@ class Holders:
         try:
             # longer than computing would take, it is given up
             async with asyncio.timeout(missing * prompt_token_s):
-                pieces = await self._fetch(holder, request, known.n_tokens)
+                asked = _stored_part(request, known.n_tokens)
+                pieces = [piece async for piece in self.pieces(holder, asked)]
         except (EdgeLLMError, TimeoutError) as error:
             why = error.code if isinstance(error, EdgeLLMError) else "too slow"
             log.warning("holder failed", request_id=request.request_id, worker=holder.worker, code=why)
@@ -59,19 +60,10 @@ class Holders:
         round_trip_s = way.round_trip_s if way is not None else UNMEASURED_ROUND_TRIP_S
         return round_trip_s + missing * self._facts().kv_bytes_per_token / rate < missing * prompt_token_s
 
-    async def _fetch(self, holder: PrefillCandidate, request: PrefillRequest, start: int) -> list[Piece]:
-        facts = self._facts()
-        asked = PrefillRequest(
-            request_id=request.request_id,
-            ids=request.ids,
-            start=start,
-            end=request.start,
-            compatibility=request.compatibility,
-            tenant=request.tenant,
-            only_stored=True,
-        )
-        expected = Expected(facts.kv_bytes_per_token, request.start, start, ids_digest(request.ids))
-        pieces: list[Piece] = []
+    async def pieces(self, holder: PrefillCandidate, asked: PrefillRequest) -> AsyncGenerator[Piece, None]:
+        """What `holder` ships of `asked`, in order. Raises what went wrong, IncompatibleKV for KV of another kind."""
+        total = asked.end or len(asked.ids) - 1
+        expected = Expected(self._facts().kv_bytes_per_token, total, asked.start, ids_digest(asked.ids))
         key = self._keys.transfer_key(holder.ticket)
         async with aclosing(self._puller.pull(holder, asked, key, expected)) as events:
             async for event in events:
@@ -79,10 +71,9 @@ class Holders:
                     case Header():
                         self._check(event)
                     case Chunk():
-                        pieces.append(Piece(event.p0, event.p1, bytes(event.payload)))
+                        yield Piece(event.p0, event.p1, bytes(event.payload))
                     case Error():
                         raise error_of(ErrorReply(code=event.code, message=event.message), holder.worker)
-        return pieces
 
     def _check(self, header: Header) -> None:
         """Bits of another class are not mixed into what is shipped as this worker's own."""
@@ -90,3 +81,16 @@ class Holders:
         theirs = (Identity(header.compatibility, header.exactness_class), header.v_layout)
         if theirs != (facts.identity, facts.v_layout):
             raise IncompatibleKV("the holder's KV is of another kind; computing it here")
+
+
+def _stored_part(request: PrefillRequest, start: int) -> PrefillRequest:
+    """The question for what a holder has of a prompt before the part that is to be shipped."""
+    return PrefillRequest(
+        request_id=request.request_id,
+        ids=request.ids,
+        start=start,
+        end=request.start,
+        compatibility=request.compatibility,
+        tenant=request.tenant,
+        only_stored=True,
+    )

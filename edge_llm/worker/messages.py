@@ -10,7 +10,8 @@ with a word or with numbers about the worker as a whole):
   POST /decode    DecodeRequest   -> DecodeReply (202)       op "decode"
   POST /cancel    CancelRequest   -> CancelReply             op "cancel"
   GET  /events?gateway=ID -> application/x-ndjson, one EventBatch a line, one connection per gateway; op "events"
-  POST /prefill   PrefillRequest  -> KV frames               op "prefill" (called by decode workers)
+  POST /prefill   PrefillRequest  -> KV frames               op "prefill" (called by other workers)
+  POST /keep      KeepRequest     -> KeepReply               op "keep"
   GET  /status    -> WorkerStatus                            op "status"
 Errors: HTTP status of the EdgeLLMError class and a body ErrorReply.
 """
@@ -145,8 +146,9 @@ class CancelReply(Message, frozen=True, kw_only=True):
 
 class PrefillRequest(Message, frozen=True, kw_only=True):
     """From a decode worker: compute ids[:-1], ship KV from position `start` on, in frames. `holder` has what is before
-    `start`. From a prefill worker to a holder: `only_stored`, up to `end` (0: all). The other fields are those of
-    DecodeRequest and PrefillCandidate."""
+    `start`. From a prefill worker to a holder: `only_stored`, up to `end` (0: all). From a worker that keeps a
+    checkpoint: the same, `is_running`, out of the sequence that generates for this request. The other fields are those
+    of DecodeRequest and PrefillCandidate."""
 
     protocol: Literal[1] = 1
     request_id: Id
@@ -159,6 +161,26 @@ class PrefillRequest(Message, frozen=True, kw_only=True):
     time_left_s: Seconds = 0.0
     end: Count = 0
     holder: PrefillCandidate | None = None
+    is_running: bool = False
+
+
+class KeepRequest(Message, frozen=True, kw_only=True):
+    """A checkpoint: KV of ids[:-1] is to be kept here, and what of it is not here yet is to be fetched from `source`,
+    where the sequence runs on meanwhile."""
+
+    protocol: Literal[1] = 1
+    request_id: Id
+    ids: Annotated[list[TokenId], Meta(min_length=2, max_length=MAX_TOKENS_IN_MESSAGE)]
+    tenant: Tenant = ""
+    source: PrefillCandidate
+
+
+class KeepReply(Message, frozen=True, kw_only=True):
+    """How many positions are kept now, and how many bytes came for that."""
+
+    protocol: Literal[1] = 1
+    kept_tokens: Count
+    fetched_bytes: Count
 
 
 class PromptReport(Message, frozen=True, kw_only=True):

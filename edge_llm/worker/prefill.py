@@ -3,7 +3,8 @@
 Life of a request in this role:
 1. POST /prefill with a ticket whose digest binds the token ids; ids, compatibility and length are checked.
 2. Header at once, then what is kept here of its beginning (worker/prefixes.py). A prompt that is kept whole ends here,
-   and so does one that asked for nothing else (`only_stored`: with an Error when something is missing).
+   and so does one that asked for nothing else (`only_stored`: with an Error when something is missing; `is_running`:
+   out of a sequence that goes on here, worker/checkpoint.py).
 3. The rest is computed, one prompt at a time; one more may wait here (frames keep it alive), a third is refused (503),
    so that the decode worker tries its next candidate. After each chunk Progress, then Chunk; Progress reaches its total
    before the last Chunk leaves, so the receiver knows when computing ended. Every HEARTBEAT_S something is sent. End
@@ -24,7 +25,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from itertools import count
@@ -61,6 +62,7 @@ from edge_llm.worker.tickets import Claims
 MAX_CHUNKS_OUT: Final = 2
 MAX_ADMITTED: Final = 2  # one computes, one waits
 MAX_STORED: Final = 16  # transfers at once of what is kept: they hold references, no engine
+MAX_RUNNING: Final = 1  # of them, those of a running sequence: they hold a copy
 
 log = structlog.get_logger()
 _Item = KVChunk | PromptProgress | EdgeLLMError
@@ -119,13 +121,14 @@ class PrefillRole:
     ) -> None:
         self._facts_of, self._prefixes, self._allowed_peers, self._clock = facts, prefixes, allowed_peers, clock
         self.holders: Holders | None = None
+        self.read_running: Callable[[PrefillRequest], Awaitable[Match]] | None = None
         self.on_given: Callable[[str], None] = lambda request_id: None
         self._turn = asyncio.Lock()
         self._numbers = count()
         self._current: Transfer | None = None
         self._serving: Transfer | None = None  # the engine thread's view of it
         self.admitted = 0
-        self.stored_out = 0
+        self.stored_out = self.running_out = 0
         self.prompts_met = 0
         self.pending_tokens = 0
         self.prompt_token_s = 0.0
@@ -167,6 +170,8 @@ class PrefillRole:
             raise InvalidRequest(
                 f"positions {request.start} to {request.end} are behind the prompt of {len(request.ids)} tokens"
             )
+        if request.is_running and (not request.only_stored or request.end):
+            raise InvalidRequest("of a running sequence all is given that is stored, and nothing is computed")
         if request.end and not (request.only_stored and request.start < request.end):
             raise InvalidRequest(f"positions {request.start} to {request.end} are no part of what may be kept here")
         self._check_holder(request, claims)
@@ -233,6 +238,8 @@ class PrefillRole:
         if transfer.needs_no_engine:
             if self.stored_out >= MAX_STORED:
                 raise Overloaded(f"{MAX_STORED} stored prompts are on their way already", retry_after_s=1.0)
+            if transfer.request.is_running and self.running_out >= MAX_RUNNING:
+                raise Overloaded("another checkpoint is on its way already", retry_after_s=1.0)
         elif self.admitted >= MAX_ADMITTED:
             raise Overloaded("one prompt is being computed here and another waits", retry_after_s=1.0)
 
@@ -259,8 +266,12 @@ class PrefillRole:
 
     async def _send_stored(self, transfer: Transfer, encoder: FrameEncoder) -> AsyncGenerator[bytes | memoryview, None]:
         """Nothing is computed: all there is, and an Error when that is not all."""
-        self.stored_out += 1
+        is_running = transfer.request.is_running
+        self.stored_out, self.running_out = self.stored_out + 1, self.running_out + is_running
         try:
+            if is_running and not transfer.is_known_whole:
+                async for part in self._read_running(transfer, encoder):
+                    yield part
             transfer.done = transfer.known.n_tokens
             for part in _wire(encoder.send(Progress(transfer.done, transfer.total))):
                 yield part
@@ -271,9 +282,25 @@ class PrefillRole:
                 raise PrefillFailed(f"{transfer.done} of {transfer.total} positions are kept here, the rest is gone")
             for part in _wire(encoder.end(transfer.total)):
                 yield part
-            self.on_given(transfer.request.request_id)
+            if not is_running:
+                self.on_given(transfer.request.request_id)
         finally:
-            self.stored_out -= 1
+            self.stored_out, self.running_out = self.stored_out - 1, self.running_out - is_running
+
+    async def _read_running(
+        self, transfer: Transfer, encoder: FrameEncoder
+    ) -> AsyncGenerator[bytes | memoryview, None]:
+        """Frames that keep the transfer alive while its KV waits for room and for the engine."""
+        if self.read_running is None:
+            return
+        reading = asyncio.ensure_future(self.read_running(transfer.request))
+        try:
+            while not (await asyncio.wait({reading}, timeout=HEARTBEAT_S))[0]:
+                for part in _wire(encoder.send(Progress(0, transfer.total))):
+                    yield part
+            transfer.known = reading.result()
+        finally:
+            reading.cancel()
 
     def _admit(self, transfer: Transfer) -> None:
         self.prompts_met += self.admitted > 0

@@ -7,7 +7,7 @@ import itertools
 import json
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import msgspec
@@ -23,7 +23,9 @@ from edge_llm.worker.messages import (
     ChatMessage,
     DecodeRequest,
     ErrorReply,
+    KeepRequest,
     Message,
+    PrefillCandidate,
     PrefillRequest,
     Sampling,
     TokenizeRequest,
@@ -31,10 +33,11 @@ from edge_llm.worker.messages import (
     encode,
 )
 from edge_llm.worker.tickets import LIFETIME_S, MAX_SKEW_S, Claims, KeyRing, Operation, authorization, body_digest
-from tests.loopback import CHUNK, KEYS, Cluster, Node, prompt_of, running_cluster
+from tests.loopback import CHUNK, KEYS, Cluster, Node, prompt_of, running_cluster, until
 
 pytestmark = pytest.mark.anyio
 NAME: Final = "w1"
+KEPT: Final = prompt_of(2 * CHUNK, seed=7)
 STRANGER: Final = KeyRing.parse("test1:" + "a5" * 32, "another cluster's key")
 UNKNOWN_KID: Final = KeyRing({"other9": next(iter(KEYS.keys.values()))})
 _numbers: Final = itertools.count()
@@ -50,6 +53,7 @@ class Call:
     body: bytes
     request_id: str = ""
     ids_sha256: str = ""
+    peers: dict[str, str] = field(default_factory=dict)
 
     def claims(self, **changes: object) -> Claims:
         """What the right ticket says."""
@@ -62,6 +66,7 @@ class Call:
             nonce=f"gate-{next(_numbers)}",
             body_sha256=body_digest(self.body) if binds_body else "",
             ids_sha256=self.ids_sha256,
+            peers=self.peers,
         )
         return msgspec.structs.replace(right, **changes)
 
@@ -94,6 +99,14 @@ def _prefill(node: Node) -> Call:
     return Call("prefill", "POST", "/prefill", body, request_id, ids_digest(ids))
 
 
+def _keep(node: Node) -> Call:
+    """Of a prompt that is kept there already: nothing is fetched."""
+    request_id = f"k{next(_numbers)}"
+    source = PrefillCandidate(worker="w9", address=node.peer.address, ticket="t", only_stored=True)
+    body = encode(KeepRequest(request_id=request_id, ids=KEPT, source=source))
+    return Call("keep", "POST", "/keep", body, request_id, peers={"w9": node.peer.address})
+
+
 def _events(_node: Node) -> Call:
     return Call("events", "GET", "/events?gateway=g9", b"")
 
@@ -107,6 +120,7 @@ ROUTES: Final[dict[str, Callable[[Node], Call]]] = {
     "decode": _decode,
     "cancel": _cancel,
     "prefill": _prefill,
+    "keep": _keep,
     "events": _events,
     "status": _status,
 }
@@ -180,7 +194,10 @@ class Door:
 @pytest.fixture(scope="module")
 async def door() -> AsyncIterator[Door]:
     async with running_cluster() as cluster:
-        yield Door(cluster, await cluster.start("mixed", NAME))
+        node = await cluster.start("mixed", NAME, prefix_cache_bytes=1 << 20)
+        await (await cluster.gateway.ask(node.peer, KEPT)).over()
+        await until(lambda: node.worker.prefixes.used_bytes > 0)
+        yield Door(cluster, node)
 
 
 def refusal(status: int, body: bytes) -> ErrorReply:
@@ -351,7 +368,7 @@ async def test_without_a_ticket_the_body_is_not_even_looked_at(door: Door) -> No
         refusal(status, body)
 
 
-@pytest.mark.parametrize("route", ["tokenize", "decode", "cancel", "prefill"])
+@pytest.mark.parametrize("route", ["tokenize", "decode", "cancel", "prefill", "keep"])
 async def test_an_unknown_field_is_refused_by_its_name(door: Door, route: str) -> None:
     call = ROUTES[route](door.node)
     body = json.dumps(json.loads(call.body) | {"priority_hint": 1}).encode()
