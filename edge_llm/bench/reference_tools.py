@@ -40,6 +40,9 @@ PACKAGE: Final = "llama-cpp-python"
 _COMMON_FLAGS: Final = (
     "-DCMAKE_BUILD_TYPE=Release",
     "-DGGML_NATIVE=ON",
+    # both trees: llama.cpp's AMX kernels crash (bootstrap.py); elsewhere than on CPUs with AMX this changes nothing
+    "-DCMAKE_C_FLAGS=-U__AMX_INT8__",
+    "-DCMAKE_CXX_FLAGS=-U__AMX_INT8__",
     "-DCMAKE_BUILD_RPATH_USE_ORIGIN=ON",
     "-DLLAMA_BUILD_TESTS=OFF",
     "-DLLAMA_BUILD_EXAMPLES=OFF",
