@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import math
+import random
 import statistics
+from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_llm.bench.stats import bootstrap, deviation, mean, median, percentile, ratios, summary, wilson
+from edge_llm.bench.stats import (
+    bootstrap,
+    deviation,
+    least_p,
+    mean,
+    median,
+    median_ratio_interval,
+    percentile,
+    rank_test,
+    ratios,
+    summary,
+    wilson,
+)
 
 FLOATS = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=40)
 
@@ -71,3 +86,54 @@ def test_the_interval_of_a_share_is_wilsons() -> None:
     assert [low, high] == pytest.approx([0.596, 0.982], abs=1e-3)
     assert wilson(10, 10)[1] == 1.0
     assert wilson(0, 10)[0] == 0.0
+
+
+def test_the_rank_test_is_exact_for_few_samples() -> None:
+    assert rank_test([1, 2, 3, 4, 5], [6, 7, 8, 9, 10]) == pytest.approx(2 / 252)
+    assert rank_test([6, 7, 8, 9, 10], [1, 2, 3, 4, 5]) == pytest.approx(2 / 252)
+    assert rank_test([1, 3], [2, 4]) == pytest.approx(4 / 6)
+    assert rank_test([1, 1, 1], [1, 1, 1]) == 1.0
+
+
+def test_the_rank_test_of_many_samples_is_as_the_one_of_few() -> None:
+    """Against the exact distribution, counted to the end: 13 and 13 samples are just beyond it."""
+    draw = random.Random(3)
+    one, other = [draw.gauss(0, 1) for _ in range(13)], [draw.gauss(0.8, 1) for _ in range(13)]
+    ranks = {value: place for place, value in enumerate(sorted([*one, *other]), 1)}
+    off = abs(sum(ranks[value] for value in one) - 13 * 27 / 2)
+    sums = Counter({(0, 0): 1})
+    for place in range(1, 27):
+        for (taken, total), count in list(sums.items()):
+            sums[taken + 1, total + place] += count
+    extreme = sum(count for (taken, total), count in sums.items() if taken == 13 and abs(total - 13 * 27 / 2) >= off)
+    assert rank_test(one, other) == pytest.approx(extreme / math.comb(26, 13), rel=0.1)
+
+
+def test_the_rank_test_finds_its_level_of_differences_where_there_are_none() -> None:
+    draw = random.Random(5)
+    found = sum(
+        rank_test([draw.random() for _ in range(30)], [draw.random() for _ in range(30)]) <= 0.05 for _ in range(1000)
+    )
+    assert 25 <= found <= 75
+
+
+def test_too_few_samples_can_show_nothing() -> None:
+    assert least_p(2, 2) > 0.05
+    assert least_p(5, 5) == pytest.approx(2 / 252)
+    assert least_p(1, 1) == 1.0
+
+
+@pytest.mark.parametrize(("n", "m"), [(5, 5), (6, 5), (40, 41)])
+def test_the_interval_of_a_ratio_of_medians_is_that_of_resampling(n: int, m: int) -> None:
+    draw = random.Random(7)
+    ours, theirs = [draw.gauss(12, 1) for _ in range(n)], [draw.gauss(10, 1) for _ in range(m)]
+    resampled = [median(draw.choices(ours, k=n)) / median(draw.choices(theirs, k=m)) for _ in range(4000)]
+    low, high = median_ratio_interval(ours, theirs) or (0.0, 0.0)
+    assert low == pytest.approx(percentile(resampled, 0.025), rel=0.02)
+    assert high == pytest.approx(percentile(resampled, 0.975), rel=0.02)
+    assert median_ratio_interval(ours, theirs) == (low, high)
+
+
+def test_a_ratio_to_nothing_has_no_interval() -> None:
+    assert median_ratio_interval([1.0, 2.0], [0.0, 1.0]) is None
+    assert median_ratio_interval([1.0], [2.0]) == (0.5, 0.5)

@@ -1,0 +1,192 @@
+"""Which drawings a record has, from its samples, curves, case lines and the boards beside it."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+from edge_llm.bench.resources import SamplerCost, Watched
+from edge_llm.report.distributions import distributions
+from edge_llm.report.frontier import best, candidates, frontier_plots
+from edge_llm.report.rates import found_curves, rate_plots
+from edge_llm.report.timelines import kv_plot, resource_plots, stage_plots
+from tests.report.conftest import MODEL, STARTED, a_record
+
+TEN = [0.1 * n for n in range(1, 11)]
+
+
+def requests(case: str, count: int) -> list[dict[str, Any]]:
+    return [
+        {"case": case, "at_s": float(n), "ttft_s": 0.5, "e2e_s": 2.5, "tpot_s": 0.1, "prompt_tokens": 100, "tokens": 20}
+        for n in range(count)
+    ]
+
+
+# -- distributions
+
+
+def test_policies_of_the_same_requests_are_in_one_drawing() -> None:
+    samples = {f"{policy}.{window}.ttft_s": TEN for policy in ("ours", "random") for window in ("all", "conv_1")}
+    (plot,) = distributions(samples, [])
+    assert "ours (n 10" in plot.svg
+    assert "conv_1" not in plot.svg
+
+
+def test_loads_and_rates_have_a_drawing_each() -> None:
+    samples = {"answers.capacity.ttft_s": TEN, "answers.overload.ttft_s": TEN, "prompts.capacity.ttft_s": TEN}
+    assert [plot.title.partition(":")[0] for plot in distributions(samples, [])] == ["answers", "prompts"]
+    samples = {f"conv, {who}, {rate}/s: e2e_s": TEN for who in ("auto (strict)", "local") for rate in ("0.5", "1.0")}
+    assert [plot.title.partition(":")[0] for plot in distributions(samples, [])] == ["conv, 0.5/s", "conv, 1.0/s"]
+
+
+def test_too_few_samples_make_no_curve() -> None:
+    assert distributions({"split: ttft_s": TEN[:5]}, []) == []
+
+
+def test_many_samples_keep_their_ends() -> None:
+    (plot,) = distributions({"load_ttft_s": [float(n) for n in range(5000)]}, [])
+    assert "load (n 5000, median 2.5e+03 s)" in plot.svg
+    assert len(plot.svg) < 20_000
+
+
+def test_case_lines_have_distributions_by_case_and_gaps_in_lists() -> None:
+    lines = [{"case": "auto", "ttft_s": 0.1, "itl_s": [0.01] * 9} for _ in range(9)]
+    assert len(distributions({}, lines)) == 2
+
+
+# -- curves
+
+
+def curve(*rates: float) -> list[dict[str, Any]]:
+    return [
+        {"rate_per_s": r, "attainment": 1 - r / 2, "low": 0.0, "high": 1.0, "ttft_s": {"p90": r} if r else {}}
+        for r in rates
+    ]
+
+
+def test_curves_beside_each_other_are_in_one_drawing() -> None:
+    tree = {
+        "traces": {
+            "conv": {
+                "regimes": {
+                    "strict": {"arrangements": {"auto": {"curve": curve(0.5, 1)}, "local": {"curve": curve(1)}}}
+                }
+            }
+        }
+    }
+    ((where, key, known),) = found_curves(tree)
+    assert (where, key, list(known)) == (("conv", "strict"), "rate_per_s", ["auto", "local"])
+    assert [plot.title for plot in rate_plots(tree)] == [
+        "conv / strict: requests within their limits",
+        "conv / strict: TTFT at each rate",
+    ]
+
+
+def test_a_rate_at_which_nobody_was_answered_has_no_latency() -> None:
+    (attainment, latency) = rate_plots({"auto": {"curve": curve(0.0, 1.0)}})
+    assert attainment.svg.count("<title>auto:") == 2
+    assert latency.svg.count("<title>auto:") == 1
+
+
+def test_lists_of_other_things_are_no_curves() -> None:
+    assert rate_plots({"rows": [{"test": "pp512"}], "spots": [1.0, 2.0], "empty": []}) == []
+
+
+# -- stages, KV, boards
+
+
+def test_stages_of_samples_are_drawn_whole_and_after_prefill() -> None:
+    stages = {
+        "queue_ms": 3.0,
+        "wait_ms": 10.0,
+        "prefill_ms": 9000.0,
+        "last_chunk_ms": 2.0,
+        "adopt_ms": 5.0,
+        "first_decode_ms": 20.0,
+    }
+    whole, tail = stage_plots({f"split: {name}": [value] for name, value in stages.items()}, [])
+    assert "prefill, 9000" in whole.svg
+    assert "prefill" not in tail.svg.partition("aria-label")[2].partition(">")[2].replace("prefill ended", "")
+
+
+def test_a_request_of_a_server_that_reports_nothing_has_two_stages() -> None:
+    (plot,) = stage_plots({}, requests("auto", 2))
+    assert "until the first token, 0.5" in plot.svg
+    assert "decode, 2" in plot.svg
+
+
+def test_a_request_of_ours_has_its_own_stages_and_what_is_left_is_the_network() -> None:
+    line = {**requests("auto", 1)[0], "own": {"queue_ms": 100, "prefill_ms": 300, "first_decode_ms": 50}}
+    (plot,) = stage_plots({}, [line])
+    for said in ("queue, 0.1", "prefill, 0.3", "network, 0.05", "decode, 2"):
+        assert said in plot.svg
+
+
+def test_only_the_first_requests_are_drawn_and_it_says_so() -> None:
+    (plot,) = stage_plots({}, requests("auto", 50))
+    assert "the first 30 of 50" in plot.title
+
+
+def test_requests_without_an_answer_are_in_no_drawing() -> None:
+    assert stage_plots({}, [{"case": "auto", "at_s": 1.0, "ttft_s": None}]) == []
+    assert kv_plot([{"case": "auto", "at_s": 1.0}], 1000) == []
+
+
+def test_kv_grows_with_an_answer_and_goes_with_it() -> None:
+    (plot,) = kv_plot(requests("auto", 1), 10_000)
+    assert "KV of the requests" in plot.svg
+    assert kv_plot(requests("auto", 1), 0) == []
+
+
+def watched(**series: list[float | None]) -> Watched:
+    count = len(next(iter(series.values())))
+    return Watched(
+        node="local",
+        part="run",
+        started_at=STARTED,
+        period_s=1.0,
+        at_s=[float(n) for n in range(count)],
+        series={name.replace("__", "/"): values for name, values in series.items()},
+        summaries={},
+        sampler=SamplerCost(0.01, 3.0, count, 0),
+    )
+
+
+def test_boards_are_drawn_as_far_as_they_can_be_read() -> None:
+    board = watched(cpu_share=[0.1, 0.9], temperature_c=[None, None], w__rss_bytes=[1e9, 2e9], w__cpu_cores=[1.0, 1.0])
+    assert [plot.title for plot in resource_plots([board])] == [
+        "local: CPU",
+        "local: CPU of each process",
+        "local: memory",
+    ]
+
+
+# -- accuracy against speed
+
+
+def test_what_no_other_beats_is_the_frontier() -> None:
+    dots = [(10.0, 0.5), (20.0, 0.4), (15.0, 0.3), (20.0, 0.35), (5.0, 0.5)]
+    assert best(dots, is_up=True) == [(10.0, 0.5), (20.0, 0.4)]
+    assert best([(10.0, 8.0), (20.0, 9.0), (5.0, 9.0)], is_up=False) == [(10.0, 8.0), (20.0, 9.0)]
+
+
+def test_speed_and_accuracy_of_a_file_are_joined_over_records_of_one_machine() -> None:
+    import msgspec
+
+    other = msgspec.structs.replace(MODEL, name="tiny-q8_0", sha256="e" * 64)
+    speeds = a_record(
+        models=[MODEL, other],
+        figures={"models": {"tiny-q4_0": {"decode_tokens_per_s": 50.0}, "tiny-q8_0": {"decode_tokens_per_s": 30.0}}},
+    )
+    right = a_record(
+        kind="accuracy",
+        models=[MODEL, other],
+        nodes=[],
+        figures={"rows": [{"model": "tiny-q4_0", "accuracy": 0.4}, {"model": "tiny-q8_0", "accuracy": 0.45}]},
+    )
+    old = a_record(started_at=STARTED - timedelta(days=9), models=[MODEL], figures={"decode_tokens_per_s": 1.0})
+    found = {one.model: (one.tokens_per_s, one.accuracy) for one in candidates([speeds, right, old])}
+    assert found == {"tiny-q4_0": (50.0, 0.4), "tiny-q8_0": (30.0, 0.45)}
+    (plot,) = frontier_plots([speeds, right, old])
+    assert "Raspberry Pi 5" in plot.title
+    assert frontier_plots([speeds]) == []
