@@ -30,6 +30,7 @@ from edge_llm.engine.native import (
     NativeModel,
     build_facts,
     has_shape_dependent_kernels,
+    has_tile_kernels,
     use_tiled_kernels,
 )
 from edge_llm.engine.sequencer import Sequencer
@@ -155,8 +156,8 @@ def load_backend(settings: LlamaSettings) -> LlamaBackend:
     use_tiled_kernels(settings.policy == "fast")
     model = NativeModel(settings.model_path, policy=settings.policy, repacked=repacked)
     build = build_facts() | {"repacked_tensors": str(len(repacked))}
-    identity = _identity(model, card, settings, build)
-    record = _recorded_level(settings, identity, build)
+    identity = identity_of(model, card, settings, build)
+    record = recorded_level(settings, identity, build)
     slots = min(settings.slots, record.width) if record.width and record.level == "exact" else settings.slots
     # a chunk no wider than the window has no masked cell, so every position of it is exported
     chunk_tokens = min(settings.chunk_tokens, card.sliding_window or settings.chunk_tokens)
@@ -171,7 +172,7 @@ def load_backend(settings: LlamaSettings) -> LlamaBackend:
     return backend
 
 
-def _identity(model: NativeModel, card: ModelCard, settings: LlamaSettings, build: dict[str, str]) -> Identity:
+def identity_of(model: NativeModel, card: ModelCard, settings: LlamaSettings, build: dict[str, str]) -> Identity:
     """Compatibility from what the KV means, class from what its bits depend on (with the probe's logits)."""
     context = NativeContext(model, replace(settings, n_ctx=256, slots=1).context(n_seq=1, is_unified=False, outputs=1))
     ids = known_ids(model.n_vocab, _PROBE_TOKENS)
@@ -201,7 +202,7 @@ def _identity(model: NativeModel, card: ModelCard, settings: LlamaSettings, buil
     return Identity(compatibility, exactness.digest)
 
 
-def _recorded_level(settings: LlamaSettings, identity: Identity, build: dict[str, str]) -> LevelRecord:
+def recorded_level(settings: LlamaSettings, identity: Identity, build: dict[str, str]) -> LevelRecord:
     """What `verify` found for this identity. A foreign build is what it was measured to be, and says how to rebuild."""
     if settings.levels_dir is None:
         found = LevelRecord("unverified", "no folder with verified levels was given", 0)
@@ -209,6 +210,9 @@ def _recorded_level(settings: LlamaSettings, identity: Identity, build: dict[str
         found = read_level(settings.levels_dir, identity)
     if settings.policy == "exact" and has_shape_dependent_kernels(build["system_info"]):
         hint = "this llama-cpp-python was built with tinyBLAS; rebuild it with -DGGML_LLAMAFILE=OFF (`make up` does)"
+        found = replace(found, reason=f"{found.reason}; {hint}")
+    if settings.policy == "fast" and has_tile_kernels(build["system_info"]):
+        hint = "this llama-cpp-python has AMX kernels, which may crash: no weights are repacked; `make up` rebuilds it"
         found = replace(found, reason=f"{found.reason}; {hint}")
     return capped(found, settings.level_cap)
 

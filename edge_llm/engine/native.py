@@ -78,6 +78,11 @@ def has_shape_dependent_kernels(system_info: str) -> bool:
     return re.search(r"\bLLAMAFILE = 1\b", system_info) is not None
 
 
+def has_tile_kernels(system_info: str) -> bool:
+    """llama.cpp's AMX kernels, which end the process as GCC 12 compiles them (bootstrap.py builds without)."""
+    return re.search(r"\bAMX_INT8 = 1\b", system_info) is not None
+
+
 @cache
 def _repack_buffer_type() -> int | None:
     """ggml's CPU_REPACK buffer type, or None in a build without it."""
@@ -132,7 +137,7 @@ class NativeModel:
         params = lib.llama_model_default_params()
         params.n_gpu_layers = 0
         params.vocab_only = vocab_only
-        params.use_extra_bufts = policy == "fast"
+        params.use_extra_bufts = policy == "fast" and not has_tile_kernels(build_facts()["system_info"])
         self._table = _overrides(repacked) if policy == "exact" else None
         if self._table is not None:
             params.tensor_buft_overrides = ctypes.cast(self._table, ctypes.c_void_p)
@@ -152,6 +157,13 @@ class NativeModel:
             buffer = ctypes.create_string_buffer(size + 1)
             size = self._lib.llama_model_meta_val_str(self.pointer, key.encode(), buffer, len(buffer))
         return None if size < 0 else buffer.value.decode(errors="replace")
+
+    @property
+    def description(self) -> str:
+        """Architecture, size and format in llama.cpp's words."""
+        buffer = ctypes.create_string_buffer(128)
+        self._lib.llama_model_desc(self.pointer, buffer, len(buffer))
+        return buffer.value.decode(errors="replace")
 
     @property
     def n_ctx_train(self) -> int:
@@ -264,10 +276,14 @@ class NativeContext:
             self._batch.seq_id[row][0] = seq
         self._filled = (list(seqs), wants)
 
-    def prompt(self, tokens: Sequence[int], p0: int, seq: int) -> bool:
-        """KV of `tokens` at positions p0.. of `seq`, no logits. False: aborted. Raises EngineFailed."""
+    def prompt(self, tokens: Sequence[int], p0: int, seq: int, *, wants_last: bool = False) -> bool:
+        """KV of `tokens` at positions p0.. of `seq`, no logits, or (`wants_last`, as llama-bench has it) those of the
+        last token. False: aborted. Raises EngineFailed."""
         lib = self._lib
         self._fill(tokens, np.arange(p0, p0 + len(tokens)), [seq] * len(tokens), False)
+        if wants_last:
+            self._wants[len(tokens) - 1] = True
+            self._filled = ([], False)
         self._set_threads(self.settings.threads_batch)
         lib.llama_set_abort_callback(self.pointer, self._flag.callback, self._flag.data)
         status = lib.llama_decode(self.pointer, self._batch)
