@@ -14,12 +14,19 @@ import pytest
 from edge_llm.machine import (
     available_memory_bytes,
     board_state,
+    core_times,
     cpu_kind,
+    group_memory_bytes,
+    memory_bytes,
+    network_bytes,
     node_facts,
     peak_memory_bytes,
     process_life,
+    process_parts_bytes,
+    process_reading,
     process_usage,
     reset_peak_memory,
+    throttled_since_boot,
     usable_cores,
 )
 
@@ -97,6 +104,25 @@ def test_a_pi_says_what_holds_it_back_now_not_what_did_since_boot(pi: Path) -> N
         "throttled": True,
         "soft_temperature_limit": False,
     }
+
+
+def test_what_held_a_pi_back_since_its_start_is_told_apart_from_now(pi: Path) -> None:
+    assert throttled_since_boot(pi) == {}, "not known is not never"
+    write(pi, {FIRMWARE: "50000\n"})
+    assert board_state(pi).throttled == dict.fromkeys(
+        ("under_voltage", "frequency_capped", "throttled", "soft_temperature_limit"), False
+    )
+    assert throttled_since_boot(pi) == {
+        "under_voltage": True,
+        "frequency_capped": False,
+        "throttled": True,
+        "soft_temperature_limit": False,
+    }
+
+
+def test_the_firmwares_folder_may_have_an_address_in_its_name(pi: Path) -> None:
+    write(pi, {"sys/devices/platform/soc@107c000000/soc@107c000000:firmware/get_throttled": "8\n"})
+    assert board_state(pi).throttled["soft_temperature_limit"]
 
 
 def test_without_the_firmware_file_the_voltage_alarm_is_what_is_known(pi: Path) -> None:
@@ -187,6 +213,73 @@ def test_cores_without_a_control_group_are_the_affinity(tmp_path: Path) -> None:
     assert usable_cores(write(tmp_path, {"sys/fs/cgroup/cpu.max": "nonsense\n"})) == CORES
 
 
+OWN = "sys/fs/cgroup/system.slice/edge-llm.service/memory"
+
+
+def test_a_service_reads_its_own_group_not_the_machines(tmp_path: Path) -> None:
+    write(tmp_path, {"proc/self/cgroup": "0::/system.slice/edge-llm.service\n", f"{OWN}.current": "300\n"})
+    assert group_memory_bytes(tmp_path) == (300, None), "the peak came with Linux 5.19"
+    write(tmp_path, {f"{OWN}.peak": "500\n"})
+    assert group_memory_bytes(tmp_path) == (300, 500)
+
+
+def test_a_container_finds_its_group_at_the_top_whatever_path_the_host_gave_it(tmp_path: Path) -> None:
+    path = {"proc/self/cgroup": "0::/kubepods/pod1/abc\n"}
+    write(tmp_path / "v2", path | memory("max\n", "300\n") | {"sys/fs/cgroup/memory.peak": "400\n"})
+    old = {"proc/self/cgroup": "4:cpu,memory:/docker/abc\n3:pids:/docker/abc\n", f"{V1}.max_usage_in_bytes": "90\n"}
+    write(tmp_path / "v1", old | memory("100\n", "80\n", v1=True))
+    assert group_memory_bytes(tmp_path / "v2") == (300, 400)
+    assert group_memory_bytes(tmp_path / "v1") == (80, 90)
+    assert group_memory_bytes(tmp_path / "nothing") == (None, None)
+
+
+# --- what changes while it works ----------------------------------------------------------------------------------
+
+TICKS = os.sysconf("SC_CLK_TCK")
+STAT = """\
+cpu  30 0 30 300 40 0 0 0 0 0
+cpu0 10 1 12 100 20 3 4 50 7 2
+cpu3 20 0 18 200 20 0 0 0 0 0
+intr 1 2 3
+cpu9 nonsense
+"""
+
+
+def test_a_core_that_waits_for_the_card_is_idle_and_time_of_guests_counts_once(tmp_path: Path) -> None:
+    cores = core_times(write(tmp_path, {"proc/stat": STAT}))
+    assert sorted(cores) == [0, 3], "cores that are off have no line"
+    assert cores[0].busy_s * TICKS == pytest.approx(10 + 1 + 12 + 3 + 4 + 50)
+    assert cores[0].all_s * TICKS == pytest.approx(10 + 1 + 12 + 100 + 20 + 3 + 4 + 50)
+    assert core_times(tmp_path / "nothing") == {}
+
+
+def test_memory_that_the_kernel_would_give_back_is_not_used(tmp_path: Path) -> None:
+    write(tmp_path, {"proc/meminfo": "MemTotal: 8192 kB\nMemFree: 10 kB\nMemAvailable: 6144 kB\nHugePages_Total: 0\n"})
+    assert memory_bytes(tmp_path) == (8192 * 1024, 2048 * 1024)
+    assert memory_bytes(tmp_path / "nothing") is None
+
+
+NETWORK = """\
+Inter-|   Receive                               |  Transmit
+ face |bytes    packets errs drop fifo frame compressed multicast|bytes    packets errs drop fifo colls carrier
+    lo:     700    7    0    0    0     0          0         0      700    7    0    0    0     0       0          0
+  eth0:    5000   50    0    0    0     0          0         0      300    3    0    0    0     0       0          0
+  cni0:    4000   40    0    0    0     0          0         0      200    2    0    0    0     0       0          0
+"""
+
+
+def test_bytes_that_cross_a_bridge_of_k3s_count_once(tmp_path: Path) -> None:
+    root = write(tmp_path, {"proc/net/dev": NETWORK})
+    inside = network_bytes(root)
+    assert inside is not None
+    assert (inside.received, inside.sent, inside.loopback) == (9000, 500, 700), "a container sees no cards"
+    (root / "sys/class/net/eth0/device").mkdir(parents=True)
+    board = network_bytes(root)
+    assert board is not None
+    assert (board.received, board.sent) == (5000, 300)
+    assert network_bytes(tmp_path / "nothing") is None
+
+
 # --- processes ----------------------------------------------------------------------------------------------------
 
 
@@ -202,9 +295,37 @@ def test_a_process_is_measured_while_it_lives() -> None:
     assert not reset_peak_memory(ended.pid)
 
 
+def test_memory_that_is_shared_or_mapped_is_told_apart(tmp_path: Path) -> None:
+    rollup = "00400000-7fff [rollup]\nRss:  4096 kB\nPss:  1024 kB\nPss_Anon: 1 kB\nAnonymous:  512 kB\n"
+    write(tmp_path, {"proc/7/smaps_rollup": rollup})
+    assert process_parts_bytes(7, tmp_path) == (MIB, MIB // 2)
+    assert process_parts_bytes(8, tmp_path) is None, "gone, or another user's"
+    own = process_parts_bytes(os.getpid())
+    usage = process_usage(os.getpid())
+    assert own is not None
+    assert usage is not None
+    assert 0 < own[1] <= 2 * usage.rss_bytes
+
+
+def test_a_reading_agrees_with_psutil_and_ends_with_its_process() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        reading, usage = process_reading(process.pid), process_usage(process.pid)
+        assert reading is not None
+        assert usage is not None
+        assert reading.rss_bytes <= 1.5 * usage.rss_bytes
+        assert 0 <= usage.cpu_s - reading.cpu_s < 5
+    assert process_reading(process.pid) is None
+
+
+def test_a_process_that_has_ended_but_was_not_asked_how_has_no_reading(tmp_path: Path) -> None:
+    write(tmp_path, stat(7, "Z", 500) | {"proc/8/stat": "8 (short) S 1\n"})
+    assert process_reading(7, tmp_path) is None
+    assert process_reading(8, tmp_path) is None
+
+
 def stat(pid: int, state: str, began: int) -> dict[str, str]:
     """What /proc says of a process whose name has a blank and a bracket."""
-    return {f"proc/{pid}/stat": f"{pid} (a) b) {state} " + "0 " * 18 + f"{began} 0 0\n"}
+    return {f"proc/{pid}/stat": f"{pid} (a) b) {state} " + "0 " * 18 + f"{began} 0 0 0\n"}
 
 
 def test_a_process_id_that_is_given_out_again_is_another_life(tmp_path: Path) -> None:

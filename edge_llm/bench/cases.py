@@ -33,7 +33,8 @@ class BadCases(EdgeLLMError):
 
 
 class Cases(msgspec.Struct, frozen=True):
-    """What a record says of its lines. `file` is a name beside the record; None: they were not kept on a disk."""
+    """What a record says of its lines. `file` is a name beside the record; None: they were not kept on a disk.
+    `sha256` is empty in the record of a run that was cut off: whatever lines there are belong to it."""
 
     file: str | None
     lines: int
@@ -66,19 +67,23 @@ class CaseLog:
                 self.trouble = f"no lines are kept in {folder.name}: {error.strerror}"
 
     def add(self, line: dict[str, Any]) -> None:
-        """Keep one line; one that cannot be written is counted, and the first reason is in `trouble`."""
-        data = msgspec.json.encode(line, enc_hook=str) + b"\n"
+        """Keep one line (JSON's own types); one that cannot be written is counted, the first reason is in `trouble`."""
+        data = msgspec.json.encode(line) + b"\n"
         with self._lock:
             if self._path is None:
                 self.kept.append(line)
             elif not self._is_written(data):
                 self._lost += 1
 
+    def begun(self) -> Cases | None:
+        """What a record says that is written before the lines are; None: there is no file."""
+        return None if self._path is None else Cases(self._path.name, 0, "")
+
     def facts(self) -> Cases:
         """What the record says of the lines so far. They are on the disk then, whatever happens to the power."""
         with self._lock:
             if self._path is None:
-                data = b"".join(msgspec.json.encode(line, enc_hook=str) + b"\n" for line in self.kept)
+                data = b"".join(msgspec.json.encode(line) + b"\n" for line in self.kept)
                 return Cases(None, len(self.kept), hashlib.sha256(data).hexdigest())
             os.fsync(self._file)
             data = self._path.read_bytes()
@@ -108,7 +113,7 @@ def read(folder: Path, cases: Cases) -> Iterator[dict[str, Any]]:
     if cases.file is None or Path(cases.file).name != cases.file:
         raise BadCases("this record's lines were not kept in a file beside it")
     data = (folder / cases.file).read_bytes()
-    if hashlib.sha256(data).hexdigest() != cases.sha256:
+    if cases.sha256 and hashlib.sha256(data).hexdigest() != cases.sha256:
         raise BadCases(f"{cases.file} is not the file that its record speaks of: its digest differs")
     return lines_of(data, cases.file)
 
@@ -121,11 +126,6 @@ def lines_of(data: bytes, name: str) -> Iterator[dict[str, Any]]:
             yield msgspec.json.decode(line, type=dict[str, Any])
         except msgspec.DecodeError as error:
             raise BadCases(f"line {number} of {name} is no case: {error}") from error
-
-
-def schema() -> dict[str, Any]:
-    """JSON schema of a line."""
-    return msgspec.json.schema(CaseLine)
 
 
 def stems(stem: str, run_id: str) -> Iterator[str]:

@@ -17,7 +17,11 @@ from edge_llm.bench.board_reader import Rates
 
 _TIMEOUT_S: Final = 2.0
 _MOST_BYTES: Final = 1 << 20
-_LINE: Final = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{([^}]*)\})?\s+(\S+)(?:\s+\d+)?$", re.ASCII)
+# A label's value is quoted, and may have a brace.
+_LINE: Final = re.compile(
+    r'^([a-zA-Z_:][\w:]*)(?:\{((?:[^"}]|"(?:[^"\\]|\\.)*")*)\})?\s+(\S+)(?:\s+\d+)?$',
+    re.ASCII,
+)
 _LABEL: Final = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 _KIND: Final = re.compile(r"[a-z_]{1,40}", re.ASCII)
 

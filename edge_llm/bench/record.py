@@ -22,7 +22,7 @@ from typing import Any, Final
 import msgspec
 
 import edge_llm
-from edge_llm.bench.cases import SUFFIX, Cases, stems
+from edge_llm.bench.cases import SUFFIX, CaseLine, Cases, stems
 from edge_llm.bench.resources import Watched
 from edge_llm.bench.stats import Summary
 from edge_llm.errors import EdgeLLMError
@@ -106,6 +106,12 @@ class Failure(msgspec.Struct, frozen=True):
 
     what: str
     why: str
+
+
+class Printed(msgspec.Struct, frozen=True):
+    """What every measuring command prints with --json: its figures, and where the record is."""
+
+    record: str
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
@@ -216,7 +222,8 @@ def file_name(record: Record) -> str:
 
 
 def write(record: Record, folder: Path) -> Path:
-    """Write atomically under a name nobody has yet; returns the path."""
+    """Write atomically under a name nobody has yet, or in the place of what the same run wrote when it began; returns
+    the path."""
     folder.mkdir(parents=True, exist_ok=True)
     data = msgspec.json.format(encode(record), indent=1) + b"\n"
     descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=".", suffix=".part")
@@ -226,9 +233,10 @@ def write(record: Record, folder: Path) -> Path:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
-        return next(path for path in _names(folder / file_name(record), record.run_id) if _is_given(temporary, path))
+        names = _names(folder / file_name(record), record.run_id)
+        return next(path for path in names if _is_given(temporary, path, record))
     finally:
-        Path(temporary).unlink()
+        Path(temporary).unlink(missing_ok=True)
 
 
 def _names(path: Path, run: str) -> Iterator[Path]:
@@ -236,13 +244,22 @@ def _names(path: Path, run: str) -> Iterator[Path]:
     return (path.with_name(f"{stem}.json") for stem in stems(path.stem, run))
 
 
-def _is_given(temporary: str, path: Path) -> bool:
-    """Give the file this name, too, unless somebody has it: a link fails then, a rename would replace."""
+def _is_given(temporary: str, path: Path, record: Record) -> bool:
+    """Give the file this name, too, unless somebody else has it: a link fails then, a rename would replace."""
     try:
         os.link(temporary, path)
     except FileExistsError:
-        return False
+        if record.cases is None or not _is_of(path, record.run_id):
+            return False
+        os.replace(temporary, path)
     return True
+
+
+def _is_of(path: Path, run: str) -> bool:
+    try:
+        return load(path).run_id == run
+    except (BadRecord, OSError):
+        return False
 
 
 def encode(record: Record) -> bytes:
@@ -283,6 +300,11 @@ def load(path: Path) -> Record:
     return parse(path.read_bytes(), path.name)
 
 
-def schema() -> dict[str, Any]:
-    """JSON schema of a record."""
-    return msgspec.json.schema(Record)
+SCHEMAS: Final = ("record", "case", "printed")
+
+
+def schema(of: str = "record") -> dict[str, Any]:
+    """JSON schema of a record, of a line of its cases, or of what a command prints with --json. Each may have more
+    fields than are named."""
+    types: dict[str, type[msgspec.Struct]] = {"record": Record, "case": CaseLine, "printed": Printed}
+    return msgspec.json.schema(types[of])

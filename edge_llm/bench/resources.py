@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Final
+from typing import Final, Protocol
 
 import msgspec
 
@@ -38,6 +38,14 @@ _END_S: Final = 3.0  # for a node that does not answer
 
 Row = Mapping[str, float | None]
 Read = Callable[[float], Row]
+
+
+class Board(Protocol):
+    """This board, as a watch asks it (board_reader.py)."""
+
+    def read(self, now_s: float) -> Row: ...
+
+    def facts(self) -> Mapping[str, str]: ...
 
 
 class SeriesSummary(msgspec.Struct, frozen=True):
@@ -95,11 +103,13 @@ class Span:
 
 @dataclass(slots=True)
 class Sampler:
-    """One node's samples: when (monotonic), and what was read. One thread calls `prime` and `sample`."""
+    """One node's samples: when (monotonic), and what was read. One thread calls `prime` and `sample`. `idle`: how many
+    of the first are from before the load."""
 
     node: str
     read: Read
     rows: list[tuple[float, Row]] = field(default_factory=list)
+    idle: int = 0
     cpu_s: float = 0.0
     gaps: int = 0
     trouble: str = ""
@@ -134,12 +144,12 @@ class Watch:
         period_s: float = MIN_PERIOD_S,
         nodes: Mapping[str, str] | None = None,
         part: str = "run",
-        board: BoardReader | None = None,
+        board: Board | None = None,
     ) -> None:
         if not period_s >= MIN_PERIOD_S:
             raise ValueError(f"boards are read every {MIN_PERIOD_S:g} s or more seldom, not every {period_s} s")
         self._period_s, self._part = period_s, part
-        self._board = board or BoardReader(processes)
+        self._board: Board = board or BoardReader(processes)
         self._samplers = [Sampler(LOCAL, self._board.read)]
         self._samplers += [Sampler(name, NodeMetrics(url, name).read) for name, url in (nodes or {}).items()]
         self._started_at, self._begin_s, self._end_s = datetime.now(UTC), 0.0, 0.0
@@ -150,7 +160,10 @@ class Watch:
         """The load is what is inside; `idle_s` go by before it."""
         self._begin_s = time.monotonic() + idle_s
         self._started_at = datetime.fromtimestamp(time.time() + idle_s, UTC)
-        threads = [threading.Thread(target=self._run, args=(one,), daemon=True) for one in self._samplers]
+        threads = [
+            threading.Thread(target=self._run, args=(one,), name=f"watch {one.node}", daemon=True)
+            for one in self._samplers
+        ]
         try:
             for thread in threads:
                 thread.start()
@@ -175,23 +188,25 @@ class Watch:
         sampler.prime(began_s)
         tick = math.floor((began_s - self._begin_s) / self._period_s) + 1
         while not self._stop.wait(max(0.0, self._begin_s + tick * self._period_s - time.monotonic())):
-            sampler.sample(time.monotonic())
+            now_s = time.monotonic()
+            sampler.sample(now_s)
+            sampler.idle += tick <= 0 and now_s <= self._begin_s + self._period_s / 4
             missed = max(0, math.floor((time.monotonic() - self._begin_s) / self._period_s) - tick)
             sampler.gaps += missed
             tick += 1 + missed
-        last_s = max(self._begin_s, *(at_s for at_s, _ in sampler.rows[-1:]), began_s)
-        now_s = time.monotonic()
-        if now_s - last_s > self._period_s / 2 or (now_s > last_s and last_s <= self._begin_s + self._period_s / 4):
+        now_s, last_s = time.monotonic(), sampler.rows[-1][0] if sampler.rows else began_s
+        is_unseen = len(sampler.rows) == sampler.idle  # nothing but what was before the load
+        if now_s > self._begin_s and (is_unseen or now_s - last_s > self._period_s / 2):
             sampler.sample(now_s)
 
 
 def watched(sampler: Sampler, span: Span, facts: Mapping[str, str]) -> Watched:
-    """What the samples come to. Those at the very beginning of the load tell of the time before."""
+    """What the samples come to."""
     rows = list(sampler.rows)  # a thread that hangs in a reading may still add one
     at_s = [round(at - span.begin_s, 3) for at, _ in rows]
     names = dict.fromkeys(name for _, row in rows for name in row)
     series = {name: [_finite(row.get(name)) for _, row in rows] for name in names}
-    idle = sum(1 for at in at_s if at <= span.period_s / 4)
+    idle = min(sampler.idle, len(rows))
     step = max(1, math.ceil(len(rows) / POINTS))
     return Watched(
         node=sampler.node,

@@ -6,15 +6,19 @@ it measured. Refuses to know what the samples mean.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Thread
 from typing import Any, Final
 
+import msgspec
+
 import edge_llm
-from edge_llm.bench.cases import CaseLog, with_name
+from edge_llm.bench.cases import CaseLog, Cases, with_name
 from edge_llm.bench.record import (
     SCHEMA_VERSION,
     EngineBuild,
@@ -22,18 +26,21 @@ from edge_llm.bench.record import (
     ModelFacts,
     Process,
     Record,
+    Source,
     cleaned,
     new_run_id,
     node_of,
     read_source,
     statistics_of,
     stem_of,
+    write,
 )
 from edge_llm.bench.resources import Watch, Watched
 from edge_llm.bench.stats import median, summary
 from edge_llm.machine import NodeFacts, node_facts
 
 WHY_CHARS: Final = 2000
+CUT_OFF: Final = "this run did not come to its end: what it finished is in its lines"
 
 
 @dataclass(slots=True)
@@ -51,6 +58,7 @@ class Run:
     idle_s: float = 3.0
     workload: dict[str, Any] = field(default_factory=dict)
     run_id: str = field(default_factory=new_run_id)
+    source: Source = field(default_factory=read_source)
     started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
     before: NodeFacts = field(default_factory=node_facts)
     models: list[ModelFacts] = field(default_factory=list)
@@ -61,6 +69,7 @@ class Run:
     notes: list[str] = field(default_factory=list)
     resources: list[Watched] = field(default_factory=list)
     _log: CaseLog | None = None
+    _beginning: Thread | None = None
 
     def add(self, name: str, value: float) -> None:
         self.samples.setdefault(name, []).append(value)
@@ -79,7 +88,39 @@ class Run:
         its name (default: this run's kind). Add the model first: the file is named by it, as the record is."""
         if self._log is None:
             self._log = CaseLog(self.folder, stem_of(self.started_at, self.kind, self.models), self.run_id)
-        self._log.add(cleaned(with_name(facts, self.kind, datetime.now(UTC))))
+            self._begin()
+        line = msgspec.to_builtins(with_name(facts, self.kind, datetime.now(UTC)), enc_hook=str)
+        self._log.add(cleaned(line))
+
+    def _begin(self) -> None:
+        """The record so far, beside the lines: without it nobody could read them after a power cut. In a thread: a
+        card that is slow must not hold up what is measured. The whole record takes its place."""
+        assert self._log is not None
+        if self.folder is not None and (cases := self._log.begun()) is not None:
+            record = self._record({}, is_complete=False, cases=cases, notes=[*self.notes, CUT_OFF])
+            settled = msgspec.convert(msgspec.to_builtins(record), Record)  # what it was made of goes on changing
+            self._beginning = Thread(target=_written, args=(settled, self.folder))
+            self._beginning.start()
+
+    @contextmanager
+    def one_case(self, name: str, **facts: object) -> Iterator[None]:
+        """A case whose figures are the samples that are added meanwhile. One that fails is a line, too, with the
+        reason; one that is interrupted is none."""
+        before, began_s = {known: len(values) for known, values in self.samples.items()}, time.monotonic()
+
+        def over(**more: object) -> None:
+            added = {known: values[before.get(known, 0) :] for known, values in self.samples.items()}
+            samples = {known: values for known, values in added.items() if values}
+            self.case(
+                {"case": name, **facts, "took_s": round(time.monotonic() - began_s, 6), "samples": samples, **more}
+            )
+
+        try:
+            yield
+        except Exception as error:
+            over(error=str(error) or type(error).__name__)
+            raise
+        over()
 
     @property
     def cases(self) -> list[dict[str, Any]]:
@@ -121,9 +162,16 @@ class Run:
 
     def record(self, figures: dict[str, Any], is_complete: bool) -> Record:
         """Everything so far. `figures` is what is printed."""
-        cases = None if self._log is None else self._log.facts()
-        if self._log is not None and self._log.trouble:
-            self.fail("cases", self._log.trouble)
+        cases = None
+        if self._log is not None:
+            if self._beginning is not None:
+                self._beginning.join()
+            cases = self._log.facts()
+            if self._log.trouble:
+                self.fail("cases", self._log.trouble)
+        return self._record(figures, is_complete, cases, self.notes)
+
+    def _record(self, figures: dict[str, Any], is_complete: bool, cases: Cases | None, notes: list[str]) -> Record:
         return Record(
             schema_version=SCHEMA_VERSION,
             run_id=self.run_id,
@@ -134,7 +182,7 @@ class Run:
             tool_version=edge_llm.__version__,
             command=self.command,
             config=self.config,
-            source=read_source(),
+            source=self.source,
             models=self.models,
             engines=self.engines,
             nodes=[node_of(self.before, node_facts())],
@@ -143,11 +191,16 @@ class Run:
             samples=self.samples,
             statistics=statistics_of({name: summary(values) for name, values in self.samples.items() if values}),
             failures=self.failures,
-            notes=self.notes,
+            notes=notes,
             workload=self.workload,
             resources=self.resources,
             cases=cases,
         )
+
+
+def _written(record: Record, folder: Path) -> None:
+    with suppress(OSError):  # the lines that fail for the same reason say so
+        write(record, folder)
 
 
 def _together(one: Process, other: Process) -> Process:

@@ -13,6 +13,7 @@ import pytest
 
 from edge_llm.bench.record import (
     SCHEMA_VERSION,
+    SCHEMAS,
     BadRecord,
     EngineBuild,
     Failure,
@@ -154,6 +155,15 @@ def test_every_record_in_the_repository_still_loads() -> None:
 def test_the_schema_names_every_field() -> None:
     fields = schema()["$defs"]["Record"]["properties"]
     assert set(fields) == {field.name for field in msgspec.structs.fields(Record)}
+    assert [list(schema(of)["$defs"]) for of in SCHEMAS if of != "record"] == [["CaseLine"], ["Printed"]]
+
+
+def test_a_record_from_before_resources_and_cases_has_none_of_them() -> None:
+    tree = json.loads(encode(a_record()))
+    for later in ("resources", "cases", "workload", "notes"):
+        del tree[later]
+    record = parse(json.dumps(tree).encode(), "x")
+    assert (record.resources, record.cases, record.workload, record.notes) == ([], None, {}, [])
 
 
 def test_outside_a_checkout_the_source_is_unknown(tmp_path: Path) -> None:

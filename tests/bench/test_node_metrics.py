@@ -1,0 +1,125 @@
+"""Other nodes over real sockets: our own workers, and whatever else may answer at such a port."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import pytest
+
+from edge_llm.bench.node_metrics import NodeMetrics, values_of
+from tests.loopback import CHUNK, prompt_of, running_cluster
+
+TEXT = """\
+# HELP edge_llm_node_temperature_celsius Of the processor.
+edge_llm_node_temperature_celsius{node="pi-1"} 61.45
+edge_llm_node_cpu_frequency_hertz{node="pi-1"} 2.4e+09
+edge_llm_node_cpu_usage_ratio{node="pi-1"} 0.75
+edge_llm_node_throttled{node="pi-1",kind="under_voltage"} 1.0
+edge_llm_node_throttled{node="pi-1",kind="throttled"} 0.0
+process_cpu_seconds_total 12.5
+process_resident_memory_bytes 3.5e+08 1700000000000
+edge_llm_handoff_bytes_total{model_name="a \\"b\\" } c",role="decode",node="pi-1",direction="in"} 100
+edge_llm_handoff_bytes_total{model_name="x",role="mixed",node="pi-1",direction="in"} 20
+"""
+
+
+@contextmanager
+def node(*answers: bytes) -> Iterator[str]:
+    """Says each of these to one connection, whatever is asked, and hangs up."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            for answer in answers:
+                connection, _ = server.accept()
+                with connection, suppress(OSError):  # who has heard enough hangs up
+                    connection.recv(1 << 16)
+                    connection.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+        thread.join()
+
+
+def http(body: bytes, status: str = "200 OK") -> bytes:
+    return f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+def test_a_node_is_read_under_the_names_of_a_board() -> None:
+    later = TEXT.replace("12.5", "15.5").replace("} 20", "} 60").replace("} 100", "} 130")
+    with node(http(TEXT.encode()), http(later.encode())) as url:
+        metrics = NodeMetrics(url, "pi-1")
+        first, second = metrics.read(10.0), metrics.read(12.0)
+    assert (first["temperature_c"], first["frequency_hz"], first["cpu_share"]) == (61.45, 2.4e9, 0.75)
+    assert (first["throttled/under_voltage"], first["throttled/throttled"]) == (1.0, 0.0)
+    assert first["worker/rss_bytes"] == 3.5e8
+    assert (first["ram_share"], first["worker/kv_share"]) == (None, None), "a node that does not say it"
+    assert (first["worker/cpu_cores"], second["worker/cpu_cores"]) == (None, 1.5)
+    assert second["worker/kv_in_bytes_per_s"] == 35.0, "under both names of its role together"
+
+
+NOTHING = {
+    "an error": http(b"no", "500 Internal Server Error"),
+    "a redirection": b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n",
+    "another protocol": b"SSH-2.0-OpenSSH_9.2p1\r\n",
+    "nothing at all": b"",
+    "half an answer": b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\nedge_llm_node_cpu_us",
+    "a page": http(b"<html>edge_llm_node_cpu_usage_ratio 0.5 </html>"),
+    "bytes": http(bytes(range(256)) * 16),
+    "a broken length": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    "no numbers": http(b"edge_llm_node_cpu_usage_ratio NaN\nedge_llm_node_memory_usage_ratio high\n"),
+    "too much": http(b"edge_llm_node_cpu_usage_ratio 0.5\n" * 100_000),
+}
+
+
+@pytest.mark.parametrize("kind", NOTHING)
+def test_whatever_a_node_says_its_readings_are_null_and_nothing_fails(kind: str) -> None:
+    with node(NOTHING[kind]) as url:
+        row = NodeMetrics(url, "pi-1").read(1.0)
+    assert set(row.values()) == {None}
+    assert "cpu_share" in row
+
+
+def test_a_node_that_is_away_has_no_readings() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    assert set(NodeMetrics(f"http://127.0.0.1:{port}/metrics", "pi-1").read(1.0).values()) == {None}
+
+
+def test_a_hostile_node_cannot_make_names_of_its_own() -> None:
+    text = 'edge_llm_node_throttled{kind="../../x"} 1\nedge_llm_node_throttled{kind="' + "a" * 99 + '"} 1\n'
+    with node(http(text.encode())) as url:
+        row = NodeMetrics(url, "pi-1").read(1.0)
+    assert [name for name in row if name.startswith("throttled")] == []
+
+
+def test_values_of_a_line_that_is_almost_right_are_left_out() -> None:
+    lines = ("x", "x{", "x{} ", "x{a=1} 2", "{} 1", "x 1 2 3", "é 1")
+    for line in lines:
+        assert values_of(line) in ({}, {("x", ""): 2.0}), line
+    assert values_of("x 1\n\nx 2\n") == {("x", ""): 3.0}
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.mark.anyio
+async def test_our_own_workers_are_understood() -> None:
+    """A name that is changed there must be changed here."""
+    async with running_cluster() as cluster:
+        prefill, decode = await cluster.start("prefill", "p1"), await cluster.start("decode", "d1")
+        metrics = NodeMetrics(f"http://{decode.peer.address}/metrics", "d1")
+        before = await asyncio.to_thread(metrics.read, 1.0)
+        await (await cluster.gateway.ask(decode.peer, prompt_of(3 * CHUNK), [prefill.peer], max_tokens=4)).over()
+        after = await asyncio.to_thread(metrics.read, 2.0)
+    named = ("cpu_share", "ram_share", "worker/requests_running", "worker/kv_share")
+    assert all(before[name] is not None for name in named), before
+    assert (after["worker/kv_in_bytes_per_s"] or 0) >= 0
+    assert (before["worker/rss_bytes"] or 0) > 1e6
+    assert after["worker/cpu_cores"] is not None
