@@ -133,7 +133,8 @@ def _measure_model(plan: Plan, model: BenchModel, trees: Mapping[Tree, ToolTree]
         # forth and back: neither side is always the one that comes second
         for number, (what, turn) in enumerate(turns if repetition % 2 == 0 else turns[::-1]):
             progress(f"{name}: {what}", repetition * len(turns) + number, total)
-            turn()
+            with run.one_case(what, model=name, repetition=repetition):
+                turn()
 
 
 @contextmanager

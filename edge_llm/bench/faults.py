@@ -14,7 +14,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 import aiohttp
@@ -163,14 +163,17 @@ async def _one(stage: _Stage, kind: Kind, number: int, tally: Tally, run: Run) -
             outcome = await _trial(stage, kind, f"{kind.name}.{number}.{attempt}")
         except NoCgroup as error:
             tally.untested[kind.name] = error.message
+            run.case({"case": kind.name, "number": number, "untested": error.message})
             return
         except NotStruck as error:
             why = error.message
             continue
         except (MeasureFailed, TimeoutError, aiohttp.ClientError) as error:
             run.fail(f"{kind.name} {number}", repr(error))
+            run.case({"case": kind.name, "number": number, "attempt": attempt, "error": repr(error)})
             return
         tally.outcomes.append(outcome)
+        run.case({"case": kind.name, "number": number, "attempt": attempt, **asdict(outcome)})
         if outcome.resumed_s is not None:
             run.add(f"{kind.name}: resumed_s", outcome.resumed_s)
         run.notes.append(f"{kind.name} {number}: {outcome.proof}")
@@ -178,6 +181,7 @@ async def _one(stage: _Stage, kind: Kind, number: int, tally: Tally, run: Run) -
             run.fail(f"{kind.name} {number}", failure)
         return
     run.fail(f"{kind.name} {number}", f"met no target in {stage.plan.attempts} attempts; the last: {why}")
+    run.case({"case": kind.name, "number": number, "attempt": stage.plan.attempts, "error": why})
 
 
 async def _trial(stage: _Stage, kind: Kind, name: str) -> Outcome:

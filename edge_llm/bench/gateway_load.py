@@ -101,6 +101,7 @@ async def _loaded(
     address = urlsplit(url)
     client = LoadClient(address.hostname or "", address.port or 0)
     bodies = [_body(number, plan.answer_tokens) for number in range(plan.streams)]
+    began_s = time.monotonic()
     try:
         progress(f"starting {plan.streams} streams", 0, 0)
         await client.start(bodies, _PER_S)
@@ -116,9 +117,20 @@ async def _loaded(
     run.add("failed", len(failed))
     for stream in failed[:5]:
         run.notes.append(f"a stream failed after {stream.pieces} pieces: {stream.complaint}")
-    for stream in client.streams:
+    for number, stream in enumerate(client.streams):
         if stream.first_s:
             run.add("load_ttft_s", stream.first_s - stream.sent_s)
+        run.case(
+            {
+                "case": "stream",
+                "number": number,
+                "sent_s": stream.sent_s - began_s,
+                "first_s": stream.first_s - began_s if stream.first_s else None,
+                "ended_s": stream.ended_s - began_s if stream.ended_s else None,
+                "tokens": stream.tokens,
+                "error": stream.complaint or None,
+            }
+        )
 
 
 async def _window(
@@ -132,13 +144,14 @@ async def _window(
         for number in itertools.count():
             if time.monotonic() > began_s + plan.window_s:
                 break
-            await asyncio.sleep(_PROBE_EVERY_S)
-            run.add("ttft_direct_s", await ask_directly(_ids(f"{number} directly. {_PROBE_TEXT}")))
-            await asyncio.sleep(_PROBE_EVERY_S)
-            last, ttft_s = await through.ask(f"{number} through it. {_PROBE_TEXT}", _PROBE_TOKENS)
-            run.add("ttft_gateway_s", ttft_s)
-            for part in _PARTS:
-                run.add(f"gateway_{part}", last["timings"]["edge_llm"][part])
+            with run.one_case("probe", number=number):
+                await asyncio.sleep(_PROBE_EVERY_S)
+                run.add("ttft_direct_s", await ask_directly(_ids(f"{number} directly. {_PROBE_TEXT}")))
+                await asyncio.sleep(_PROBE_EVERY_S)
+                last, ttft_s = await through.ask(f"{number} through it. {_PROBE_TEXT}", _PROBE_TOKENS)
+                run.add("ttft_gateway_s", ttft_s)
+                for part in _PARTS:
+                    run.add(f"gateway_{part}", last["timings"]["edge_llm"][part])
     wall_s, after = time.monotonic() - began_s, _usage(gateway)
     tokens = client.pieces - pieces
     run.add("tokens_per_s", tokens / wall_s)

@@ -109,9 +109,10 @@ def _measure_export(plan: Plan, model: BenchModel, run: Run) -> None:
     arguments += ["--chunk-tokens", str(plan.chunk_tokens)]
     with Measurer("engine", MEASURE, arguments, [plan.core]) as engine:
         run.engine("edge_llm", engine.facts["build"])
-        for _ in range(plan.repetitions):
-            answer = engine.ask("export", tokens=plan.prompt_tokens)
-            run.add("export_share", answer["export_s"] / answer["compute_s"])
+        for repetition in range(plan.repetitions):
+            with run.one_case("KV export", repetition=repetition):
+                answer = engine.ask("export", tokens=plan.prompt_tokens)
+                run.add("export_share", answer["export_s"] / answer["compute_s"])
         run.used(engine.usage())
 
 
@@ -136,10 +137,11 @@ async def _arrivals(
                         plan.repetitions * len(streams),
                     )
                     ids = prompt_ids(plan.prompt_tokens, plan.vocab_size, seed=100 * repetition + count)
-                    if count == 0 and layout.name == SPLIT:
-                        await _with_memory(plan, client, cluster, ids, run)
-                    else:
-                        await _arrival(plan, layout, client, ids, count, run)
+                    with run.one_case(f"{layout.name}, {count} streams", repetition=repetition):
+                        if count == 0 and layout.name == SPLIT:
+                            await _with_memory(plan, client, cluster, ids, run)
+                        else:
+                            await _arrival(plan, layout, client, ids, count, run)
         finally:
             for process in cluster.processes:
                 run.used(_usage(process, layout, before[process.pid], time.monotonic() - started_s))

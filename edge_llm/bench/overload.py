@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
+from edge_llm.bench.answer_lines import line_of
 from edge_llm.bench.cpu_share import cpu_shares, read_cpu
 from edge_llm.bench.layout import Launch, Layout, Started
 from edge_llm.bench.open_loop import LATE_SHARE, Answer, Call, OpenLoop, completion, poisson
@@ -152,6 +153,7 @@ class _Part:
         codes = Counter[str]()
         for answer in answers:
             self._add("late_s", answer.late_s)
+            self._run.case({"case": f"{self._load.name}, {kind}", **line_of(answer)})
             due_s = answer.call.due_s
             if answer.is_whole:
                 self._add(f"{kind}.accepted_at_s", due_s)

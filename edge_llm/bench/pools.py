@@ -18,6 +18,7 @@ from typing import Any, Final, Literal
 
 import aiohttp
 
+from edge_llm.bench.answer_lines import line_of
 from edge_llm.bench.cpu_share import cpu_shares, read_cpu
 from edge_llm.bench.layout import Launch, Layout, LocalProcess
 from edge_llm.bench.open_loop import LATE_SHARE, Answer, Call, OpenLoop, completion, poisson
@@ -238,6 +239,7 @@ def _count(plan: Plan, policy: str, answer: Answer, run: Run) -> None:
     """One answer is over. Its delay is all of the time to first token (of a refusal: until it came) that its prompt
     alone would not have taken: in the queue, at a worker behind other prompts, beside streams."""
     run.add("late_s", answer.late_s)
+    run.case({"case": f"{policy}, {answer.call.kind}", **line_of(answer)})
     due_s, delay_s = answer.call.due_s, answer.took_s
     if answer.is_whole and answer.ttft_s is not None:
         alone_s = (len(answer.call.body["prompt"]) + 1) / plan.prompt_tokens_per_s

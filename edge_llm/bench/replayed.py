@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 from edge_llm.bench.goodput import REGIMES, Limits, Unloaded
 from edge_llm.bench.run import Run
@@ -66,6 +67,7 @@ class Tally:
 def keep(run: Run, done: Replayed) -> None:
     """Raw times of every request. Lists of what not all have (`ttft_s`) follow `is_answered` and `is_complete`."""
     for answer in done.answers:
+        run.case({"case": done.where, "rate_per_s": done.rate_per_s, **_line_of(answer)})
         values = {
             "at_s": answer.at_s,
             "late_s": answer.late_s,
@@ -87,3 +89,17 @@ def keep(run: Run, done: Replayed) -> None:
         run.notes.append(f"{done.where}: {short} of {len(done.answers)} answers ended before they had all tokens")
     for error, count in Counter(answer.error for answer in done.answers if answer.error).items():
         run.notes.append(f"{done.where}: {count} of {len(done.answers)} requests failed: {error}")
+
+
+def _line_of(answer: Answer) -> dict[str, Any]:
+    """Times after the start of the replay, under the names of every line of a request."""
+    times = {"at_s": answer.at_s, "sent_s": answer.sent_s, "first_s": answer.first_s, "last_s": answer.last_s}
+    return {
+        **{name: None if value is None else round(value, 6) for name, value in times.items()},
+        "ended_s": None if answer.ended_s is None else round(answer.ended_s, 6),
+        "answer_tokens_asked": answer.asked_tokens,
+        "answer_tokens": answer.tokens,
+        "is_complete": answer.is_complete,
+        "error": answer.error,
+        "own": dict(answer.own),
+    }

@@ -57,7 +57,8 @@ async def _conversations(plan: Plan, launch: Launch, run: Run, progress: Progres
         await forgetting.ask(prompt_ids(plan.prompt_tokens, plan.vocab_size, seed=10**6), 1)
         for repetition in range(plan.repetitions):
             progress("conversations", repetition, plan.repetitions)
-            await _conversation(plan, repetition, keeping, forgetting, run)
+            with run.one_case("conversation", repetition=repetition):
+                await _conversation(plan, repetition, keeping, forgetting, run)
 
 
 def figures(run: Run) -> dict[str, Any]:

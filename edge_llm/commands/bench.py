@@ -71,7 +71,8 @@ def engine(
 
     trees = {tree: require(tree) for tree in TREES}
     plan = Plan(core=_last_core() if core is None else core, repetitions=repetitions or (2 if quick else 5))
-    run = Run("engine", command_line(), {"core": plan.core, "repetitions": plan.repetitions, "models": list(models)})
+    config = {"core": plan.core, "repetitions": plan.repetitions, "models": list(models)}
+    run = Run("engine", command_line(), config, folder=output)
     with steps() as report:
         chosen = _engine_models(models, report)
         found, is_complete = until_interrupted(
@@ -112,9 +113,8 @@ def handoff(
     from edge_llm.config import WorkerConfig
 
     core, tools = _last_core(), require("ours") if with_server else None
-    run = Run(
-        "handoff", command_line(), {"repetitions": repetitions or (1 if quick else 5), "prompt_tokens": prompt_tokens}
-    )
+    config = {"repetitions": repetitions or (1 if quick else 5), "prompt_tokens": prompt_tokens}
+    run = Run("handoff", command_line(), config, folder=output)
     with steps() as report:
         chosen = local_model(model, report)
         plan = Plan(
@@ -140,11 +140,13 @@ def handoff(
 
 
 @bench.command()
-def schema() -> None:
-    """JSON schema of the files in bench_results/."""
-    from edge_llm.bench.record import schema as record_schema
+@click.argument("of", type=click.Choice(["record", "case", "printed"]), default="record")
+def schema(of: str) -> None:
+    """JSON schema of the files in bench_results/: of a record (default), of a line of the cases beside it, or of what
+    a measuring command prints with --json."""
+    from edge_llm.bench.record import schema as published
 
-    click.echo(json.dumps(record_schema(), indent=1))
+    click.echo(json.dumps(published(of), indent=1))
 
 
 def _engine_models(names: tuple[str, ...], report: Report) -> list[Any]:

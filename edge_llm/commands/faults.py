@@ -36,7 +36,8 @@ def faults(
     from edge_llm.bench.run import Run
 
     is_simulated = engine == "simulated"
-    run = Run("faults", command_line(), {"engine": engine, "per_kind": per_kind, "kinds": list(kinds), "seed": seed})
+    config = {"engine": engine, "per_kind": per_kind, "kinds": list(kinds), "seed": seed}
+    run = Run("faults", command_line(), config, folder=output)
     plan = Plan(kinds=chosen(kinds), per_kind=per_kind, seed=seed, **_setting(is_simulated))
     with steps() as report:
         served = "simulated" if is_simulated else _real(model, run, report)

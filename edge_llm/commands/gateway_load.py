@@ -45,7 +45,8 @@ def gateway_load(streams: int, tokens_per_s: float, quick: bool, check: bool, ou
     if len(cores) < 2:
         raise MeasureFailed("the gateway needs a core of its own, and its load another: this process may use one only")
     plan = Plan(streams, tokens_per_s, 8.0 if quick else 30.0, gateway_core=cores[-1], load_core=cores[0])
-    run = Run("gateway", command_line(), {"streams": streams, "tokens_per_s": tokens_per_s, "workers": plan.workers})
+    config = {"streams": streams, "tokens_per_s": tokens_per_s, "workers": plan.workers}
+    run = Run("gateway", command_line(), config, folder=output)
     key = new_key()
     keys = KeyRing.parse(key.decode(), "the bench's key")
     with steps() as report, pinned([plan.load_core]):

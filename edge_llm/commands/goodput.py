@@ -89,7 +89,7 @@ def goodput(
     cores = _two_cores()
     found_traces = [_read(path) for path in _files(traces)]
     config = {"engine": engine, "traces": [trace.name for trace in found_traces], "cores": cores}
-    run = Run("goodput", command_line(), config)
+    run = Run("goodput", command_line(), config, folder=output)
     run.notes.append(_who_runs_where(len(os.sched_getaffinity(0))))
     tally = Tally()
     with steps() as report:

@@ -43,7 +43,7 @@ def overload(
     plan = Plan(factor=factor, wait_bound_s=wait_bound_s, seed=seed)
     if quick:
         plan = replace(plan, saturate_s=4.0, capacity_s=5.0, overload_s=4.0, recovery_s=2.0, settle_s=1.0)
-    run = Run("overload", command_line(), plan.config)
+    run = Run("overload", command_line(), plan.config, folder=output)
     with steps() as report:
         found, is_complete = until_interrupted(
             lambda: on_fast_loop(measure(plan, lambda layout: local_cluster(layout, SIMULATED_MODEL), run, report)),

@@ -54,7 +54,7 @@ def pools(
     chosen = policies or Plan().policies
     plan = Plan(policies=chosen, phases=phases, seed=seed, wait_bound_s=wait_bound_s, one_by_one=one_by_one)
     launch = partial(local_cluster, model=SIMULATED_MODEL)
-    run, seen = Run("pools", command_line(), plan.config), Seen()
+    run, seen = Run("pools", command_line(), plan.config, folder=output), Seen()
     with steps() as report:
         found, is_complete = until_interrupted(
             lambda: on_fast_loop(measure(plan, launch, seen, run, report)),

@@ -36,7 +36,7 @@ def turns(model: str, repetitions: int | None, quick: bool, check: bool, output:
     from edge_llm.catalogue.gguf import read_card
 
     count = repetitions or (1 if quick else 5)
-    run = Run("turns", command_line(), {"repetitions": count})
+    run = Run("turns", command_line(), {"repetitions": count}, folder=output)
     with steps() as report:
         chosen = local_model(model, report)
         plan = Plan(count, read_card(chosen.path).vocab_size)
