@@ -54,6 +54,16 @@ def test_the_bootstrap_interval_is_the_same_for_the_same_seed_and_holds_the_medi
     assert low < median(samples) < high
 
 
+@pytest.mark.parametrize("count", [501, 1000])
+def test_the_interval_of_many_samples_is_the_one_that_resampling_gives(count: int) -> None:
+    draw = random.Random(5)
+    samples = [draw.lognormvariate(0, 1) for _ in range(count)]
+    resampled = [median(draw.choices(samples, k=count)) for _ in range(2000)]
+    expected = percentile(resampled, 0.025), percentile(resampled, 0.975)
+    assert bootstrap(samples) == pytest.approx(expected, abs=0.1 * (expected[1] - expected[0]))
+    assert bootstrap(samples, seed=3) == bootstrap(samples[::-1], seed=3)
+
+
 def test_the_bootstrap_interval_narrows_with_more_samples() -> None:
     few = [1.0, 2.0, 3.0, 4.0, 5.0]
     low, high = bootstrap(few)
