@@ -33,7 +33,7 @@ DOORS = {
 # Who reads the environment: settings, what runs before settings, and the door to the library that is set up by it.
 ENVIRONMENT_READERS = r"(config|bootstrap|engine/native|bench/\w+|commands/\w+)\.py"
 # serving announces readiness to `up`; measure and score are processes of their own whose answer is their output
-PRINTERS = r"(cli|commands/\w+|bootstrap|serving|engine/(measure|score))\.py"
+PRINTERS = r"(cli|commands/\w+|bootstrap|serving|engine/(measure|measure_node|score)|bench/bandwidth)\.py"
 
 
 def below(path: Path) -> str:

@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Final, Self
@@ -60,9 +60,9 @@ def run_tool(
             child = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, env={**os.environ, **environment}
             )
-        alarm = threading.Timer(deadline_s, child.kill)
-        alarm.start()
+        alarm = _alarm(deadline_s, child)
         try:
+            alarm.start()
             _, status, usage = os.wait4(child.pid, 0)
             child.returncode = os.waitstatus_to_exitcode(status)
         finally:
@@ -111,6 +111,10 @@ class Measurer:
             raise MeasureFailed(f"{self.name} is gone: {_tail(self._errors)}") from error
         return self._answer(deadline_s)
 
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
     def usage(self) -> Process | None:
         """What it used so far; None when it is gone."""
         usage = process_usage(self._child.pid)
@@ -133,10 +137,10 @@ class Measurer:
         self.close()
 
     def _answer(self, deadline_s: float) -> dict[str, Any]:
-        alarm = threading.Timer(deadline_s, self._child.kill)
-        alarm.start()
+        alarm = _alarm(deadline_s, self._child)
         assert self._child.stdout is not None
         try:
+            alarm.start()
             line = self._child.stdout.readline()
         finally:
             alarm.cancel()
@@ -148,11 +152,19 @@ class Measurer:
         return answer
 
 
+def _alarm(deadline_s: float, child: subprocess.Popen[Any]) -> threading.Timer:
+    """Ends a child that takes too long. A daemon: Ctrl-C just when it starts must not make this process wait for it."""
+    alarm = threading.Timer(deadline_s, child.kill)
+    alarm.daemon = True
+    return alarm
+
+
 def _end(child: subprocess.Popen[Any]) -> None:
     """Stop a child that still runs, and take its status."""
     for stream in (child.stdin, child.stdout):
         if stream is not None:
-            stream.close()
+            with suppress(BrokenPipeError):  # what a child that is gone did not take
+                stream.close()
     if child.poll() is None:
         child.terminate()
         try:

@@ -90,8 +90,10 @@ def finish(
     as_json: bool,
     misses: list[str],
     show: Callable[[dict[str, Any]], None] | None = None,
+    is_data: bool = False,
 ) -> None:
-    """Record, print (`show`: for people, instead of a tree of all numbers), and the exit code."""
+    """Record, print (`show`: for people, instead of a tree of all numbers), and the exit code. `is_data`: standard
+    output belongs to rows for programs, so nothing else goes there."""
     from edge_llm.bench.record import write
 
     path = write(run.record(figures, is_complete), output)
@@ -99,7 +101,7 @@ def finish(
         click.echo(json.dumps({**figures, "record": str(path)}))
     else:
         (show or _print)(figures)
-        click.echo(f"record: {path}")
+        click.echo(f"record: {path}", err=is_data)
     for failure in run.failures:
         click.echo(f"not measured: {failure.what}: {failure.why}", err=True)
     for line in misses:
