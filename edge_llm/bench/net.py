@@ -98,6 +98,9 @@ async def measure(places: Places, plan: Plan, run: Run, tally: Tally, progress: 
         for number, peer in enumerate(places.peers):
             progress(f"asking {peer.worker}", number, len(places.peers))
             await _look(cluster.client, peer, plan, run, tally)
+        if not tally.statuses:
+            why = run.failures[0].why if run.failures else "the file names none"
+            raise MeasureFailed(f"none of {len(places.peers)} workers can be asked: {why}")
         pairs = _pairs(places.peers, tally)
         for number, (source, target) in enumerate(pairs):
             facts = tally.pairs.setdefault((source.worker, target.worker), {})

@@ -1,0 +1,455 @@
+"""`edge-llm bench serve` against servers over real sockets: whom it asks, what it keeps, how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from aiohttp import web
+from click.testing import CliRunner
+
+from edge_llm.bench.goodput import Limits
+from edge_llm.bench.processes import MeasureFailed
+from edge_llm.bench.record import load as load_record
+from edge_llm.bench.run import Run
+from edge_llm.bench.serve.experiment import Contender, Plan, measure
+from edge_llm.bench.serve.lengths import Lengths
+from edge_llm.bench.serve.prompts import Options
+from edge_llm.bench.serve.results import ServeFigures, Tally
+from edge_llm.bench.serve.schedule import Load, Source
+from edge_llm.bench.serve.workloads import drawn
+from edge_llm.bench.stats import median
+from edge_llm.commands.bench_serve import serve
+
+EVENTS = {"content-type": "text/event-stream"}
+
+
+@dataclass(slots=True)
+class Server:
+    """Somebody's OpenAI-style server, in a thread of its own. Settings may be changed while it runs."""
+
+    url: str = ""
+    gap_s: float = 0.0
+    first_s: float = 0.0
+    takes_ids: bool = True
+    counts: bool = True
+    status: int = 200
+    fails_after: int = 1 << 30
+    meta: dict[str, Any] = field(default_factory=lambda: {"n_ctx": 1000, "n_vocab": 5000})
+    key: str = ""
+    hangs: bool = False
+    bodies: list[dict[str, Any]] = field(default_factory=list)
+    pieces: list[asyncio.Event] = field(default_factory=list)
+
+    @property
+    def measured(self) -> list[dict[str, Any]]:
+        """Without first looks."""
+        return [body for body in self.bodies if body["max_tokens"] != 2]
+
+    async def models(self, request: web.Request) -> web.Response:
+        if self.key and request.headers.get("authorization") != f"Bearer {self.key}":
+            return web.json_response({"error": {"message": "no"}}, status=401)
+        return web.json_response({"object": "list", "data": [{"id": "tiny", "meta": self.meta}]})
+
+    async def answer(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        self.bodies.append(body)
+        prompt = body.get("prompt", body.get("messages"))
+        is_ids = request.path == "/v1/completions" and isinstance(prompt, list)
+        if is_ids and not self.takes_ids:
+            return web.json_response({"error": {"message": "prompt must be text"}}, status=400)
+        if self.status != 200 or len(self.bodies) > self.fails_after:
+            return web.json_response({"error": {"message": "full"}}, status=self.status if self.status != 200 else 503)
+        if self.hangs and len(self.measured) > 3:
+            await asyncio.sleep(60)
+        text = prompt[0]["content"] if request.path != "/v1/completions" else prompt
+        prompt_tokens = len(prompt) if is_ids else 7 + 2 * len(str(text).split())
+        return await self._stream(request, body, prompt_tokens)
+
+    async def _stream(self, request: web.Request, body: dict[str, Any], prompt_tokens: int) -> web.StreamResponse:
+        reply = web.StreamResponse(headers=EVENTS)
+        await reply.prepare(request)
+        due_s = time.monotonic() + self.first_s
+        for _ in range(body["max_tokens"]):
+            await asyncio.sleep(max(0.0, due_s - time.monotonic()))
+            due_s += self.gap_s
+            choice = {"text": " a"} if request.path == "/v1/completions" else {"delta": {"content": " a"}}
+            await reply.write(f"data: {json.dumps({'choices': [choice]})}\n\n".encode())
+        usage = {"prompt_tokens": prompt_tokens, "completion_tokens": body["max_tokens"]}
+        last: dict[str, Any] = {"choices": []} | ({"usage": usage} if self.counts else {})
+        await reply.write(f"data: {json.dumps(last)}\n\ndata: [DONE]\n\n".encode())
+        return reply
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with running() as made:
+        yield made
+
+
+class running:
+    """A server for the block."""
+
+    def __enter__(self) -> Server:
+        self._server, self._is_up = Server(), threading.Event()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        assert self._is_up.wait(10.0)
+        return self._server
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_until_complete(self._serve())
+        self._loop.close()
+
+    async def _serve(self) -> None:
+        app = web.Application(client_max_size=1 << 24)
+        app.router.add_get("/v1/models", self._server.models)
+        app.router.add_post("/v1/completions", self._server.answer)
+        app.router.add_post("/v1/chat/completions", self._server.answer)
+        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        self._server.url = "http://{}:{}".format(*runner.addresses[0][:2])
+        self._stop = asyncio.Event()
+        self._is_up.set()
+        await self._stop.wait()
+        await runner.cleanup()
+
+    def __exit__(self, *_: object) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(10.0)
+        assert not self._thread.is_alive()
+
+
+PLAN = Plan((Load("closed", None, 2, 6),), warm_up=1, timeout_s=10.0)
+
+
+def source_of(n_ctx: int) -> Source:
+    return Source(drawn("chat", Lengths("uniform", 20, 60), Lengths("fixed", 5), n_ctx, 0))
+
+
+def measured(plan: Plan, *contenders: Contender) -> tuple[ServeFigures, Run]:
+    run, tally = Run("serve", [], {}), Tally(plan.limits, plan.scales, wants_slowdown=plan.alone > 0)
+    asyncio.run(measure(plan, contenders, source_of, run, tally, lambda _what, _done, _total: None))
+    return tally.found(), run
+
+
+def at(server: Server, name: str = "server", **extra: Any) -> Contender:
+    return Contender(name, (server.url,), extra)
+
+
+# -- first looks
+
+
+def test_token_ids_are_sent_where_they_are_taken_below_the_vocabulary_that_is_named(server: Server) -> None:
+    found, run = measured(PLAN, at(server))
+    assert found.contenders["server"].server["prompts"] == "token ids"
+    assert found.contenders["server"].loads[0].figures.completed == 6
+    assert all(max(body["prompt"]) < 5000 for body in server.measured)
+    assert {body["model"] for body in server.bodies} == {"tiny"}
+    assert found.workload["n_ctx"] == 1000
+    assert run.models[0].name == "tiny"
+
+
+def test_text_is_sent_where_ids_are_not_taken_and_its_tokens_are_counted_first(server: Server) -> None:
+    server.takes_ids = False
+    found, _ = measured(PLAN, at(server))
+    facts = found.contenders["server"].server
+    assert (facts["prompts"], facts["tokens_per_word"]) == ("text", 2.0)
+    figures = found.contenders["server"].loads[0].figures
+    assert figures.prompt_tokens == pytest.approx(figures.prompt_tokens_asked, abs=6), "half a word each"
+
+
+def test_a_server_that_counts_nothing_is_measured_and_it_is_said(server: Server) -> None:
+    server.takes_ids, server.counts = False, False
+    found, _ = measured(PLAN, at(server))
+    figures = found.contenders["server"].loads[0].figures
+    assert figures.counted_by == {"events": 6}
+    assert figures.answer_tokens == 30
+    lines = "\n".join(found.sentences)
+    assert "does not count prompts" in lines
+    assert "counts no tokens in `usage`" in lines
+
+
+def test_a_chat_is_asked_as_a_chat(server: Server) -> None:
+    found, _ = measured(replace(PLAN, options=Options(endpoint="chat")), at(server))
+    assert found.contenders["server"].loads[0].figures.completed == 6
+    assert all("messages" in body for body in server.bodies)
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"status": 500}, "HTTP 500"),
+        ({"status": 400, "takes_ids": False}, "--no-ignore-eos"),
+        ({"key": "secret"}, "--api-key-file"),
+    ],
+)
+def test_what_cannot_work_is_an_error_before_anything_is_measured(
+    server: Server, settings: dict[str, Any], complaint: str
+) -> None:
+    for name, value in settings.items():
+        setattr(server, name, value)
+    with pytest.raises(MeasureFailed, match=complaint):
+        measured(PLAN, at(server))
+
+
+def test_nobody_there_is_said_with_the_address() -> None:
+    with pytest.raises(MeasureFailed, match=r"127\.0\.0\.1:9/v1/models"):
+        measured(PLAN, Contender("gone", ("http://127.0.0.1:9",)))
+
+
+def test_a_key_is_sent_with_every_request(server: Server) -> None:
+    server.key = "secret"
+    found, _ = measured(replace(PLAN, headers={"authorization": "Bearer secret"}), at(server))
+    assert found.contenders["server"].loads[0].figures.completed == 6
+
+
+# -- loads
+
+
+def test_contenders_get_the_same_requests_by_turns_and_nothing_that_is_kept(server: Server) -> None:
+    plan = replace(PLAN, loads=(Load("constant", 50.0, None, 4),), passes=2, warm_up=0)
+    modes = [at(server, mode, edge_llm={"mode": mode}) for mode in ("split", "local")]
+    found, _ = measured(plan, *modes)
+    asked = [(body["edge_llm"]["mode"], body["prompt"]) for body in server.measured]
+    assert [mode for mode, _ in asked] == ["split"] * 4 + ["local"] * 8 + ["split"] * 4, "back again in pass 2"
+    by_mode = {mode: sorted(prompt for m, prompt in asked if m == mode) for mode in ("split", "local")}
+    assert by_mode["split"] == by_mode["local"]
+    assert len({tuple(prompt) for prompt in by_mode["split"]}) == 8
+    assert all(body["cache_prompt"] is False for body in server.bodies)
+    assert any("share a server" in line for line in found.sentences)
+    assert found.contenders["split"].loads[0].passes == 2
+
+
+def test_each_request_leaves_a_line_with_its_raw_times(server: Server) -> None:
+    _, run = measured(PLAN, at(server))
+    lines = [case for case in run.cases if case["case"] == "server, closed, 2 at once, pass 1"]
+    assert len(lines) == 6
+    for line in lines:
+        assert line["sent_s"] <= line["headers_s"] <= line["first_s"] <= line["last_s"] <= line["ended_s"]
+        assert len(line["arrivals_s"]) == line["answer_tokens"] == 5
+        assert (line["is_complete"], line["status"], line["counted_by"]) == (True, 200, "usage")
+    assert len(run.samples["server, closed, 2 at once: ttft_s"]) == 6
+
+
+def test_a_server_that_begins_to_refuse_is_counted_not_crashed_on(server: Server) -> None:
+    server.fails_after = 5
+    found, run = measured(PLAN, at(server))
+    figures = found.contenders["server"].loads[0].figures
+    assert figures.failed["http_503"] + figures.completed == 6
+    assert figures.completed > 0
+    assert run.failures == []
+    assert any("http_503" in line for line in found.sentences)
+
+
+def test_a_load_that_nobody_answered_is_a_failure_of_the_run(server: Server) -> None:
+    server.fails_after = 2  # a look, and the warm-up
+    _, run = measured(PLAN, at(server))
+    assert [failure.what for failure in run.failures] == ["server, closed, 2 at once"]
+    assert "HTTP 503" in run.failures[0].why
+
+
+def test_a_search_measures_rates_until_goals_lie_between_two(server: Server) -> None:
+    limits = Limits(5.0, 5.0)
+    plan = replace(
+        PLAN, loads=(Load("constant", 200.0, None, 8),), limits=limits, is_search=True, most_rates=3, warm_up=0
+    )
+    found, _ = measured(plan, at(server))
+    one = found.contenders["server"]
+    assert [load.rate_per_s for load in one.loads] == [200.0, 400.0, 800.0]
+    assert one.goodput["goodput_90"].bound == "at_least"
+
+
+def test_without_a_rate_a_search_begins_where_one_request_alone_suggests(server: Server) -> None:
+    server.first_s = 0.05
+    plan = replace(PLAN, loads=(Load("poisson", None, None, 4),), limits=Limits(5.0, 5.0), is_search=True, most_rates=1)
+    found, run = measured(plan, at(server))
+    (load,) = found.contenders["server"].loads
+    assert load.rate_per_s is not None
+    assert 0 < load.rate_per_s < 20.0
+    assert len([case for case in run.cases if case["case"] == "server, alone"]) == 3
+
+
+def test_limits_that_are_told_are_told_at_each_scale(server: Server) -> None:
+    plan = replace(PLAN, limits=Limits(2.0, 0.5), tells_limits=True, scales=(0.5, 1.0), warm_up=0)
+    found, _ = measured(plan, at(server))
+    assert len(found.contenders["server"].loads) == 2
+    told = [body["edge_llm"]["slo"] for body in server.measured]
+    assert told.count({"ttft_s": 1.0, "tpot_s": 0.25}) == 6
+    assert told.count({"ttft_s": 2.0, "tpot_s": 0.5}) == 6
+
+
+def test_slowdown_sends_some_requests_alone_first(server: Server) -> None:
+    found, run = measured(replace(PLAN, alone=3, warm_up=0), at(server))
+    one = found.contenders["server"]
+    assert one.alone is not None
+    assert one.alone.requests == 3
+    assert one.loads[0].slowdown is not None
+    assert one.loads[0].slowdown.alone == 3
+    assert len([case for case in run.cases if case["case"] == "server, alone"]) == 3
+
+
+def test_two_servers_share_the_load_when_both_are_named(server: Server) -> None:
+    with running() as other:
+        measured(replace(PLAN, warm_up=0), Contender("two", (server.url, other.url)))
+        assert (len(server.measured), len(other.measured)) == (3, 3)
+
+
+# -- an independent client
+
+
+class Twin:
+    """A client that shares no code with ours: a thread, a socket, the standard library."""
+
+    def __init__(self, url: str, body: dict[str, Any]) -> None:
+        self._address, self._body = urlsplit(url), body
+        self.times_s: list[float] = []
+        self.sent_s = 0.0
+        self.tokens = 0
+
+    def ask(self) -> None:
+        peer = http.client.HTTPConnection(self._address.hostname or "", self._address.port, timeout=30)
+        self.sent_s = time.perf_counter()
+        peer.request("POST", "/v1/completions", json.dumps(self._body), {"content-type": "application/json"})
+        reply = peer.getresponse()
+        while (line := reply.readline()) != b"data: [DONE]\n":
+            if line.startswith(b"data: "):
+                event = json.loads(line[6:])
+                if any(choice.get("text") for choice in event["choices"]):
+                    self.times_s.append(time.perf_counter())
+                self.tokens = event.get("usage", {}).get("completion_tokens", self.tokens)
+        peer.close()
+
+    @property
+    def ttft_s(self) -> float:
+        return self.times_s[0] - self.sent_s
+
+    @property
+    def tpot_s(self) -> float:
+        return (self.times_s[-1] - self.times_s[0]) / (self.tokens - 1)
+
+
+def test_an_independent_client_at_the_same_server_sees_the_same_times(server: Server) -> None:
+    server.first_s, server.gap_s = 0.3, 0.02
+    twins = [Twin(server.url, {"prompt": "x", "max_tokens": 21, "stream": True}) for _ in range(5)]
+    others = threading.Thread(target=lambda: [twin.ask() for twin in twins])
+    source = Source(drawn("chat", Lengths("fixed", 20), Lengths("fixed", 21), 1000, 0))
+    run, tally = Run("serve", [], {}), Tally()
+    plan = replace(PLAN, loads=(Load("closed", None, 1, 5),), warm_up=0)
+    others.start()
+    asyncio.run(measure(plan, [at(server)], lambda _n_ctx: source, run, tally, lambda _what, _done, _total: None))
+    others.join()
+    figures = tally.found().contenders["server"].loads[0].figures
+    assert figures.ttft_ms is not None
+    assert figures.tpot_ms is not None
+    # both wait for the server's clock: what a busy machine does to one it does to the other
+    assert figures.ttft_ms.median == pytest.approx(1e3 * median([twin.ttft_s for twin in twins]), rel=0.03)
+    assert figures.tpot_ms.median == pytest.approx(1e3 * median([twin.tpot_s for twin in twins]), rel=0.03)
+
+
+# -- the command
+
+
+def test_the_command_prints_json_of_the_published_shape_and_leaves_a_record(server: Server, tmp_path: Path) -> None:
+    arguments = ["--url", server.url + "/v1/", "--requests", "4", "--answer-tokens", "5", "--slo", "ttft=9,tpot=9"]
+    done = CliRunner().invoke(serve, [*arguments, "--output", str(tmp_path), "--json", "--check"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout.splitlines()[-1])
+    import msgspec
+
+    figures = msgspec.convert(found, ServeFigures)
+    assert figures.contenders["server"].loads[0].figures.completed == 4
+    attained = figures.contenders["server"].loads[0].figures.attained
+    assert attained is not None
+    assert attained.attainment == 1.0
+    record = load_record(Path(found["record"]))
+    assert record.kind == "serve"
+    assert record.workload["name"] == "chat"
+    lines = [json.loads(line) for line in next(tmp_path.glob("*.cases.jsonl")).read_text().splitlines()]
+    assert len(lines) == 4
+
+
+def test_for_people_there_are_tables_and_what_the_words_mean(server: Server, tmp_path: Path) -> None:
+    arguments = ["--url", server.url, "--requests", "4", "--answer-tokens", "5", "--concurrency", "1,2"]
+    limits = ["--slo", "ttft=9", "--slo-scale", "0.5,1", "--slowdown", "2"]
+    done = CliRunner().invoke(serve, [*arguments, *limits, "--output", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    for words in ("TTFT", "answer tokens/s", "all loads", "limits times", "times slower than alone", "(e2el - ttft)"):
+        assert words in done.output
+
+
+def test_a_missed_bar_has_an_exit_code_of_its_own(server: Server, tmp_path: Path) -> None:
+    arguments = ["--url", server.url, "--requests", "3", "--answer-tokens", "5", "--slo", "ttft=0.000001", "--check"]
+    done = CliRunner().invoke(serve, [*arguments, "--output", str(tmp_path)])
+    assert done.exit_code == 3, done.output
+    assert "0% keep the limits" in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ([], "--url"),
+        (["--url", "host:80"], "http://HOST:PORT"),
+        (["--url", "http://h", "--mode", "fast"], "--mode has no fast"),
+        (["--url", "http://h", "--beside", "x"], "NAME=URL"),
+        (["--url", "http://h", "--beside", "server=http://i"], "name of its own"),
+        (["--url", "http://h", "--goodput"], "--slo"),
+        (["--url", "http://h", "--goodput", "--slo", "ttft=1", "--concurrency", "2"], "by itself"),
+        (["--url", "http://h", "--profile", "poisson"], "needs --rate"),
+        (["--url", "http://h", "--profile", "closed", "--rate", "1"], "closed loop"),
+        (["--url", "http://h", "--rate", "1", "--profile", "constant", "--concurrency", "2"], "closed loops"),
+        (["--url", "http://h", "--concurrency", "1.5"], "number of clients"),
+        (["--url", "http://h", "--rate-sweep", "1,x"], "0.5,1,2"),
+        (["--url", "http://h", "--workload", "nothing"], "none of chat"),
+        (["--url", "http://h", "--workload", "trace:nothing"], "not conv or code"),
+        (["--url", "http://h", "--workload", "trace:conv", "--prompt-tokens", "5"], "--scale"),
+        (["--url", "http://h", "--prompt-tokens", "many"], "lognormal"),
+        (["--url", "http://h", "--body", "[1]"], "JSON object"),
+        (["--url", "http://h", "--no-stream", "--slo", "ttft=1"], "no first token"),
+        (["--url", "http://h", "--watch", "x"], "NAME=PID"),
+    ],
+)
+def test_a_wrong_use_is_said_before_anybody_is_asked(arguments: list[str], complaint: str) -> None:
+    done = CliRunner().invoke(serve, arguments)
+    assert done.exit_code == 2, done.output
+    assert complaint in " ".join(done.output.split())
+
+
+def test_ctrl_c_keeps_what_had_ended(server: Server, tmp_path: Path) -> None:
+    server.hangs = True
+    code = "from edge_llm.commands.bench_serve import serve; serve()"
+    arguments = ["--url", server.url, "--warm-up", "0", "--requests", "9", "--answer-tokens", "5"]
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments, "--output", str(tmp_path), "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    until_s = time.monotonic() + 60.0
+    while len(server.measured) < 4:
+        assert time.monotonic() < until_s
+        time.sleep(0.02)
+    child.send_signal(signal.SIGINT)
+    output, errors = child.communicate(timeout=30.0)
+    assert child.returncode == 130, errors
+    found = json.loads(output)
+    (load,) = found["contenders"]["server"]["loads"]
+    assert not load["is_whole"]
+    assert load["figures"]["completed"] == 3
+    assert not load_record(Path(found["record"])).is_complete
