@@ -68,7 +68,7 @@ def doctor(
         config,
         os.environ,
         time.time,
-        cluster_ports=[state.port for state in running_clusters()],
+        cluster_ports=lambda: [state.port for state in running_clusters()],
         outside=Outside(page_bytes=os.sysconf("SC_PAGE_SIZE")),
         loads=loads,
     )

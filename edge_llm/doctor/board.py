@@ -27,7 +27,7 @@ _NOW: Final = {0: "under-voltage", 1: "frequency capped", 2: "throttled", 3: "so
 _SINCE_BOOT: Final = 16
 _OWN_CLOCK: Final = frozenset({"intel_pstate", "amd-pstate-epp"})
 _CPU: Final = "sys/devices/system/cpu/cpu0/cpufreq"
-# What the kernel calls what llama.cpp's fast kernels need, by architecture; and how much is lost without.
+# What the kernel calls what llama.cpp's fast kernels need, by architecture.
 _WANTED: Final = {
     "aarch64": {"asimddp": "dotprod", "asimdhp": "fp16"},
     "x86_64": {"avx2": "AVX2", "fma": "FMA", "f16c": "F16C"},

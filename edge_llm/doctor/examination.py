@@ -55,7 +55,7 @@ class Examination:
         config_file: Path | None,
         environ: Mapping[str, str],
         now: Callable[[], float],
-        cluster_ports: Iterable[int] = (),
+        cluster_ports: Callable[[], Iterable[int]] = tuple,
         outside: Outside | None = None,
         *,
         loads: bool = False,
@@ -65,7 +65,7 @@ class Examination:
         self.findings: list[Finding] = []
         self._files, self._environ, self._now, self._loads = files, environ, now, loads
         self._outside = outside if files.is_this_machine else outside.of_another_board()
-        self._cluster_ports = frozenset(cluster_ports)
+        self._cluster_ports = cluster_ports
         self._config_file = config_file
 
     def run(self, ignored: Sequence[str] = (), progress: Progress = lambda _what, _done, _total: None) -> list[Finding]:
@@ -87,7 +87,7 @@ class Examination:
         }
         wanted = [(name, area) for name, area in areas.items() if name not in ignored]
         for done, (name, area) in enumerate(wanted):
-            progress(name, done, len(wanted))
+            progress("examining", done, len(wanted))
             self.findings += _guarded(name, area)
         return self.findings
 
@@ -130,7 +130,9 @@ class Examination:
         place = storage.read_place(self._files, folder, self._outside.room)
         return [
             storage.check_root(root, runs_server=self._k3s.role == "server", has_k3s=self._k3s.is_installed),
-            storage.check_models_place(place, needs_bytes=self._model.needs_bytes),
+            storage.check_models_place(
+                place, needs_bytes=self._model.needs_bytes, is_there=self._model.card is not None
+            ),
         ]
 
     def _network_area(self) -> list[Finding]:
@@ -145,8 +147,10 @@ class Examination:
     def _ports(self) -> list[Finding]:
         wanted, listening = self._wanted_ports(), self._network.listening
         taken = [port for port in wanted.values() if port in (listening or ())]
-        ours = {port for port in taken if self._files.is_this_machine and self._outside.answers_here(port)}
-        return network.check_ports(listening, wanted, self._cluster_ports | ours, has_k3s=self._k3s.is_installed)
+        ours = frozenset(self._cluster_ports()) if self._files.is_this_machine else frozenset()
+        if self._files.is_this_machine:
+            ours |= {port for port in taken if self._outside.answers_here(port)}
+        return network.check_ports(listening, wanted, ours, has_k3s=self._k3s.is_installed)
 
     # -- the program
 
@@ -164,7 +168,10 @@ class Examination:
 
     def _settings_area(self) -> list[Finding]:
         found = settings.check_settings(self._settings)
-        return [*found, settings.check_folders(settings.read_folders())] if self._files.is_this_machine else found
+        if not self._files.is_this_machine:
+            return found
+        folders = settings.check_folders(settings.read_folders())
+        return [*found, *settings.check_gateway(self._settings), folders]
 
     def _keys(self) -> list[Finding]:
         if not self._files.is_this_machine:
@@ -175,6 +182,8 @@ class Examination:
         if self._settings.worker.simulate:
             return []
         found = [model.check_model(self._model)]
+        if self._settings.up.model != self._settings.worker.model and self._settings.up.model_fields_set:
+            found.append(model.check_model(model.read_model(self._settings.up.model), "model.up_file"))
         if self._model.card is None:
             return found
         memory = model.read_memory(

@@ -34,7 +34,10 @@ _AGENT_BYTES: Final = 480_000_000
 _KUBELET_PORT: Final = 10250
 _HOSTNAME: Final = re.compile(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?")
 _DEFAULT_NAMES: Final = frozenset({"raspberrypi", "localhost", "ubuntu", "debian"})
-_INSTALL: Final = "curl -sfL https://get.k3s.io | sh -"
+_INSTALL: Final[dict[Role, str]] = {
+    "server": "curl -sfL https://get.k3s.io | sh -s - server",
+    "agent": "curl -sfL https://get.k3s.io | K3S_URL=https://SERVER:6443 K3S_TOKEN=TOKEN sh -",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +95,8 @@ def installed(facts: K3sFacts) -> Finding:
             check,
             "the program is here, but no service of it",
             why="nothing starts it at boot",
-            do="install it as a server, or as an agent with K3S_URL and K3S_TOKEN of the server",
-            commands=[_INSTALL],
+            do="set it up as a server, or as an agent of one (the token: /var/lib/rancher/k3s/server/node-token there)",
+            commands=list(_INSTALL.values()),
         )
     if facts.is_running is None:
         return unknown(check, f"{facts.role}; whether it runs cannot be read")
@@ -119,8 +122,8 @@ def version(facts: K3sFacts) -> Finding:
             check,
             words,
             why="before 1.30 `preStop.sleep` is off, and answers of a pod that is stopped are cut",
-            do="install the current version the way it was installed; its settings in config.yaml stay",
-            commands=[_INSTALL],
+            do="run the installer again, with the variables and flags of the first time: it forgets what is not given",
+            commands=[_INSTALL[facts.role or "server"]],
         )
     return ok(check, words)
 

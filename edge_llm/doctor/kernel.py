@@ -7,7 +7,7 @@ Sources. Memory cgroups: the firmware of a Pi adds cgroup_disable=memory, what s
 wins (raspberrypi/linux#6980); kernel 6.12 has no line `memory` in /proc/cgroups even when all is well, so that only
 cgroup.controllers counts. NUMA: raspberrypi/linux#6273 (+6 % with one core, +18 % with four, Geekbench 6), and
 raspberrypi/rpi-eeprom#733 (without it, half the speed under a bootloader of 2025). NVMe: raspberrypi/linux#6844, #7445.
-cgroup v1: KEP-5573.
+Controllers that K3s looks for: k3s-io/k3s pkg/cgroups. cgroup v1: KEP-5573.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from edge_llm.doctor.finding import Finding, fail, ok, unknown, warn
 BOOT_FILES: Final = ("boot/firmware/cmdline.txt", "boot/cmdline.txt")
 _ENABLE: Final = "cgroup_enable=memory"
 _DISABLE: Final = "cgroup_disable=memory"
+_K3S_CONTROLLERS: Final = ("cpu", "cpuset", "memory")
 _NUMA: Final = re.compile(r"(?:^|\s)numa=fake=(\d+)")
 _HMB: Final = re.compile(r"(?:^|\s)nvme\.max_host_mem_size_mb=(\d+)")
 _COMMON_PAGE_BYTES: Final = 4096
@@ -41,6 +42,7 @@ class KernelFacts:
     """None: not known. `controllers`: of cgroup v2; `has_v1_memory`: the memory hierarchy of cgroup v1 is mounted."""
 
     release: str | None
+    system: str | None
     cmdline: str | None
     boot_file: str | None
     boot_text: str | None
@@ -60,6 +62,7 @@ def read_kernel(files: Files, page_bytes: int | None) -> KernelFacts:
     huge = re.search(r"\[(\w+)\]", files.text("sys/kernel/mm/transparent_hugepage/enabled") or "")
     return KernelFacts(
         release=files.text("proc/sys/kernel/osrelease"),
+        system=(files.fields("etc/os-release", "=").get("PRETTY_NAME") or "").strip("\"'") or None,
         cmdline=files.text("proc/cmdline"),
         boot_file=boot_file and f"/{boot_file}",
         boot_text=files.text(boot_file) if boot_file else None,
@@ -76,7 +79,7 @@ def read_kernel(files: Files, page_bytes: int | None) -> KernelFacts:
 def check_kernel(facts: KernelFacts, *, is_pi: bool, is_pi5: bool, has_k3s: bool) -> list[Finding]:
     """All about the kernel, in the order they are shown."""
     found = [
-        ok("kernel.release", facts.release) if facts.release else unknown("kernel.release", "not known"),
+        release(facts),
         memory_cgroup(facts, is_pi=is_pi, has_k3s=has_k3s),
         numa(facts) if is_pi5 else None,
         nvme_host_memory(facts) if facts.has_nvme else None,
@@ -87,6 +90,11 @@ def check_kernel(facts: KernelFacts, *, is_pi: bool, is_pi5: bool, has_k3s: bool
     return [finding for finding in found if finding is not None]
 
 
+def release(facts: KernelFacts) -> Finding:
+    words = ", ".join(filter(None, (facts.release, facts.system)))
+    return ok("kernel.release", words) if words else unknown("kernel.release", "not known")
+
+
 # --- memory cgroups -----------------------------------------------------------------------------------------------
 
 
@@ -94,7 +102,8 @@ def memory_cgroup(facts: KernelFacts, *, is_pi: bool, has_k3s: bool) -> Finding:
     """K3s does not start without; elsewhere it is what a memory limit needs."""
     check = "kernel.memory_cgroup"
     if facts.controllers is not None and "memory" in facts.controllers:
-        return ok(check, "on (cgroup v2)")
+        others = [name for name in _K3S_CONTROLLERS if name not in facts.controllers]
+        return _without(check, others) if others and has_k3s else ok(check, "on (cgroup v2)")
     if facts.has_v1_memory:
         return _version_1(check) if has_k3s else ok(check, "on (cgroup v1)")
     if facts.controllers is None and facts.cmdline is None:
@@ -104,6 +113,15 @@ def memory_cgroup(facts: KernelFacts, *, is_pi: bool, has_k3s: bool) -> Finding:
     if has_k3s:
         return fail(check, found, why=why, do=do, commands=commands)
     return warn(check, found, why=why, do=f"only if this board is to run K3s: {do}", commands=commands)
+
+
+def _without(check: str, controllers: list[str]) -> Finding:
+    return fail(
+        check,
+        f"on (cgroup v2), but without {', '.join(controllers)}",
+        why="K3s does not start without cpu, cpuset and memory",
+        do="remove cgroup_disable= for them from the kernel's command line, and boot again",
+    )
 
 
 def _version_1(check: str) -> Finding:

@@ -22,7 +22,7 @@ from edge_llm.errors import CatalogueError, EdgeLLMError
 State = Literal[
     "verified", "not verified", "not fetched", "wrong size", "wrong hash", "unreadable", "unknown name", "gone"
 ]
-_GONE: Final = frozenset({"not fetched", "unreadable", "unknown name", "gone"})
+_USABLE: Final = frozenset({"verified", "not verified"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ def _installed(entry: ModelEntry, path: Path) -> ModelFacts:
 
 
 def _with_card(facts: ModelFacts) -> ModelFacts:
-    if facts.state in _GONE:
+    if facts.state not in _USABLE:
         return facts
     try:
         card = read_card(Path(facts.file))
@@ -97,8 +97,8 @@ def _with_card(facts: ModelFacts) -> ModelFacts:
     return ModelFacts(facts.name, facts.state, facts.file, facts.problem, 0, card)
 
 
-def check_model(facts: ModelFacts) -> Finding:
-    check, name = "model.file", facts.name
+def check_model(facts: ModelFacts, check: str = "model.file") -> Finding:
+    name = facts.name
     pull = [f"edge-llm models pull {name}"]
     if facts.state == "verified":
         return ok(check, f"{name}, {facts.file}" + (f", {facts.card.quantization}" if facts.card else ""))

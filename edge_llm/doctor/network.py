@@ -33,7 +33,6 @@ class Link:
     name: str
     is_wireless: bool
     is_virtual: bool
-    is_up: bool
     speed_mbit_s: int | None
     duplex: str | None
     mtu: int | None
@@ -168,7 +167,6 @@ def _link(files: Files, name: str) -> Link:
         name=name,
         is_wireless=is_wireless,
         is_virtual=is_virtual and not is_wireless,
-        is_up=files.text(f"{folder}/operstate") == "up",
         speed_mbit_s=int(speed) if speed and speed > 0 else None,
         duplex=duplex if duplex in ("full", "half") else None,
         mtu=None if mtu is None else int(mtu),

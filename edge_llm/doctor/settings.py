@@ -74,6 +74,23 @@ def check_settings(settings: Settings) -> list[Finding]:
     ]
 
 
+def check_gateway(settings: Settings) -> list[Finding]:
+    """Whether a gateway with these settings would open its door; nothing where none is set up on this board."""
+    config = settings.gateway
+    if config.workers_file is None:
+        return []
+    from edge_llm.gateway.serve import credentials_of
+
+    check = "settings.gateway"
+    is_about_keys = config.api_keys_file is None or config.no_auth  # what is in the file is said under keys.api
+    error = _refusal(lambda: credentials_of(config)) if is_about_keys else ""
+    if not error and config.key_file is None and config.key_fd is None:
+        error = "no cluster key (gateway.key_file), unless --key-file gives it"
+    if error:
+        return [fail(check, error, why="the gateway refuses to start", do="say it in the settings, or at its start")]
+    return [ok(check, f"{config.host} port {config.port}, workers of {config.workers_file}")]
+
+
 def _file_in_use(file: Path | None, environ: Mapping[str, str]) -> str | None:
     """The place that settings come from, where there is one."""
     if file is not None:

@@ -27,6 +27,7 @@ _VIRTUAL: Final = frozenset({"overlay", "aufs", "squashfs"})
 _MAJORS: Final = {"179": "mmcblk0", "259": "nvme0n1", "8": "sda"}
 _LITTLE_BYTES: Final = 2 << 30
 _NOTHING_BYTES: Final = 300 << 20
+_ELSEWHERE: Final = "export EDGE_LLM_CATALOGUE_MODELS_DIR=/path/on/another/disk"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +57,8 @@ def read_place(files: Files, folder: Path, room: Room) -> Place | None:
     found = [mount for mount in mounts if folder == Path(mount.point) or Path(mount.point) in folder.parents]
     if not found:
         return None
-    mount = max(found, key=lambda mount: len(mount.point))  # the last of equals: it hides those before
-    mount = [other for other in found if other.point == mount.point][-1]
+    longest = max(len(mount.point) for mount in found)
+    mount = [mount for mount in found if len(mount.point) == longest][-1]  # a later one hides those before it
     device = _device(files, mount)
     return Place(
         folder=str(folder),
@@ -87,21 +88,27 @@ def check_root(place: Place | None, *, runs_server: bool, has_k3s: bool) -> Find
     return warn(check, words, why=why, do=do)
 
 
-def check_models_place(place: Place | None, *, needs_bytes: int) -> Finding:
-    """Where models are kept. `needs_bytes`: what is still to be fetched."""
+def check_models_place(place: Place | None, *, needs_bytes: int, is_there: bool) -> Finding:
+    """Where models are kept. `needs_bytes`: still to be fetched; `is_there`: the configured model can be read."""
     check = "storage.models"
     if place is None:
         return unknown(check, "/proc/self/mountinfo cannot be read")
     free = "" if place.free_bytes is None else f", {gib(place.free_bytes)} free"
     words = f"{place.folder} on {place.medium} ({place.device}){free}"
-    least = needs_bytes + _NOTHING_BYTES
+    if place.is_read_only:  # a volume that somebody else fills
+        if is_there:
+            return ok(check, f"{words}, read-only")
+        why = "the configured model is not there, and nothing can be written"
+        do = "put it there from where it can be written, or keep models elsewhere"
+        return fail(check, f"{words}, read-only", why=why, do=do, commands=[_ELSEWHERE])
+    least = needs_bytes + (0 if is_there else _NOTHING_BYTES)
     if place.free_bytes is not None and place.free_bytes < least:
         return fail(
             check,
             words,
             why=f"{gib(least)} are needed for the configured model and what is written beside it",
             do="make room, or keep models elsewhere",
-            commands=["export EDGE_LLM_CATALOGUE_MODELS_DIR=/path/on/another/disk", f"du -sh {place.folder}/*"],
+            commands=[f"du -sh {place.folder}/*", _ELSEWHERE],
         )
     if place.medium == "network":
         return warn(
@@ -116,7 +123,7 @@ def check_models_place(place: Place | None, *, needs_bytes: int) -> Finding:
             words,
             why="models here take memory twice, and are gone after a boot",
             do="keep them on a disk",
-            commands=["export EDGE_LLM_CATALOGUE_MODELS_DIR=/path/on/a/disk"],
+            commands=[_ELSEWHERE],
         )
     if place.free_bytes is not None and place.free_bytes < _LITTLE_BYTES + needs_bytes:
         return warn(

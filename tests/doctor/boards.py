@@ -92,6 +92,7 @@ def fitting_pi5() -> Tree:
         "proc/uptime": "86400.00 340000.00\n",
         "proc/sys/kernel/osrelease": "6.12.47+rpt-rpi-2712\n",
         "proc/sys/kernel/hostname": "pi-a\n",
+        "etc/os-release": 'PRETTY_NAME="Debian GNU/Linux 12 (bookworm)"\nNAME="Debian GNU/Linux"\n',
         "proc/cmdline": f"{FIRMWARE_WORDS}{BOOT_WORDS} {K3S_WORDS}\n",
         "proc/cgroups": "#subsys_name\thierarchy\tnum_cgroups\tenabled\ncpuset\t0\t70\t1\npids\t0\t70\t1\n",
         "proc/self/cgroup": "0::/user.slice/user-1000.slice/session-3.scope\n",

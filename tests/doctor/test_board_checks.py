@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -144,6 +145,30 @@ def test_each_way_to_be_without_memory_cgroups_has_its_own_remedy(
     assert command in found.commands[0]
 
 
+@pytest.mark.parametrize("before", [f"{BOOT_WORDS}\n", f"{BOOT_WORDS}\n{K3S_WORDS}\n", f"{BOOT_WORDS}\n\n{K3S_WORDS}"])
+def test_the_lines_to_type_repair_the_file(tmp_path: Path, before: str) -> None:
+    broken = {CONTROLLERS: WITHOUT, CMDLINE: FIRMWARE_WORDS + BOOT_WORDS, BOOT_FILE: before}
+    (command,) = kernel(tmp_path, broken)["memory_cgroup"].commands
+    typed(command, f"/{BOOT_FILE}", tmp_path / BOOT_FILE)
+    first, *rest = (tmp_path / BOOT_FILE).read_text().splitlines()
+    assert (first.split(), rest) == ([*BOOT_WORDS.split(), *K3S_WORDS.split()], [])
+
+
+def typed(command: str, path: str, instead: Path) -> None:
+    """Run what is to be typed on a copy, as far as it is about the file."""
+    lines = [part.strip() for part in command.split("&&") if path in part]
+    for line in lines:
+        subprocess.run(line.removeprefix("sudo ").replace(path, str(instead)), shell=True, check=True)
+    assert lines
+
+
+def test_k3s_needs_two_more_controllers(tmp_path: Path) -> None:
+    changes = {CONTROLLERS: "io memory pids\n"}
+    found = kernel(tmp_path / "k3s", changes)["memory_cgroup"]
+    assert (found.status, found.found) == ("fail", "on (cgroup v2), but without cpu, cpuset")
+    assert kernel(tmp_path / "none", changes, has_k3s=False)["memory_cgroup"].status == "ok"
+
+
 def test_memory_cgroups_matter_less_without_k3s(tmp_path: Path) -> None:
     changes = {CONTROLLERS: WITHOUT, CMDLINE: FIRMWARE_WORDS + BOOT_WORDS, BOOT_FILE: BOOT_WORDS}
     assert kernel(tmp_path, changes, has_k3s=False)["memory_cgroup"].status == "warn"
@@ -204,6 +229,14 @@ def test_swap_is_a_fault_on_a_disk_only(tmp_path: Path, rows: str, status: str, 
     found = kernel(tmp_path, {"proc/swaps": f"Filename Type Size Used Priority\n{rows}"})["swap"]
     assert found.status == status
     assert command in " ".join(found.commands)
+
+
+def test_the_line_to_type_against_swap_leaves_the_other_disks(tmp_path: Path) -> None:
+    swaps = "Filename Type Size Used Priority\n/dev/sda3 partition 524272 0 -2\n"
+    (command,) = kernel(tmp_path, {"proc/swaps": swaps})["swap"].commands
+    (tmp_path / "fstab").write_text("UUID=1 / ext4 defaults 0 1\nUUID=2 none swap sw 0 0\n")
+    typed(command, "/etc/fstab", tmp_path / "fstab")
+    assert (tmp_path / "fstab").read_text() == "UUID=1 / ext4 defaults 0 1\n#UUID=2 none swap sw 0 0\n"
 
 
 # --- limits -------------------------------------------------------------------------------------------------------

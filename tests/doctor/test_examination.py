@@ -28,6 +28,7 @@ def test_a_board_as_it_should_be_gives_no_complaint(tmp_path: Path, tiny: Enviro
     assert of(found, "unknown") == {"k3s.version"}, "the program of another board cannot be asked"
     assert found["board.model"].found == "Raspberry Pi 5 Model B Rev 1.0, 4 cores, aarch64"
     assert found["board.ram"].found == "7.9 GiB"
+    assert found["kernel.release"].found == "6.12.47+rpt-rpi-2712, Debian GNU/Linux 12 (bookworm)"
     assert found["kernel.numa"].found == "spread over 8 nodes"
     assert found["kernel.page_size"].found.startswith("16 KiB")
     assert found["storage.root"].found == "NVMe (nvme0n1p2, ext4)"

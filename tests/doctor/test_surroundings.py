@@ -71,7 +71,7 @@ def test_the_deepest_mount_holds_the_models_and_blanks_in_its_name_are_read(tmp_
     assert place_of(tmp_path / "a", tree, "/mnt/other").device == "sda1"
     network = place_of(tmp_path / "b", tree, "/mnt/my models/deep/down")
     assert (network.medium, network.device) == ("network", "nas:/models")
-    assert check_models_place(network, needs_bytes=0).status == "warn"
+    assert check_models_place(network, needs_bytes=0, is_there=True).status == "warn"
 
 
 def test_a_later_mount_hides_an_earlier_one_at_the_same_place(tmp_path: Path) -> None:
@@ -80,18 +80,28 @@ def test_a_later_mount_hides_an_earlier_one_at_the_same_place(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("free", "needs", "status"),
+    ("free", "needs", "is_there", "status"),
     [
-        (100 << 20, 0, "fail"),
-        (1 << 30, 0, "warn"),
-        (1 << 30, 1 << 30, "fail"),
-        (8 << 30, 1 << 30, "ok"),
-        (None, 0, "ok"),
+        (100 << 20, 0, False, "fail"),
+        (100 << 20, 0, True, "warn"),
+        (1 << 30, 0, True, "warn"),
+        (1 << 30, 1 << 30, False, "fail"),
+        (8 << 30, 1 << 30, False, "ok"),
+        (None, 0, True, "ok"),
     ],
 )
-def test_room_is_judged_by_what_is_still_to_come(tmp_path: Path, free: int | None, needs: int, status: str) -> None:
+def test_room_is_judged_by_what_is_still_to_come(
+    tmp_path: Path, free: int | None, needs: int, is_there: bool, status: str
+) -> None:
     place = place_of(tmp_path, {}, "/home/pi/models", free)
-    assert check_models_place(place, needs_bytes=needs).status == status
+    assert check_models_place(place, needs_bytes=needs, is_there=is_there).status == status
+
+
+def test_a_read_only_volume_is_fine_once_the_model_is_there(tmp_path: Path) -> None:
+    volume = "40 22 0:70 / /models ro shared:9 - ext4 /dev/sdb1 rw\n"
+    place = place_of(tmp_path, {MOUNTINFO: mounts("/dev/sda1", "8:1", volume)}, "/models", free=0)
+    assert check_models_place(place, needs_bytes=0, is_there=True).status == "ok"
+    assert check_models_place(place, needs_bytes=100 << 20, is_there=False).status == "fail"
 
 
 # --- network ------------------------------------------------------------------------------------------------------
@@ -211,6 +221,7 @@ def test_the_version_of_k3s_is_its_own_word(tmp_path: Path) -> None:
     assert k3s(tmp_path / "new", {})["version"].found == "v1.35.3+k3s1"
     old = k3s(tmp_path / "old", {}, "k3s version v1.28.4+k3s2 (6ba6c1b6)\n")["version"]
     assert (old.status, old.found) == ("warn", "v1.28.4+k3s2")
+    assert "K3S_URL" in old.commands[0], "without, the installer would make this agent a server"
     assert k3s(tmp_path / "mute", {}, None)["version"].status == "unknown"
 
 
