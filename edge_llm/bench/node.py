@@ -33,7 +33,7 @@ from edge_llm.bench.node_figures import (
     row_of,
 )
 from edge_llm.bench.node_reference import command_of, environment_of, speed_of, why_not
-from edge_llm.bench.node_rows import FlashAttention, NodeTest, complete
+from edge_llm.bench.node_rows import NodeTest, complete
 from edge_llm.bench.processes import MeasureFailed, Measurer, run_tool
 from edge_llm.bench.reference_tools import ToolTree
 from edge_llm.bench.run import Run
@@ -45,7 +45,6 @@ from edge_llm.machine import huge_page_environment
 MEASURE: Final = "edge_llm.engine.measure_node"
 BANDWIDTH: Final = "edge_llm.bench.bandwidth"
 _ENGINE: Final = "engine"  # its name in the sampled series
-_CURVE_FLASH: Final[tuple[FlashAttention, ...]] = ("off", "on")
 
 Progress = Callable[[str, int, int], None]
 Emit = Callable[[dict[str, Any]], None]
@@ -53,8 +52,8 @@ Emit = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How to measure. `tree`: measure llama-bench beside; `curve`: contexts of the memory curve, in tokens;
-    `array_bytes`: of the bandwidth measurement, None: what lies outside the cache."""
+    """How to measure. `tree`: measure llama-bench beside; `curve`: prompts that fill the contexts of the memory
+    curve; `array_bytes`: of the bandwidth measurement, None: what lies outside the cache."""
 
     repetitions: int = 5
     cores: tuple[int, ...] = ()
@@ -62,7 +61,7 @@ class Plan:
     delay_s: float = 0.0
     deadline_s: float = 3600.0
     tree: ToolTree | None = None
-    curve: tuple[int, ...] = ()
+    curve: tuple[NodeTest, ...] = ()
     levels_dir: Path | None = None
     array_bytes: int | None = None
     pause: Callable[[float], None] = time.sleep
@@ -192,49 +191,19 @@ class NodeBench:
     # -- the memory curve
 
     def _memory_curve(self, model: BenchModel) -> None:
-        """Peak memory against context, each point with and without flash attention."""
-        if not self.plan.curve or not self.tests:
-            return
-        first = self.tests[0]
-        for number, cells in enumerate(self.plan.curve):
-            for flash in _CURVE_FLASH:
-                name = f"memory of {cells} tokens, fa {flash}"
-                self.progress(f"{model.facts.name}: {name}", number, len(self.plan.curve))
-                try:
-                    point = self._curve_point(model, first, cells, flash)
-                except (EdgeLLMError, OSError) as error:
-                    self.run.fail(f"{model.facts.name}: {name}", str(error))
-                    continue
-                self.curve.append(point)
-                self.run.case({"case": f"{model.facts.name}: {name}", **point})
-
-    def _curve_point(self, model: BenchModel, first: NodeTest, cells: int, flash: FlashAttention) -> dict[str, Any]:
-        asked = NodeTest(
-            n_prompt=cells,
-            n_gen=0,
-            n_batch=first.n_batch,
-            n_ubatch=first.n_ubatch,
-            type_k=first.type_k,
-            type_v=first.type_v,
-            flash_attention=flash,
-            n_threads=first.n_threads,
-            n_threads_batch=first.n_threads_batch,
-            policy=first.policy,
-        )
-        with self._engine(model, first.policy) as (engine, _):
-            answer = engine.ask("curve", self.plan.deadline_s, test=_wire(asked))
-        return {
-            "model": model.facts.name,
-            "n_ctx": asked.cells,
-            "flash_attention": flash,
-            "type_k": asked.type_k,
-            "type_v": asked.type_v,
-            "n_ubatch": asked.micro_batch,
-            "policy": asked.policy,
-            "tokens": answer["tokens"],
-            "prefill_peak_bytes": answer["prefill_peak_bytes"],
-            "decode_peak_bytes": answer["decode_peak_bytes"],
-        }
+        """Peak memory against context."""
+        for number, test in enumerate(self.plan.curve):
+            name = f"{model.facts.name}: memory of {test.cells} tokens, fa {test.flash_attention}"
+            self.progress(name, number, len(self.plan.curve))
+            try:
+                with self._engine(model, test.policy) as (engine, _):
+                    answer = engine.ask("curve", self.plan.deadline_s, test=_wire(test))
+            except (EdgeLLMError, OSError) as error:
+                self.run.fail(name, str(error))
+                continue
+            point = _point_of(model.facts.name, test, answer)
+            self.curve.append(point)
+            self.run.case({"case": name, **point})
 
     # -- what all share
 
@@ -341,6 +310,22 @@ def _take_samples(found: Measured, run: Run) -> None:
     found.pss_bytes, found.anonymous_bytes = highest("pss_bytes"), highest("anonymous_bytes")
     power = summaries.get("power_w")
     found.power_w = None if power is None else power.mean
+
+
+def _point_of(model: str, test: NodeTest, answer: Mapping[str, Any]) -> dict[str, Any]:
+    """A point of the memory curve."""
+    return {
+        "model": model,
+        "policy": test.policy,
+        "n_ctx": test.cells,
+        "n_ubatch": test.micro_batch,
+        "type_k": test.type_k,
+        "type_v": test.type_v,
+        "flash_attention": test.flash_attention,
+        "tokens": answer["tokens"],
+        "prefill_peak_bytes": answer["prefill_peak_bytes"],
+        "decode_peak_bytes": answer["decode_peak_bytes"],
+    }
 
 
 def _wire(test: NodeTest) -> dict[str, Any]:

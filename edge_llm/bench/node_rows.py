@@ -160,6 +160,17 @@ class Sweep:
         ]
         return list(dict.fromkeys(found))
 
+    def curve(self, contexts: Sequence[int]) -> list[NodeTest]:
+        """Prompts that fill each of these contexts, with and without flash attention, other settings the first ones."""
+        settings = (self.n_batch[0], self.n_ubatch[0], self.type_k[0], self.type_v[0])
+        threads = (self.threads_decode[0], self.threads_prefill[0])
+        flashes: tuple[FlashAttention, ...] = ("off", "on")
+        return [
+            NodeTest(context, 0, 0, *settings, flash, *threads, self.policies[0])
+            for context in contexts
+            for flash in flashes
+        ]
+
     def _thread_pairs(self) -> list[tuple[int, int]]:
         """Both phases' threads: the same where one list was given for both."""
         if self.threads_decode == self.threads_prefill:

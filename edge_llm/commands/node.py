@@ -6,6 +6,7 @@ Owns the options (llama-bench's spellings), where rows are printed as they come,
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -70,7 +71,14 @@ def _list(*names: str, default: str, help: str) -> Callable[[Any], Any]:
 @click.option("--delay", type=click.FloatRange(0, 3600), default=0.0, help="Seconds to cool off before each test.")
 @click.option("--no-warmup", is_flag=True, help="No untimed run before a test.")
 @click.option("--progress", "has_progress", is_flag=True, help="Say what runs on standard error, with -oe too.")
-@click.option("--core", "--cores", "cores", multiple=True, metavar="LIST", help="Cores to pin to (default: none).")
+@click.option(
+    "--core",
+    "--cores",
+    "cores",
+    multiple=True,
+    metavar="LIST",
+    help="Cores to pin to (default: none; beside llama-bench the last ones).",
+)
 @click.option(
     "--memory-curve",
     is_flag=False,
@@ -98,7 +106,8 @@ def node(output: Path, output_format: str | None, output_err: str | None, as_jso
     if as_json and output_format:
         raise click.UsageError("--json prints the whole run as one object: leave out -o")
     try:
-        plan, tests = _plan(options), _sweep(options).tests()
+        sweep = _sweep(options)
+        plan, tests = _plan(options, sweep), sweep.tests()
     except BadList as error:
         raise click.UsageError(error.message) from error
     if not tests and not plan.curve:
@@ -181,7 +190,7 @@ def _has_power() -> bool:
     return BoardReader({}).read(0.0).get("power_w") is not None
 
 
-def _plan(options: dict[str, Any]) -> Any:
+def _plan(options: dict[str, Any], sweep: Any) -> Any:
     from edge_llm.bench.node import Plan
     from edge_llm.bench.node_rows import numbers
     from edge_llm.bench.reference_tools import require
@@ -190,21 +199,30 @@ def _plan(options: dict[str, Any]) -> Any:
     curve = options["memory_curve"]
     return Plan(
         repetitions=options["repetitions"] or (_QUICK_REPETITIONS if options["quick"] else _REPETITIONS),
-        cores=numbers(options["cores"], "--cores") if options["cores"] else (),
+        cores=_cores(options, max(*sweep.threads_decode, *sweep.threads_prefill)),
         is_warm=not options["no_warmup"],
         delay_s=options["delay"],
         tree=require("ours") if options["against_llama_bench"] else None,
-        curve=numbers([curve], "--memory-curve", least=64) if curve else (),
+        curve=tuple(sweep.curve(numbers([curve], "--memory-curve", least=64))) if curve else (),
         levels_dir=levels_dir(),
     )
+
+
+def _cores(options: dict[str, Any], threads: int) -> tuple[int, ...]:
+    """Those asked for; beside llama-bench always some, the last ones, so that both sides have the same."""
+    from edge_llm.bench.node_rows import numbers
+
+    if options["cores"]:
+        return numbers(options["cores"], "--cores")
+    return tuple(sorted(os.sched_getaffinity(0))[-threads:]) if options["against_llama_bench"] else ()
 
 
 def _sweep(options: dict[str, Any]) -> Any:
     from edge_llm.bench.node_rows import Sweep, flash_attentions, numbers, pairs, words
     from edge_llm.machine import usable_cores
 
-    cores = numbers(options["cores"], "--cores") if options["cores"] else ()
-    threads = options["threads"] or (str(len(cores) or usable_cores()),)
+    pinned = numbers(options["cores"], "--cores") if options["cores"] else ()
+    threads = options["threads"] or (str(len(pinned) or usable_cores()),)
     policies: Any = words(options["policy"], "--policy", ("exact", "fast"))
     return Sweep(
         n_prompt=numbers(options["n_prompt"], "-p"),

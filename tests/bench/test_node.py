@@ -13,7 +13,7 @@ import pytest
 
 from edge_llm.bench.engine import BenchModel
 from edge_llm.bench.node import NodeBench, Plan
-from edge_llm.bench.node_rows import NodeTest, Table
+from edge_llm.bench.node_rows import NodeTest, Sweep, Table
 from edge_llm.bench.record import ModelFacts
 from edge_llm.bench.reference_tools import Manifest, ToolTree
 from edge_llm.bench.run import Run
@@ -181,7 +181,7 @@ def test_a_llama_bench_that_fails_costs_the_row_its_ratio_and_is_counted(model: 
 
 
 def test_the_memory_curve_has_a_point_with_and_without_flash_attention(model: BenchModel) -> None:
-    bench = a_bench(model, PROMPT, plan=Plan(repetitions=1, curve=(256, 1024)))
+    bench = a_bench(model, PROMPT, plan=Plan(repetitions=1, curve=tuple(Sweep().curve([256, 1000]))))
     found = bench.measure()
     points = found["memory_curve"]
     assert [(point["n_ctx"], point["flash_attention"]) for point in points] == [

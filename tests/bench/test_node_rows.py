@@ -128,6 +128,17 @@ def test_every_other_list_multiplies_and_policies_are_outermost() -> None:
     ]
 
 
+def test_a_memory_curve_has_each_context_with_and_without_flash_attention_and_else_the_first_settings() -> None:
+    points = Sweep(n_ubatch=(64, 512), type_k=("q8_0", "f16"), threads_prefill=(2, 1)).curve([256, 1000])
+    assert [(point.cells, point.flash_attention) for point in points] == [
+        (256, "off"),
+        (256, "on"),
+        (1024, "off"),
+        (1024, "on"),
+    ]
+    assert {(point.n_ubatch, point.type_k, point.n_threads_batch) for point in points} == {(64, "q8_0", 2)}
+
+
 def test_sizes_of_zero_are_no_tests() -> None:
     assert Sweep(n_prompt=(0,), n_gen=(0,), n_pg=((0, 0),)).tests() == []
 
