@@ -5,42 +5,65 @@ Owns the layout. Refuses to know how anything was measured: it reads what `--jso
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import click
 
 _TIMES: Final = {"ttft_ms": "TTFT", "tpot_ms": "TPOT", "itl_ms": "ITL", "e2el_ms": "E2E"}
+# Of tables that go into a file.
+_WIDTH: Final = 130
+# More loads than these have a line each, and no table of their own.
+_IN_FULL: Final = 3
 _SPREAD: Final = ("mean", "p50", "p90", "p95", "p99")
 
 
 def show(found: Mapping[str, Any]) -> None:
     from rich.console import Console
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH)
     click.echo("workload  " + ", ".join(f"{name}: {_word(value)}" for name, value in found["workload"].items()))
     for name, one in found["contenders"].items():
         server = one["server"]
         click.echo(f"\n{name}  {', '.join(server['urls'])}  {server['model']}  ({server['prompts']})")
-        for load in one["loads"]:
+        loads = one["loads"]
+        for load in loads if len(loads) <= _IN_FULL else ():
             console.print(_times(load))
             for line in _rates(load):
                 click.echo(f"  {line}")
+        if len(loads) > 1:
+            console.print(_curve(f"{name}, all loads", loads, [load["label"] for load in loads]))
+        for line in _goodput(one["goodput"]):
+            click.echo(f"  {line}")
+        for load in loads:
             if load["slowdown"]:
                 console.print(_slowdown(load["slowdown"]))
-        if len(one["loads"]) > 1:
-            console.print(_curve(one["loads"]))
-        for key, at in one["goodput"].items():
-            bound = {"at_most": " (the lowest rate measured was too high)", "at_least": " or more"}.get(at["bound"], "")
-            click.echo(
-                f"  {key}: {at['per_s']:.4g} requests/s{bound}, 95 % interval {at['low']:.4g} to {at['high']:.4g}, "
-                f"{at['per_node_per_s']:.4g} a node"
-            )
+    for label, rows in _together(found["contenders"]).items():
+        console.print(_curve(label, list(rows.values()), list(rows)))
     for line in found["sentences"]:
         click.echo(line)
     click.echo("")
     for word, meaning in found["definitions"].items():
         click.echo(f"{word:<12}{meaning}")
+
+
+def _together(contenders: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Loads that several were under, by label: who was, and what came of it."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, one in contenders.items():
+        for load in one["loads"]:
+            found.setdefault(load["label"], {})[name] = load
+    return {label: rows for label, rows in found.items() if len(rows) > 1}
+
+
+def _goodput(found: Mapping[str, Any]) -> Iterator[str]:
+    for key, at in found.items():
+        bound = {"at_most": " (the lowest rate measured was too high)", "at_least": " or more"}.get(at["bound"], "")
+        yield (
+            f"{key}: {at['per_s']:.4g} requests/s{bound}, 95 % interval {at['low']:.4g} to {at['high']:.4g}, "
+            f"{at['per_node_per_s']:.4g} a node"
+        )
 
 
 def _times(load: Mapping[str, Any]) -> Any:
@@ -74,6 +97,11 @@ def _rates(load: Mapping[str, Any]) -> Iterator[str]:
         if found["counted_by"]
         else "no answer was complete"
     )
+    if found["generator"]:
+        yield f"requests left late by {found['generator']['late_ms_p99']:.2f} ms at p99"
+    if found["stages_ms"]:
+        stages = ", ".join(f"{name} {one['p50']:.1f}" for name, one in found["stages_ms"].items())
+        yield f"stages (ms, p50): {stages}"
     if found["modes"]:
         yield "answers by mode: " + ", ".join(f"{count} {mode}" for mode, count in found["modes"].items())
     if limit := found["attained"]:
@@ -88,19 +116,21 @@ def _rates(load: Mapping[str, Any]) -> Iterator[str]:
         yield f"limits times: {shares}; {best}"
 
 
-def _curve(loads: list[Mapping[str, Any]]) -> Any:
+def _curve(title: str, loads: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> Any:
     """A line for each load, in order of load."""
     from rich.table import Table
 
-    table = Table(title="all loads", title_justify="left")
-    for column in ("load", "complete", "requests/s", "tokens/s", "TTFT p50", "p99", "TPOT p50", "p99", "keep limits"):
-        table.add_column(column, justify="left" if column == "load" else "right")
-    for load in sorted(loads, key=lambda load: load["rate_per_s"] or load["clients"] or 0):
+    table = Table(title=f"{title} (ms)", title_justify="left")
+    for column in ("", "complete", "requests/s", "tokens/s", "TTFT p50", "p99", "TPOT p50", "p99", "E2E p50", "kept"):
+        table.add_column(column, justify="right" if column else "left")
+    rows = zip(labels, loads, strict=True)
+    for label, load in sorted(rows, key=lambda row: row[1]["rate_per_s"] or row[1]["clients"] or 0):
         found = load["figures"]
-        spreads = [found[key][at] if found[key] else None for key in ("ttft_ms", "tpot_ms") for at in ("p50", "p99")]
+        cells = (("ttft_ms", "p50"), ("ttft_ms", "p99"), ("tpot_ms", "p50"), ("tpot_ms", "p99"), ("e2el_ms", "p50"))
+        spreads = [found[key][at] if found[key] else None for key, at in cells]
         attained = found["attained"]
         table.add_row(
-            load["label"],
+            label,
             f"{found['completed']}/{found['requests']}",
             f"{found['request_throughput']:.3g}",
             f"{found['output_throughput']:.4g}",

@@ -348,7 +348,12 @@ class Twin:
 def test_an_independent_client_at_the_same_server_sees_the_same_times(server: Server) -> None:
     server.first_s, server.gap_s = 0.3, 0.02
     twins = [Twin(server.url, {"prompt": "x", "max_tokens": 21, "stream": True}) for _ in range(5)]
-    others = threading.Thread(target=lambda: [twin.ask() for twin in twins])
+
+    def ask_all() -> None:
+        for twin in twins:
+            twin.ask()
+
+    others = threading.Thread(target=ask_all)
     source = Source(drawn("chat", Lengths("fixed", 20), Lengths("fixed", 21), 1000, 0))
     run, tally = Run("serve", [], {}), Tally()
     plan = replace(PLAN, loads=(Load("closed", None, 1, 5),), warm_up=0)

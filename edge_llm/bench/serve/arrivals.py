@@ -16,13 +16,6 @@ OpenProcess = Literal["poisson", "constant", "burst"]
 OPEN: Final[tuple[OpenProcess, ...]] = ("poisson", "constant", "burst")
 
 
-def poisson(rate_per_s: float, from_s: float, until_s: float, rng: random.Random) -> Iterator[float]:
-    """Times of independent arrivals in [from_s, until_s)."""
-    now_s = from_s
-    while (now_s := now_s + rng.expovariate(rate_per_s)) < until_s:
-        yield now_s
-
-
 def times(
     process: OpenProcess, rate_per_s: float, seed: int, count: int | None, seconds: float | None, burst: int = 1
 ) -> list[float]:

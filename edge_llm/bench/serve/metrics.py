@@ -23,8 +23,8 @@ from edge_llm.bench.serve.saturation import Saturation, saturation
 from edge_llm.bench.stats import bootstrap, deviation, mean, percentile, wilson
 
 DEFINITIONS: Final[Mapping[str, str]] = {
-    "ttft": "from sending the request (before the connection is made) to the first event with text: queue, hand-off of "
-    "KV and network are in it",
+    "ttft": "from sending the request (with a connection, where none is open) to the first event with text: queue, "
+    "hand-off of KV and network are in it",
     "itl": "from one event with text to the next, so without the first; an event may carry several tokens",
     "e2el": "from sending the request to the last event with text (of an answer in one piece: until it was there)",
     "tpot": "(e2el - ttft) / (tokens - 1), one figure for each answer of two tokens or more",
@@ -34,10 +34,13 @@ DEFINITIONS: Final[Mapping[str, str]] = {
     "attainment": "share of all requests that are complete and keep the limits of ttft and of tpot, both",
     "goodput": "request_goodput: complete answers within the limits per second; goodput_90, goodput_99: the highest "
     "rate with such an attainment, interpolated between rates that were measured (DistServe)",
+    "stages": "of our gateway's own report: in the queue, computing the prompt, hand-off after that, the first step",
     "failed": "requests without a complete answer, by kind; `cut_short`: it ended in order before it had all tokens "
     "that were forced; they are in no latency",
 }
 LATE_SHARE: Final = 0.1
+# What our gateway says of each answer, in ms (README).
+_STAGES: Final = ("queue", "prefill", "handoff", "first_decode")
 # More samples than this have no bootstrap interval: it would take longer than it tells.
 _MOST_RESAMPLED: Final = 2000
 
@@ -103,6 +106,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     cached_tokens: int | None
     counted_by: dict[str, int]
     modes: dict[str, int] = {}
+    stages_ms: dict[str, Spread] = {}
     attained: Attained | None = None
     saturation: Saturation | None = None
     generator: Generator | None = None
@@ -137,6 +141,7 @@ def figures(passes: Sequence[Sequence[Answer]], is_open: bool, limits: Limits | 
         cached_tokens=sum(cached) if cached else None,
         counted_by=dict(Counter(answer.counted_by for answer in done)),
         modes=dict(Counter(str(answer.own["mode"]) for answer in done if answer.own.get("mode"))),
+        stages_ms=_stages(done),
         attained=attained(answers, limits, duration_s) if limits is not None else None,
         saturation=saturation(passes) if is_open else None,
         generator=_generator(answers, ttft_ms) if is_open and answers else None,
@@ -182,6 +187,16 @@ def spread(samples: Sequence[float]) -> Spread | None:
         low=low,
         high=high,
     )
+
+
+def _stages(answers: Sequence[Answer]) -> dict[str, Spread]:
+    """Of servers that tell where the time went: ours."""
+    found = {}
+    for name in _STAGES:
+        said = [answer.own.get(f"{name}_ms") for answer in answers]
+        if one := spread([float(ms) for ms in said if isinstance(ms, int | float) and not isinstance(ms, bool)]):
+            found[name] = one
+    return found
 
 
 def _prompt_tokens(answer: Answer) -> int:
