@@ -61,6 +61,7 @@ def _tables(made: Any) -> dict[str, Any]:
 
     tree = asdict(made)
     for part in (part for chapter in tree["chapters"] for part in chapter["parts"]):
-        part["plots"] = [plot["title"] for plot in part["plots"]]
+        for name in ("plots", "more_plots"):
+            part[name] = [plot["title"] for plot in part[name]]
     tree["across"] = [plot["title"] for plot in tree["across"]]
     return tree

@@ -20,12 +20,15 @@ from edge_llm.report.frontier import frontier_plots
 from edge_llm.report.kinds import KINDS, UNKNOWN, Kind
 from edge_llm.report.tables import figure_tables, flat
 from edge_llm.report.words import NOT_READ, definitions, shown
+from edge_llm.report.words import title as heading
 
 _COMMIT_CHARS: Final = 10
 _HASH_CHARS: Final = 12
 # Load of others before a run, per core it may use, from which on its figures are doubtful.
 _BUSY: Final = 1.0
 _SHOWN_ALARMS: Final = 12
+# Of figures: what is no table.
+_SAID_APART: Final = ("definitions", "sentences", "verdicts", "notes")
 Path = tuple[str, ...]
 
 
@@ -72,25 +75,32 @@ def _state(record: Record) -> str:
 def _headline(record: Record, kind: Kind) -> str:
     figures = flat(record.figures)
     known = [(path, figures[path]) for path in kind.headline if path in figures]
-    return "; ".join(f"{' '.join(path).replace('_', ' ')} {shown(path, value)}" for path, value in known) or NOT_READ
+    return "; ".join(f"{' '.join(map(heading, path))} {shown(path, value)}" for path, value in known) or NOT_READ
 
 
 def _chapter(name: str, evidence: Sequence[Evidence]) -> Chapter:
     kind = KINDS.get(name, UNKNOWN)
     words = {part for one in evidence for path in flat(one.record.figures) for part in path}
+    own = {
+        str(name): str(text)
+        for one in evidence
+        if isinstance(one.record.figures.get("definitions"), dict)
+        for name, text in one.record.figures["definitions"].items()
+    }
     words.update(sample for one in evidence for sample in one.record.samples)
     return Chapter(
         kind=name,
         title=kind.title or name,
         what=kind.what,
-        definitions=tuple(definitions(words)),
+        definitions=tuple({**dict(definitions(words - own.keys())), **own}.items()),
         parts=tuple(_part(one, kind) for one in evidence),
     )
 
 
 def _part(one: Evidence, kind: Kind) -> Part:
     record = one.record
-    everything = tuple(figure_tables(record.figures))
+    everything = tuple(figure_tables({name: one for name, one in record.figures.items() if name not in _SAID_APART}))
+    plots, more = kind.plots(one)
     return Part(
         file=one.file,
         title=f"{record.started_at:%Y-%m-%d %H:%M} UTC, {', '.join(m.name for m in record.models) or 'no model'}",
@@ -98,7 +108,8 @@ def _part(one: Evidence, kind: Kind) -> Part:
         alarms=tuple(_alarms(one)),
         sentences=tuple(kind.sentences(record)),
         tables=tuple(kind.tables(record)) if kind.tables else everything,
-        plots=tuple(kind.plots(one)),
+        plots=tuple(plots),
+        more_plots=tuple(more),
         all_figures=everything if kind.tables else (),
         notes=tuple(record.notes),
     )

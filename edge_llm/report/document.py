@@ -28,8 +28,8 @@ class Plot:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One record. `alarms` say what is wrong with it (cut short, failures, another commit than it says); `tables` are
-    what it is about, `all_figures` everything in it."""
+    """One record. `alarms` say what is wrong with it (cut short, failures, another commit than it says); `tables` and
+    `plots` are what it is about, `more_plots` more of the same, `all_figures` everything in it."""
 
     file: str
     title: str
@@ -38,6 +38,7 @@ class Part:
     sentences: tuple[str, ...] = ()
     tables: tuple[Table, ...] = ()
     plots: tuple[Plot, ...] = ()
+    more_plots: tuple[Plot, ...] = ()
     all_figures: tuple[Table, ...] = ()
     notes: tuple[str, ...] = ()
 

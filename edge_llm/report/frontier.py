@@ -13,6 +13,7 @@ from typing import Any, Final
 from edge_llm.bench.record import Record
 from edge_llm.report.axes import Axis
 from edge_llm.report.document import Plot
+from edge_llm.report.scores import mean_accuracy
 from edge_llm.report.svg import Dot, cloud
 from edge_llm.report.tables import flat
 from edge_llm.report.words import shown
@@ -72,6 +73,8 @@ def candidates(records: Sequence[Record]) -> list[Candidate]:
         machine = "; ".join(f"{node.board or node.cpu}, {len(node.usable_cores)} cores" for node in record.nodes)
         for sha256, name, figures in _by_model(record):
             names.setdefault(sha256, name)
+            if name in (means := mean_accuracy(record)):
+                accuracy.setdefault(sha256, means[name])
             _keep(accuracy, sha256, figures, _ACCURACY)
             _keep(perplexity, sha256, figures, _PERPLEXITY)
             _keep(speed, (sha256, machine), figures, _SPEED)

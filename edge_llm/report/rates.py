@@ -18,7 +18,7 @@ _X: Final[Mapping[str, str]] = {
     "offered_per_s": "requests per second, offered",
     "slo_scale": "limits, as multiples of the ones given",
     "scale": "limits, as multiples of the ones given",
-    "concurrency": "requests at once",
+    "concurrency": "requests at once (clients)",
 }
 _GOALS: Final = (Level(0.9, "90 %"), Level(0.99, "99 %"))
 _LATENCIES: Final[Mapping[str, str]] = {

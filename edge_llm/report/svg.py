@@ -12,7 +12,7 @@ records. A drawing is 460 units wide, so that its 12-unit letters can be read on
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Final
@@ -23,9 +23,11 @@ WIDTH: Final = 460
 _HEIGHT: Final = 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 14, 24, 40
 _ROW: Final = 22
+_ROWS_TOP: Final = 8  # nothing is written above rows
 _LABEL_CHARS: Final = 34
 _LETTER: Final = 6.1  # mean width of a letter of 11.5 units; labels that are all capitals are rare
 _LEGEND_ROW: Final = 18
+_LEGEND_CHARS: Final = 68
 COLOURS: Final = 8
 _MARKERS: Final = (
     '<circle cx="{x}" cy="{y}" r="3.4"/>',
@@ -41,13 +43,13 @@ _MARKERS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """`points`: x, y, in order of x; where y is NaN the line has a hole. `band`: x, low, high. Without markers it is a
-    line only."""
+    """`points`: x, y, in order of x; where y is NaN the line has a hole. `band`: x, low, high. `marked`: where markers
+    are, None: at every point."""
 
     label: str
     points: tuple[tuple[float, float], ...]
     band: tuple[tuple[float, float, float], ...] = ()
-    has_markers: bool = True
+    marked: tuple[tuple[float, float], ...] | None = None
     is_stepped: bool = False
 
 
@@ -105,41 +107,50 @@ def curves(label: str, series: Sequence[Series], x: Axis, y: Axis, levels: Seque
         parts.append(_level(level, across, up))
     parts += [_band(one, number, across, up) for number, one in enumerate(series) if one.band]
     parts += [_line(one, number, across, up) for number, one in enumerate(series)]
-    legend, height = _legend([one.label for one in series], _TOP + _HEIGHT + _BOTTOM)
+    unmarked = {number for number, one in enumerate(series) if one.marked == ()}
+    legend, height = _legend([one.label for one in series], _TOP + _HEIGHT + _BOTTOM, unmarked=unmarked)
     return _drawing(label, height, [*parts, legend])
 
 
-def stages(label: str, rows: Sequence[Row], x: Axis) -> str:
-    """A Gantt chart: one line for each row, one colour for each stage, stages explained below in order of time."""
-    names = list(dict.fromkeys(span.stage for row in rows for span in row.spans))
-    left = _label_width(row.label for row in rows)
+def stages(label: str, rows: Sequence[Row], x: Axis, order: Sequence[str] = ()) -> str:
+    """A Gantt chart: one line for each row, one colour for each stage, stages explained below in order of time. A stage
+    has the colour of its place in `order`, whatever else is drawn."""
+    there = dict.fromkeys(span.stage for row in rows for span in row.spans if span.end > span.start)
+    names = [*(name for name in order if name in there), *(name for name in there if name not in order)]
+    colours = {name: (order.index(name) if name in order else number) % COLOURS for number, name in enumerate(names)}
+    left, top = _label_width(row.label for row in rows), _ROWS_TOP
     ends = [value for row in rows for span in row.spans for value in (span.start, span.end)]
-    bottom = _TOP + _ROW * len(rows)
+    bottom = top + _ROW * len(rows)
     across = scale(x, ends, left, WIDTH - _RIGHT)
-    parts = [_under(across, x, bottom)]
+    parts = [_under(across, x, bottom, top)]
     for number, row in enumerate(rows):
-        middle = _TOP + _ROW * (number + 0.5)
+        middle = top + _ROW * (number + 0.5)
         parts.append(_row_label(row.label, left, middle))
-        for span in row.spans:
-            start, end = across.at(span.start), across.at(span.end)
-            parts.append(
-                f'<rect class="f c{names.index(span.stage) % COLOURS}" x="{start:.1f}" y="{middle - 7:.1f}" '
-                f'width="{max(end - start, 0.8):.1f}" height="14">'
-                f"<title>{escape(row.label)}: {escape(span.stage)}, {span.end - span.start:.4g}</title></rect>"
-            )
-    legend, height = _legend(names, bottom + _BOTTOM, is_filled=True)
+        parts += [
+            _span(row.label, span, colours[span.stage], across, middle) for span in row.spans if span.stage in there
+        ]
+    legend, height = _legend(names, bottom + _BOTTOM, colours=[colours[name] for name in names], is_filled=True)
     return _drawing(label, height, [*parts, legend])
+
+
+def _span(label: str, span: Span, colour: int, across: Scale, middle: float) -> str:
+    start, end = across.at(span.start), across.at(span.end)
+    width = max(end - start, 0.6)
+    return (
+        f'<rect class="f c{colour}" x="{start:.1f}" y="{middle - 7:.1f}" width="{width:.1f}" height="14">'
+        f"<title>{escape(label)}: {escape(span.stage)}, {span.end - span.start:.4g}</title></rect>"
+    )
 
 
 def ranges(label: str, rows: Sequence[Range], x: Axis) -> str:
     """A middle and its ends for each row; groups explained below when there are several."""
     groups = list(dict.fromkeys(row.group for row in rows))
     left = _label_width(row.label for row in rows)
-    bottom = _TOP + _ROW * len(rows)
+    bottom = _ROWS_TOP + _ROW * len(rows)
     across = scale(x, (value for row in rows for value in (row.low, row.middle, row.high)), left, WIDTH - _RIGHT)
-    parts = [_under(across, x, bottom)]
+    parts = [_under(across, x, bottom, _ROWS_TOP)]
     for number, row in enumerate(rows):
-        middle, colour = _TOP + _ROW * (number + 0.5), groups.index(row.group)
+        middle, colour = _ROWS_TOP + _ROW * (number + 0.5), groups.index(row.group)
         parts.append(_row_label(row.label, left, middle))
         parts.append(
             f'<g class="c{colour % COLOURS}"><path class="l" d="M{across.at(row.low):.1f} {middle:.1f}'
@@ -190,22 +201,22 @@ def _frame(across: Scale, up: Scale, x: Axis, y: Axis) -> str:
         at = up.at(tick)
         lines.append(f'<path class="g" d="M{_LEFT} {at:.1f}H{WIDTH - _RIGHT}"/>')
         lines.append(f'<text class="t e" x="{_LEFT - 6}" y="{at + 4:.1f}">{up.word(tick)}</text>')
-    return "".join(lines) + _under(across, x, _TOP + _HEIGHT, is_open=True)
+    return "".join(lines) + _under(across, x, _TOP + _HEIGHT, _TOP)
 
 
-def _under(across: Scale, x: Axis, bottom: float, *, is_open: bool = False) -> str:
-    """The axis below, with lines up to the top unless there is a grid of the other axis already."""
+def _under(across: Scale, x: Axis, bottom: float, top: float) -> str:
+    """The axis below, its lines up to `top`, and its label: in the middle, unless it is too long for that."""
     lines = [f'<path class="a" d="M{across.start:.1f} {bottom:.1f}H{across.end:.1f}"/>']
     last = -1e9
     for tick in across.ticks():
         at, word = across.at(tick), across.word(tick)
-        lines.append(f'<path class="g" d="M{at:.1f} {bottom if not is_open else bottom + 4:.1f}V{_TOP:.1f}"/>')
+        lines.append(f'<path class="g" d="M{at:.1f} {bottom + 4:.1f}V{top:.1f}"/>')
         half = _LETTER * len(word) / 2
         if at - half > last:
-            place = min(at, WIDTH - 2 - half)
-            lines.append(f'<text class="t m" x="{place:.1f}" y="{bottom + 15:.1f}">{word}</text>')
+            lines.append(f'<text class="t m" x="{min(at, WIDTH - 2 - half):.1f}" y="{bottom + 15:.1f}">{word}</text>')
             last = at + half + 4
-    middle = (across.start + across.end) / 2
+    half = _LETTER * len(x.label) / 2
+    middle = max(half + 2, min((across.start + across.end) / 2, WIDTH - half - 2))
     lines.append(f'<text class="t m" x="{middle:.1f}" y="{bottom + 31:.1f}">{escape(x.label)}</text>')
     return "".join(lines)
 
@@ -223,12 +234,11 @@ def _line(one: Series, number: int, across: Scale, up: Scale) -> str:
         return ""
     path = _stepped(one.points, across, up) if one.is_stepped else _joined(one.points, across, up)
     drawn = f'<path class="l d{number % COLOURS}" d="M{path}"/>'
-    if one.has_markers:
-        drawn += "".join(
-            f"<g>{_marker(number, across.at(x), up.at(y))}<title>{escape(one.label)}: {x:.4g}, {y:.4g}</title></g>"
-            for x, y in one.points
-            if not math.isnan(y)
-        )
+    drawn += "".join(
+        f"<g>{_marker(number, across.at(x), up.at(y))}<title>{escape(one.label)}: {x:.4g}, {y:.4g}</title></g>"
+        for x, y in (one.points if one.marked is None else one.marked)
+        if not math.isnan(y)
+    )
     return f'<g class="c{number % COLOURS}">{drawn}</g>'
 
 
@@ -290,24 +300,34 @@ def _label_width(labels: Iterable[str]) -> float:
 
 
 def _cut(label: str) -> str:
-    return label if len(label) <= _LABEL_CHARS else f"{label[: _LABEL_CHARS - 3]}..."
+    """Its beginning and its end: names of models differ in either."""
+    half = _LABEL_CHARS // 2 - 1
+    return label if len(label) <= _LABEL_CHARS else f"{label[:half]}...{label[1 - half :]}"
 
 
-def _legend(labels: Sequence[str], top: float, *, is_filled: bool = False) -> tuple[str, float]:
-    """Entries in as many rows as they need, and where the drawing ends."""
+def _legend(
+    labels: Sequence[str],
+    top: float,
+    *,
+    colours: Sequence[int] = (),
+    unmarked: Collection[int] = (),
+    is_filled: bool = False,
+) -> tuple[str, float]:
+    """Entries in as many rows as they need, and where the drawing ends. `colours`: when they are not in order."""
     entries, x, y = [], 8.0, top + 12
     for number, label in enumerate(labels):
-        width = 34 + _LETTER * len(label)
+        text = label if len(label) <= _LEGEND_CHARS else f"{label[: _LEGEND_CHARS - 3]}..."
+        width = 34 + _LETTER * len(text)
         if x > 8.0 and x + width > WIDTH:
             x, y = 8.0, y + _LEGEND_ROW
-        mark = (
-            f'<rect class="f" x="{x + 2:.0f}" y="{y - 9:.0f}" width="18" height="10"/>'
-            if is_filled
-            else f'<path class="l d{number % COLOURS}" d="M{x:.0f} {y - 4:.0f}h24"/>{_marker(number, x + 12, y - 4)}'
-        )
+        colour = colours[number] if colours else number % COLOURS
+        if is_filled:
+            mark = f'<rect class="f" x="{x + 2:.0f}" y="{y - 9:.0f}" width="18" height="10"/>'
+        else:
+            mark = f'<path class="l d{colour}" d="M{x:.0f} {y - 4:.0f}h24"/>'
+            mark += "" if number in unmarked else _marker(number, x + 12, y - 4)
         entries.append(
-            f'<g class="c{number % COLOURS}">{mark}</g><text class="t" x="{x + 29:.0f}" y="{y:.0f}">'
-            f"{escape(label)}</text>"
+            f'<g class="c{colour}">{mark}</g><text class="t" x="{x + 29:.0f}" y="{y:.0f}">{escape(text)}</text>'
         )
         x += width + 8
     return "".join(entries), (y + 8 if labels else top)

@@ -16,8 +16,12 @@ from typing import Any, Final
 Path = Sequence[str]
 NOT_READ: Final = "-"
 _WORDS_AT_MOST: Final = 6
+_LONG_MS: Final = 10_000  # said in seconds
 
-_STATISTIC: Final = re.compile(r"p\d+(\.\d+)?|min|max|mean|median|avg|low|high|least|most")
+_STATISTIC: Final = re.compile(r"p\d+(\.\d+)?|min|max|mean|median|avg|low|high|least|most|value|stderr|std|stddev")
+# Beside statistics, and about something else than they are; and how far something spreads: neither way is better.
+_COUNT: Final = re.compile(r"n|count|requests|answers|samples|tokens|missing|bound|unknown|p_value")
+_SPREAD: Final = re.compile(r"std|stddev|stderr|low|high|least|most|\w+_std(err)?")
 _AT_THE_END: Final = re.compile(r"_(p\d+|min|max|mean|median|avg|total|peak)$")
 # Of a sample: what follows the last colon or dot ("answers.capacity.ttft_s", "split, 1 streams: wait_ms").
 _LAST_WORD: Final = re.compile(r"[A-Za-z][\w+-]*$")
@@ -26,7 +30,9 @@ _UNITS: Final = tuple(
     (re.compile(pattern), unit)
     for pattern, unit in (
         (r"tokens?_per_j(oule)?$", "tokens/J"),
-        (r"tokens?_per_s$|(^|_)t/s$|(^|_)ts$|_tps$", "tokens/s"),
+        (r"tokens?_per_s$|(^|_)t/s$|(^|_)ts$|_tps$|^(output|total_token)_throughput$", "tokens/s"),
+        (r"^request_(throughput|goodput)$", "/s"),
+        (r"mb_per_s$", "MB/s"),
         (r"bytes_per_s$", "B/s"),
         (r"per_s$", "/s"),
         (r"us_per_token$", "us/token"),
@@ -37,7 +43,11 @@ _UNITS: Final = tuple(
         (r"(^|_)bytes$", "B"),
         (r"_mb$", "MB"),
         (r"_mib$", "MiB"),
-        (r"(share|attainment|accuracy|overlap)(_full|_greedy)?$|^(failed|missed)_share$|^missed_t\w+t$", "share"),
+        (
+            r"(share|attainment|accuracy|overlap)(_full|_greedy)?$|^missed_tt?p?[of]t$|^acc(_\w+)?$|^mc[12]$|"
+            r"^same_(answer|text|top)$|^share_\w+$|^(chance|majority|instructions(_loose)?)$",
+            "share",
+        ),
         (r"(^|_)(percent|pct)$", "%"),
         (r"_c$", "C"),
         (r"_mhz$", "MHz"),
@@ -64,6 +74,8 @@ _OTHERS: Final = re.compile(
     r"(^|: )llama\.cpp(:|\.|$)|: default(:|\.|$)|(^|\.)llama_server|two llama-server|"
     r"(^|\.)(least_busy|random|round_robin)\.|least_busy_over|llama[-_]bench"
 )
+# Of the generator, of what was asked, and of how it is judged.
+_ASIDE: Final = re.compile(r"(^|\.)(late_m?s|unloaded|alone|clipping|detection_goals_s|limits)\.|cpu_share\.client")
 # By the name of the figure itself; the first that fits counts.
 _WAYS: Final = tuple(
     (re.compile(pattern), better)
@@ -77,11 +89,11 @@ _WAYS: Final = tuple(
             r"(^|_)(at_s|retry_after_s|offered_per_s|rate_per_s|bound_s|seconds_per_point|late_(s|ms)|goals?_s|"
             r"until_s|turn_s|step_s|row_s|period_s|wall_s|size_bytes|std|stddev|frequency_mhz|handoff_bytes|"
             r"chunk_bytes|snapshot_bytes|kv_bytes_per_token|client_cpu_share|cpu_share_client|unloaded|"
-            r"asked_tokens|split_share|load)$|late_|^limits?_|client|direct_",
+            r"asked_tokens|split_share|load|chance|majority|p_value)$|late_|^limits?_|client|direct_",
             Better.NEITHER,
         ),
         (
-            r"tokens?_per_|per_s$|^(goodput|attainment|acc|accuracy|exact_match|pass|f1|mc[12]|last_word)(_|$)|"
+            r"tokens?_per_|per_s$|throughput$|^same_(answer|text|top)$|^instructions(_loose)?$|goodput$|^(goodput|attainment|acc|accuracy|exact_match|pass|f1|mc[12]|last_word)(_|$)|"
             r"overlap|(prefill|decode|local|batch\d*|hole)_ratio$|hole_of_batch8_ratio$|roofline|similarity|"
             r"^(avg_ts|tps|t/s)$|top_token_agreement|accuracy$",
             Better.HIGHER,
@@ -184,12 +196,14 @@ def of_sample(name: str) -> tuple[str, str]:
 
 
 def subject(path: Path) -> str:
-    """The part of a path that says what is counted: the last one, unless that is a statistic of a part before it."""
+    """The part of a path that says what is counted: the last one that has a unit (`ttft_s`, not the window or the
+    percentile after it), but for counts."""
     if not path:
         return ""
-    if not _STATISTIC.fullmatch(path[-1]):
-        return base(path[-1])
-    return next((base(part) for part in reversed(path[:-1]) if _unit(base(part))), base(path[-1]))
+    own = base(path[-1])
+    if _COUNT.fullmatch(path[-1]) or _unit(own):
+        return own
+    return next((base(part) for part in reversed(path[:-1]) if _unit(base(part))), own)
 
 
 def unit(path: Path) -> str:
@@ -203,8 +217,11 @@ def _unit(name: str) -> str:
 
 def better(path: Path) -> Better:
     """Which way a figure is better."""
-    if _OTHERS.search(".".join(path)):
+    place = ".".join(path)
+    if _OTHERS.search(place):
         return Better.REFERENCE
+    if _SPREAD.fullmatch(path[-1]) or _ASIDE.search(place):
+        return Better.NEITHER
     name = subject(path)
     return next((way for pattern, way in _WAYS if pattern.search(name)), Better.NEITHER)
 
@@ -233,25 +250,24 @@ def _number(value: float, kind: str) -> str:
     if kind in ("B", "B/s"):
         size, letter = next(((size, letter) for size, letter in _SCALED if abs(value) >= size), (1.0, ""))
         return f"{short(value / size)} {letter}{kind}"
-    text = short(value)
-    if kind == "x":
-        return text
-    return f"{text} {kind}" if kind else text
+    if kind == "ms" and abs(value) >= _LONG_MS:
+        return f"{short(value / 1e3)} s"
+    return f"{short(value)} {kind}" if kind and kind != "x" else short(value)
 
 
 def short(value: float) -> str:
-    """Three or four digits, never an exponent between a thousandth and a thousand million."""
+    """Three digits, the last ones too when they are 0; whole numbers whole; no exponent where people read numbers."""
     if value == int(value) and abs(value) < 1e9:
         return f"{int(value):,}"
-    if abs(value) >= 1000:
+    if abs(value) >= 999.5:
         return f"{value:,.0f}"
-    return f"{value:.3g}"
+    return f"{value:#.3g}".rstrip(".") if abs(value) >= 1e-4 else f"{value:.2g}"
 
 
 def title(name: str) -> str:
     """A key as a column's heading: `ttft_closed_loop_s_p95` is `ttft closed loop p95`; the cells have the unit."""
-    words = re.sub(r"_(s|ms|us|bytes|mb)(?=_p\d|_max|_min|_mean|_median|$)", "", name)
-    return words.replace("_", " ") or name
+    words = re.sub(r"(?<!per)_(s|ms|us|bytes|mb)(?=_p\d|_max|_min|_mean|_median|$)", "", name)
+    return words.replace("_per_s", "/s").replace("_", " ") or name
 
 
 def definitions(names: Iterable[str]) -> list[tuple[str, str]]:

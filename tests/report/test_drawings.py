@@ -65,6 +65,31 @@ def test_nothing_lies_outside_of_the_drawing(name: str) -> None:
             assert 0 <= float(y) <= height
 
 
+@pytest.mark.parametrize("name", DRAWINGS)
+def test_no_word_is_cut_off_at_the_edge(name: str) -> None:
+    for element in ElementTree.fromstring(DRAWINGS[name]).iter():
+        if not element.tag.endswith("text"):
+            continue
+        width, x, kind = 5.6 * len(element.text or ""), float(element.attrib["x"]), element.attrib["class"].split()
+        left = x - width if "e" in kind else x - width / 2 if "m" in kind else x
+        assert left >= -1
+        assert left + width <= WIDTH + 1
+
+
+def test_a_long_label_of_an_axis_is_moved_into_the_drawing() -> None:
+    svg = ranges("r", [Range("a long label of a row", 1.0, 2.0, 3.0)], Axis("x" * 60))
+    (at,) = [float(e.attrib["x"]) for e in ElementTree.fromstring(svg).iter() if (e.text or "").startswith("xxx")]
+    assert at + 60 * 5.6 / 2 <= WIDTH
+
+
+def test_a_stage_has_one_colour_in_all_drawings() -> None:
+    order = ("queue", "prefill", "decode")
+    one = stages("a", [Row("r", (Span("queue", 0, 1), Span("decode", 1, 2)))], X, order)
+    other = stages("b", [Row("r", (Span("decode", 0, 2),))], X, order)
+    assert '<rect class="f c2"' in one
+    assert '<rect class="f c2"' in other
+
+
 def test_labels_are_text_and_escaped() -> None:
     found = texts(DRAWINGS["curves"])
     assert {"a < b & c", "steps", "seconds", "share", "90 %"} <= set(found)

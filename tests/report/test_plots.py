@@ -5,17 +5,21 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any
 
+import msgspec
+import pytest
+
 from edge_llm.bench.resources import SamplerCost, Watched
 from edge_llm.report.distributions import distributions
 from edge_llm.report.frontier import best, candidates, frontier_plots
 from edge_llm.report.rates import found_curves, rate_plots
-from edge_llm.report.timelines import kv_plot, resource_plots, stage_plots
+from edge_llm.report.requests import request_of, requests_of
+from edge_llm.report.timelines import kv_plots, resource_plots, stage_plots
 from tests.report.conftest import MODEL, STARTED, a_record
 
 TEN = [0.1 * n for n in range(1, 11)]
 
 
-def requests(case: str, count: int) -> list[dict[str, Any]]:
+def served(count: int, case: str = "auto") -> list[dict[str, Any]]:
     return [
         {"case": case, "at_s": float(n), "ttft_s": 0.5, "e2e_s": 2.5, "tpot_s": 0.1, "prompt_tokens": 100, "tokens": 20}
         for n in range(count)
@@ -49,9 +53,23 @@ def test_many_samples_keep_their_ends() -> None:
     assert len(plot.svg) < 20_000
 
 
-def test_case_lines_have_distributions_by_case_and_gaps_in_lists() -> None:
-    lines = [{"case": "auto", "ttft_s": 0.1, "itl_s": [0.01] * 9} for _ in range(9)]
-    assert len(distributions({}, lines)) == 2
+def test_lines_of_requests_have_distributions_and_the_gaps_between_arrivals() -> None:
+    plots = distributions({}, requests_of([{**line, "arrivals_s": [n, n + 0.1]} for n, line in enumerate(served(9))]))
+    assert [plot.title.rpartition("(")[2] for plot in plots] == ["TTFT)", "E2E)", "TPOT)", "ITL)"]
+
+
+def test_what_the_samples_have_is_not_taken_from_the_lines_again() -> None:
+    samples = {"auto, poisson, 0.5/s: ttft_s": TEN, "local, poisson, 0.5/s: ttft_s": TEN, "x: e2el_s": TEN}
+    plots = distributions(samples, requests_of(served(9, "auto, poisson, 0.5/s, pass 1")))
+    assert [plot.title for plot in plots] == [
+        "poisson, 0.5/s: time to first token (TTFT)",
+        "end to end (E2E)",
+        "poisson, 0.5/s: time per output token (TPOT)",
+    ]
+
+
+def test_answers_that_failed_are_in_no_distribution() -> None:
+    assert distributions({}, requests_of([{**line, "is_complete": False} for line in served(20)])) == []
 
 
 # -- curves
@@ -105,37 +123,67 @@ def test_stages_of_samples_are_drawn_whole_and_after_prefill() -> None:
         "first_decode_ms": 20.0,
     }
     whole, tail = stage_plots({f"split: {name}": [value] for name, value in stages.items()}, [])
-    assert "prefill, 9000" in whole.svg
+    assert "prefill, 9<" in whole.svg
     assert "prefill" not in tail.svg.partition("aria-label")[2].partition(">")[2].replace("prefill ended", "")
 
 
 def test_a_request_of_a_server_that_reports_nothing_has_two_stages() -> None:
-    (plot,) = stage_plots({}, requests("auto", 2))
+    (plot,) = stage_plots({}, requests_of(served(2)))
     assert "until the first token, 0.5" in plot.svg
     assert "decode, 2" in plot.svg
 
 
 def test_a_request_of_ours_has_its_own_stages_and_what_is_left_is_the_network() -> None:
-    line = {**requests("auto", 1)[0], "own": {"queue_ms": 100, "prefill_ms": 300, "first_decode_ms": 50}}
-    (plot,) = stage_plots({}, [line])
+    line = {**served(1)[0], "own": {"queue_ms": 100, "prefill_ms": 300, "first_decode_ms": 50}}
+    (plot,) = stage_plots({}, requests_of([line]))
     for said in ("queue, 0.1", "prefill, 0.3", "network, 0.05", "decode, 2"):
         assert said in plot.svg
 
 
 def test_only_the_first_requests_are_drawn_and_it_says_so() -> None:
-    (plot,) = stage_plots({}, requests("auto", 50))
+    (plot,) = stage_plots({}, requests_of(served(50)))
     assert "the first 30 of 50" in plot.title
 
 
 def test_requests_without_an_answer_are_in_no_drawing() -> None:
-    assert stage_plots({}, [{"case": "auto", "at_s": 1.0, "ttft_s": None}]) == []
-    assert kv_plot([{"case": "auto", "at_s": 1.0}], 1000) == []
+    unanswered = requests_of([{"case": "auto", "at_s": 1.0, "first_s": None, "status": 503}])
+    assert len(unanswered) == 1
+    assert stage_plots({}, unanswered) == []
+    assert kv_plots(unanswered, 1000) == []
 
 
 def test_kv_grows_with_an_answer_and_goes_with_it() -> None:
-    (plot,) = kv_plot(requests("auto", 1), 10_000)
-    assert "KV of the requests" in plot.svg
-    assert kv_plot(requests("auto", 1), 0) == []
+    line = {"case": "a", "sent_s": 0.0, "first_s": 1.0, "last_s": 3.0, "prompt_tokens": 100, "answer_tokens": 20}
+    (plot,) = kv_plots(requests_of([line, {**line, "first_s": 2.0, "sent_s": 1.5}]), 10_000)
+    path = plot.svg.partition('class="l d0" d="M')[2].partition('"')[0]
+    heights = [float(point.split()[1]) for point in path.split("L")]
+    assert heights[0] == heights[-1] == max(heights)  # nothing is held before the first token and after the last
+    assert min(heights) < 40  # two requests at once, near the top
+    assert kv_plots(requests_of([line]), 0) == []
+
+
+def test_a_line_with_durations_and_one_with_moments_tell_the_same() -> None:
+    moments = {"case": "a, pass 1", "sent_s": 2.0, "first_s": 2.5, "last_s": 4.5, "answer_tokens": 21}
+    lengths = {"case": "a", "at_s": 2.0, "ttft_s": 0.5, "e2e_s": 2.5, "tokens": 21}
+    one, other = request_of(moments, 1), request_of(lengths, 1)
+    assert one == other
+    assert one is not None
+    assert one.metrics() == {"ttft_s": [0.5], "e2e_s": [2.5], "tpot_s": [0.1]}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {},
+        {"case": "pp512", "avg_ts": 120.0},
+        {"sent_s": "soon"},
+        {"sent_s": True},
+        {"sent_s": 5.0, "first_s": 4.0},
+        {"sent_s": 1.0, "first_s": 2.0, "last_s": 1.5},
+    ],
+)
+def test_what_is_no_request_or_runs_backwards_is_none(line: dict[str, Any]) -> None:
+    assert request_of(line, 1) is None
 
 
 def watched(**series: list[float | None]) -> Watched:
@@ -171,8 +219,6 @@ def test_what_no_other_beats_is_the_frontier() -> None:
 
 
 def test_speed_and_accuracy_of_a_file_are_joined_over_records_of_one_machine() -> None:
-    import msgspec
-
     other = msgspec.structs.replace(MODEL, name="tiny-q8_0", sha256="e" * 64)
     speeds = a_record(
         models=[MODEL, other],
