@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Final
 
 import aiohttp
@@ -174,6 +174,7 @@ async def measure(
 ) -> None:
     """Fills `tally` and `run` as it goes; a part that fails is noted there and leaves the others."""
     tally.workloads.extend(workloads)
+    run.workload |= {one.name: {"scale": plan.scale, "seed": plan.seed, **asdict(one.clipping)} for one in workloads}
     ours = arrangements(launch, plan.size)
     fit = fitted(plan, len(workloads), len(ours) + (servers is not None), len(servers.trials) if servers else 0)
     tally.seconds_per_point = fit.seconds_per_point

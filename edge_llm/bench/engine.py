@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Final, Literal
@@ -80,6 +80,7 @@ def measure_models(
     """Figures of all models: the worst of each key, and per model. Fills `run` as it goes."""
     for tree, built in trees.items():
         run.engine(f"llama.cpp tools, tree {tree}", built.facts)
+    run.workload |= asdict(plan)
     for number, model in enumerate(models):
         run.models.append(model.facts)
         try:

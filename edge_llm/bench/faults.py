@@ -118,6 +118,8 @@ class _Stage:
 
 async def measure(plan: Plan, launch: PlacedLaunch, tally: Tally, run: Run, progress: Progress) -> dict[str, Any]:
     """All kinds, interleaved, so that a slow minute of the machine is not one kind's."""
+    sizes = {"prompt_tokens": plan.prompt_tokens, "answer_tokens": plan.answer_tokens, "streams": plan.streams}
+    run.workload |= {**sizes, "seed": plan.seed, "options": plan.options}
     pulse = asyncio.Event()
     timeout = aiohttp.ClientTimeout(total=None, sock_read=STREAM_S)
     layout = Layout("faults", prefill=PLACES["prefill"], decode=PLACES["decode"], options=plan.options)

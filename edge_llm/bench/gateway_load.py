@@ -17,7 +17,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -74,6 +74,7 @@ class Plan:
 
 async def measure(plan: Plan, launch: LoadLaunch, keys: KeyRing, run: Run, progress: Progress) -> dict[str, Any]:
     """Start everything on the load core, move the gateway to its own, load, probe, count."""
+    run.workload |= {**asdict(plan), "answer_tokens": plan.answer_tokens, "arrivals": f"{_PER_S:g} streams/s"}
     size = ("--slots", str(SLOTS), "--n-ctx", str(plan.answer_tokens + 64), "--simulated-prompt-tokens-per-s", "0")
     step = ("--simulated-step-s", str(1 / plan.tokens_per_s))
     fast = ("--simulated-prompt-tokens-per-s", "0", "--simulated-step-s", "0")

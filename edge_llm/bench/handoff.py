@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 import aiohttp
@@ -81,6 +81,7 @@ async def measure(
 ) -> dict[str, Any]:
     """All figures. Fills `run` as it goes; a part that fails is noted there and leaves the others."""
     run.models.append(model.facts)
+    run.workload |= asdict(plan)
     clusters = layouts(plan)
     everywhere = sorted({*plan.ttft_streams, *plan.stall_streams})
     few = sorted({0, *plan.stall_streams})

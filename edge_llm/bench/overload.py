@@ -85,6 +85,7 @@ class Plan:
 
 async def measure(plan: Plan, launch: Launch, run: Run, progress: Any) -> dict[str, Any]:
     """Each load on a cluster of its own."""
+    run.workload |= plan.config
     for load in plan.loads:
         progress(f"starting a cluster for {load.name}", 0, 0)
         async with launch(plan.layout) as cluster:

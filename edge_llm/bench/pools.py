@@ -151,6 +151,7 @@ def drawn(quantiles: Sequence[int], rng: random.Random) -> float:
 
 async def measure(plan: Plan, launch: Launch, seen: Seen, run: Run, progress: Any) -> dict[str, Any]:
     """All policies, side by side or one after the other."""
+    run.workload |= plan.config
     if plan.one_by_one:
         for policy in plan.policies:
             await _together(plan, [policy], launch, seen, run, progress)

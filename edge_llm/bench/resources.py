@@ -50,7 +50,7 @@ class Board(Protocol):
 
 class SeriesSummary(msgspec.Struct, frozen=True):
     """Of all samples under load, thinned or not. `missing`: readings that there were not. `idle`: mean before the
-    load; `above_idle`: the mean less that."""
+    load (in later parts of a run a board's is that of the first); `above_idle`: the mean less that."""
 
     n: int
     missing: int
@@ -144,11 +144,12 @@ class Watch:
         period_s: float = MIN_PERIOD_S,
         nodes: Mapping[str, str] | None = None,
         part: str = "run",
+        baselines: Mapping[str, Mapping[str, float]] | None = None,
         board: Board | None = None,
     ) -> None:
         if not period_s >= MIN_PERIOD_S:
             raise ValueError(f"boards are read every {MIN_PERIOD_S:g} s or more seldom, not every {period_s} s")
-        self._period_s, self._part = period_s, part
+        self._period_s, self._part, self._baselines = period_s, part, baselines or {}
         self._board: Board = board or BoardReader(processes)
         self._samplers = [Sampler(LOCAL, self._board.read)]
         self._samplers += [Sampler(name, NodeMetrics(url, name).read) for name, url in (nodes or {}).items()]
@@ -179,7 +180,13 @@ class Watch:
         """Every node's series, when the run is over."""
         span = Span(self._part, self._started_at, self._period_s, self._begin_s, self._end_s)
         return [
-            watched(sampler, span, self._board.facts() if sampler.node == LOCAL else {}) for sampler in self._samplers
+            watched(
+                sampler,
+                span,
+                self._board.facts() if sampler.node == LOCAL else {},
+                self._baselines.get(sampler.node, {}),
+            )
+            for sampler in self._samplers
         ]
 
     def _run(self, sampler: Sampler) -> None:
@@ -200,8 +207,19 @@ class Watch:
             sampler.sample(now_s)
 
 
-def watched(sampler: Sampler, span: Span, facts: Mapping[str, str]) -> Watched:
-    """What the samples come to."""
+def baselines(parts: Sequence[Watched]) -> dict[str, dict[str, float]]:
+    """By node: what its board did before the first load of a run. A process that idles late is not what it was."""
+    first: dict[str, dict[str, float]] = {}
+    for one in parts:
+        idle = {name: found.idle for name, found in one.summaries.items() if found.idle is not None}
+        first.setdefault(one.node, {name: value for name, value in idle.items() if "/" not in name})
+    return first
+
+
+def watched(
+    sampler: Sampler, span: Span, facts: Mapping[str, str], baseline: Mapping[str, float] | None = None
+) -> Watched:
+    """What the samples come to. `baseline`: idle means from earlier, for what has none of its own."""
     rows = list(sampler.rows)  # a thread that hangs in a reading may still add one
     at_s = [round(at - span.begin_s, 3) for at, _ in rows]
     names = dict.fromkeys(name for _, row in rows for name in row)
@@ -215,7 +233,10 @@ def watched(sampler: Sampler, span: Span, facts: Mapping[str, str]) -> Watched:
         period_s=span.period_s,
         at_s=at_s[step - 1 :: step],
         series={name: thinned(values, step) for name, values in series.items()},
-        summaries={name: summary_of(values[idle:], values[:idle]) for name, values in series.items()},
+        summaries={
+            name: summary_of(values[idle:], values[:idle] or [(baseline or {}).get(name)])
+            for name, values in series.items()
+        },
         sampler=SamplerCost(
             cpu_s=round(sampler.cpu_s, 6),
             wall_s=round(max(0.0, span.end_s - (rows[0][0] if rows else span.end_s)), 3),

@@ -35,7 +35,7 @@ from edge_llm.bench.record import (
     stem_of,
     write,
 )
-from edge_llm.bench.resources import Watch, Watched
+from edge_llm.bench.resources import Watch, Watched, baselines
 from edge_llm.bench.stats import median, summary
 from edge_llm.machine import NodeFacts, node_facts
 
@@ -138,7 +138,7 @@ class Run:
         """Sample this board and these processes (name: id) meanwhile, and other boards by their workers' /metrics
         (`nodes`, name: URL). `part`: of the run, when there are several. Enter before the load: `idle_s` go by here,
         the first time in a run. Raises ValueError: more than a sample per second, no URL."""
-        watch = Watch(processes, period_s, nodes or {}, part)
+        watch = Watch(processes, period_s, nodes or {}, part, baselines(self.resources))
         try:
             with watch.running(0.0 if self.resources else self.idle_s):
                 yield watch

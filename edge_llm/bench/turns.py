@@ -7,7 +7,7 @@ first token and the tokens with a run that keeps nothing. Refuses to know cluste
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 import aiohttp
@@ -39,6 +39,7 @@ async def measure(plan: Plan, model: BenchModel, launch: Launch, run: Run, progr
     """Figures of a cluster of one prefill and one decode worker, split. Fills `run` as it goes; what was measured
     before something failed stays."""
     run.models.append(model.facts)
+    run.workload |= asdict(plan)
     try:
         await _conversations(plan, launch, run, progress)
     except (EdgeLLMError, aiohttp.ClientError, OSError) as error:
