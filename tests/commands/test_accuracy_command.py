@@ -1,0 +1,215 @@
+"""`bench accuracy` as a user runs it: processes, words, exit codes, and what is left when it is stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from edge_llm.bench.accuracy import sources
+from edge_llm.bench.accuracy.datasets import SOURCES
+from edge_llm.bench.record import load
+from edge_llm.catalogue.fetch import sha256_of
+from edge_llm.commands.accuracy import accuracy, show
+from edge_llm.engine.random_model import make_model
+from edge_llm.errors import ConfigError
+
+DEADLINE_S = 120.0
+PROGRAM = "from edge_llm.commands.accuracy import accuracy; accuracy()"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """A web server on a folder."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}", folder
+        server.shutdown()
+        thread.join()
+
+
+def start(arguments: list[str], tmp_path: Path) -> subprocess.Popen[str]:
+    folders = {name: str(tmp_path / name) for name in ("XDG_CACHE_HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME")}
+    command = [sys.executable, "-c", PROGRAM, "--output", str(tmp_path / "out"), "--threads", "1", *arguments]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **folders}
+    )
+
+
+def run(arguments: list[str], tmp_path: Path) -> tuple[int, str, str]:
+    with start(arguments, tmp_path) as process:
+        out, err = process.communicate(timeout=DEADLINE_S)
+        return process.returncode, out, err
+
+
+def invoked(*arguments: str) -> Result:
+    return CliRunner().invoke(accuracy, list(arguments))
+
+
+def test_our_own_set_is_measured_without_any_data_and_a_later_run_takes_it_over(tiny: Path, tmp_path: Path) -> None:
+    wanted = ["--model", str(tiny), "--tasks", "own_choice,own_prose,own_instructions", "--limit", "2", "--json"]
+    status, out, err = run(wanted, tmp_path)
+    assert status == 0, err
+    found = json.loads(out)
+    tasks = found["models"][tiny.stem]
+    assert tasks["own_choice"]["n"] == tasks["own_instructions"]["n"] == 2
+    assert tasks["own_prose"]["tokens"] > 0
+    record = load(tmp_path / "out" / Path(found["record"]).name)
+    assert record.is_complete
+    assert record.cases is not None
+    assert record.cases.file is not None
+    modules = record.config["prompts"]["own_choice"]["modules"]
+    assert modules[0]["text"] == "Question: {question}\nAnswer:"
+    assert record.config["data"]["own_choice"]["sha256"]
+    lines = tmp_path / "out" / record.cases.file
+    assert record.cases.lines == len(lines.read_text().splitlines())
+    status, out, err = run([*wanted, "--resume", str(lines)], tmp_path)
+    assert status == 0, err
+    again = json.loads(out)
+    assert again["models"] == found["models"]
+
+
+def test_a_model_is_compared_with_itself_in_another_format(tiny: Path, tmp_path: Path) -> None:
+    arguments = ["--model", str(tiny), "--requantize", "Q8_0", "--tasks", "own_choice,own_prose", "--limit", "3"]
+    status, out, err = run([*arguments, "--windows", "1", "--json"], tmp_path)
+    assert status == 0, err
+    found = json.loads(out)
+    other = f"{tiny.stem}-as-q8_0"
+    assert found["reference"] == tiny.stem
+    assert found["models"][other]["own_prose"]["kl"] >= 0.0
+    assert found["against_reference"][other]["own_choice"]["n"] == 3
+
+
+def test_ctrl_c_leaves_a_record_that_can_be_read_and_lines_to_go_on_from(tiny: Path, tmp_path: Path) -> None:
+    with start(
+        ["--model", str(tiny), "--tasks", "own_instructions", "--limit", "0", "--slots", "1"], tmp_path
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "own_instructions: 2 of 10" in line:
+                break
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=DEADLINE_S)
+        assert process.returncode == 130
+    (path,) = (tmp_path / "out").glob("*.json")
+    record = load(path)
+    assert not record.is_complete
+    assert record.cases is not None
+    assert record.cases.lines >= 2
+    assert record.figures["models"][tiny.stem]["own_instructions"]["n"] == record.cases.lines
+
+
+def test_items_that_do_not_fit_are_counted_and_the_exit_code_says_so(tiny: Path, tmp_path: Path) -> None:
+    status, _, err = run(["--model", str(tiny), "--tasks", "own_choice", "--limit", "0", "--n-ctx", "80"], tmp_path)
+    assert status == 1
+    assert "items failed, the first" in err
+    assert "Traceback" not in err
+    (path,) = (tmp_path / "out").glob("*.json")
+    figures = load(path).figures["models"][tiny.stem]["own_choice"]
+    assert figures["failed"] > 0
+    assert figures["n"] + figures["failed"] == 40
+
+
+def test_a_module_is_swapped_by_a_file_and_stands_in_the_record(tiny: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.txt"
+    mine.write_text("Q. {question}\nA.\n")
+    arguments = ["--model", str(tiny), "--tasks", "own_choice", "--limit", "1", "--module"]
+    status, _, err = run([*arguments, f"own_choice.format={mine}"], tmp_path)
+    assert status == 0, err
+    (path,) = (tmp_path / "out").glob("*.json")
+    (module,) = load(path).config["prompts"]["own_choice"]["modules"]
+    assert (module["kind"], module["name"], module["text"]) == ("format", "mine", "Q. {question}\nA.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--tasks", "arc_hard"], "arc_hard"),
+        (["--tasks", ","], "--list"),
+        (["--tasks", "piqa"], r"piqa\.jsonl"),
+        (["--tasks", "own_choice", "--module", "own_choice.tune=x"], "TASK.KIND=FILE"),
+        (["--tasks", "own_choice", "--module", "own_choice.task=absent.txt"], "cannot read"),
+        (["--tasks", "own_choice", "--module", "piqa.task=absent.txt"], "piqa|cannot read"),
+        (["--tasks", "own_instructions", "--shots", "2"], "--shots 0"),
+        (["--tasks", "own_choice", "--resume", "absent.jsonl"], "cannot read"),
+        (["--fetch", "arc_easy"], "boolq"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_a_model_is_loaded(arguments: list[str], words: str, tmp_path: Path) -> None:
+    done = invoked(*arguments, "--data", str(tmp_path), "--output", str(tmp_path / "out"))
+    assert isinstance(done.exception, ConfigError)
+    assert re.search(words, done.exception.message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_list_says_what_is_there(tmp_path: Path) -> None:
+    path = tmp_path / SOURCES["piqa"].file
+    path.parent.mkdir()
+    path.write_text("{}")
+    rows = json.loads(invoked("--list", "--json", "--data", str(tmp_path)).output)
+    states = {row["task"]: row["data"] for row in rows}
+    assert (states["piqa"], states["own_choice"], states["boolq"], states["mmlu"]) == (
+        "there",
+        "ships",
+        "fetchable",
+        "missing",
+    )
+    assert "piqa/piqa.jsonl" in invoked("--list", "--data", str(tmp_path)).output
+
+
+def test_a_data_set_is_fetched_by_name_into_its_place_and_proved(
+    served: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, folder = served
+    (folder / "p").write_text('{"query": "Question: x\\n", "choices": ["a", "b"], "gold": 0}\n')
+    size, sha256 = (folder / "p").stat().st_size, sha256_of(folder / "p")
+    monkeypatch.setattr(sources, "_RAW", url)
+    monkeypatch.setitem(sources.PUBLISHED, "piqa", sources.Published("p", size, sha256, "CC0"))
+    done = invoked("--fetch", "piqa", "--data", str(tmp_path / "data"))
+    assert done.exit_code == 0, done.output
+    assert sha256_of(tmp_path / "data" / SOURCES["piqa"].file) == sha256
+    monkeypatch.setitem(sources.PUBLISHED, "piqa", sources.Published("p", size, "0" * 64, "CC0"))
+    done = invoked("--fetch", "piqa", "--data", str(tmp_path / "other"))
+    assert done.exception is not None
+    assert not (tmp_path / "other" / SOURCES["piqa"].file).exists()
+
+
+def test_the_table_has_every_kind_of_figure(capsys: pytest.CaptureFixture[str]) -> None:
+    share = {"value": 0.5, "stderr": None, "low": 0.1, "high": 0.9, "n": 4}
+    chance = {"chance": 0.25, "p_value": 0.04, "differs_from_chance": True, "majority": 0.5}
+    text = {"n": 2, "failed": 1, "tokens": 5100, "perplexity": 26.7, "perplexity_stderr": 1.6}
+    divergence = {"kl": 0.297, "kl_stderr": 0.005, "same_top": 0.69, "same_top_stderr": 0.009}
+    against: dict[str, Any] = {"n": 4, "same_answer": 0.75, "gained": 0, "lost": 1, "p_value": 1.0, "same_text": 0.5}
+    drift = {"similarity_mean": 0.9, "similarity_p5": 0.8, "share_near": 0.95, "n": 4}
+    show(
+        {
+            "models": {"m": {"arc": {"n": 4, "failed": 0, "acc": share} | chance, "wiki": text | divergence}},
+            "against_reference": {"m": {"gsm8k": against | {"drift": drift}}},
+        }
+    )
+    out = capsys.readouterr().out
+    for words in ("50.0 %", "10.0 to 90.0", "differs from 25.0 % (p 0.04)", "26.7000", "0.297000", "69.00 %"):
+        assert words in out
+    for words in ("failed", "75.0 %", "0 gained, 1 lost", "0.900", "drift, not truth"):
+        assert words in out
