@@ -69,7 +69,9 @@ class _Json(click.ParamType[Mapping[str, Any]]):
 @click.option("--url", "urls", multiple=True, help="Server to ask; several: the least busy one is asked.")
 @click.option("--beside", multiple=True, metavar="NAME=URL[,URL]", help="Another server under the same load, by turns.")
 @click.option("--mode", "modes", metavar="auto,split,local", help="Of our gateway; several: the same load on each.")
-@click.option("--api-key-file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option(
+    "--api-key-file", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="A key, for --url only."
+)
 @click.option("--model", default="", help="Default: the first one that the server names.")
 @click.option("--endpoint", type=click.Choice(["completions", "chat"]), default="completions", show_default=True)
 @click.option(
@@ -126,7 +128,7 @@ def serve(output: Path, as_json: bool, check: bool, **given: Any) -> None:
     from edge_llm.bench.serve.experiment import measure
     from edge_llm.bench.serve.results import Tally
 
-    contenders = _contenders(given["urls"], given["modes"], given["beside"])
+    contenders = _contenders(given["urls"], given["modes"], given["beside"], given["api_key_file"])
     plan = _plan(given, len(contenders))
     source_of = _source(given)
     shown = {name: value for name, value in given.items() if name != "api_key_file" and value not in (None, (), {})}
@@ -170,7 +172,7 @@ def _missed(tally: Any) -> list[str]:
 # -- what is asked for
 
 
-def _contenders(urls: Sequence[str], modes: str | None, beside: Sequence[str]) -> list[Any]:
+def _contenders(urls: Sequence[str], modes: str | None, beside: Sequence[str], key_file: Path | None) -> list[Any]:
     from edge_llm.bench.serve.experiment import Contender
     from edge_llm.bench.serve.target import base_url
 
@@ -180,9 +182,10 @@ def _contenders(urls: Sequence[str], modes: str | None, beside: Sequence[str]) -
     if named and not urls:
         raise click.UsageError("--mode is for the server at --url")
     ours = tuple(base_url(url) for url in urls)
-    found = [Contender(mode, ours, {"edge_llm": {"mode": mode}}) for mode in named]
+    key = {"authorization": f"Bearer {key_file.read_text().strip()}"} if key_file else {}
+    found = [Contender(mode, ours, {"edge_llm": {"mode": mode}}, key) for mode in named]
     if urls and not named:
-        found.append(Contender("server", ours))
+        found.append(Contender("server", ours, headers=key))
     for other in beside:
         name, _, rest = other.partition("=")
         if not name or not rest:
@@ -212,7 +215,6 @@ def _plan(given: Mapping[str, Any], contenders: int) -> Any:
         raise click.UsageError("--goodput searches the rates by itself: leave out --rate-sweep and --concurrency")
     if not given["stream"] and (slo or given["slowdown"]):
         raise click.UsageError("without a stream there is no first token: leave out --slo and --slowdown")
-    key = given["api_key_file"]
     return Plan(
         loads=_loads(given),
         options=Options(
@@ -235,7 +237,6 @@ def _plan(given: Mapping[str, Any], contenders: int) -> Any:
         alone=given["slowdown"] or 0,
         is_search=given["is_search"],
         most_rates=given["max_rates"],
-        headers={"authorization": f"Bearer {key.read_text().strip()}"} if key else {},
     )
 
 

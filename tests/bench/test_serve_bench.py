@@ -51,7 +51,7 @@ class Server:
     key: str = ""
     hangs: bool = False
     bodies: list[dict[str, Any]] = field(default_factory=list)
-    pieces: list[asyncio.Event] = field(default_factory=list)
+    keys: list[str | None] = field(default_factory=list)
 
     @property
     def measured(self) -> list[dict[str, Any]]:
@@ -66,6 +66,7 @@ class Server:
     async def answer(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self.bodies.append(body)
+        self.keys.append(request.headers.get("authorization"))
         prompt = body.get("prompt", body.get("messages"))
         is_ids = request.path == "/v1/completions" and isinstance(prompt, list)
         if is_ids and not self.takes_ids:
@@ -214,10 +215,17 @@ def test_nobody_there_is_said_with_the_address() -> None:
         measured(PLAN, Contender("gone", ("http://127.0.0.1:9",)))
 
 
-def test_a_key_is_sent_with_every_request(server: Server) -> None:
+def test_a_key_is_sent_to_whom_it_is_for_and_to_nobody_beside(server: Server, tmp_path: Path) -> None:
     server.key = "secret"
-    found, _ = measured(replace(PLAN, headers={"authorization": "Bearer secret"}), at(server))
-    assert found.contenders["server"].loads[0].figures.completed == 6
+    (tmp_path / "key").write_text("secret\n")
+    with running() as other:
+        arguments = ["--url", server.url, "--beside", f"other={other.url}", "--requests", "2", "--passes", "1"]
+        key = ["--api-key-file", str(tmp_path / "key"), "--output", str(tmp_path), "--answer-tokens", "5"]
+        done = CliRunner().invoke(serve, [*arguments, *key])
+        assert done.exit_code == 0, done.output
+        assert set(server.keys) == {"Bearer secret"}
+        assert set(other.keys) == {None}
+        assert "secret" not in next(tmp_path.glob("*.json")).read_text()
 
 
 # -- loads

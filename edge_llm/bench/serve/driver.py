@@ -26,6 +26,8 @@ COMPLETIONS: Final = "/v1/completions"
 # The longest event that is read: the last one of an answer may carry all its token ids.
 _LINE_BYTES: Final = 1 << 20
 _CONNECT_S: Final = 30.0
+# Servers close what is idle for five seconds, as a rule: a request that meets the closing would be a failure of ours.
+_IDLE_S: Final = 2.0
 # A client whose request failed waits so long: a server that is gone shall not be asked thousands of times a second.
 _PAUSE_S: Final = 0.1
 OnEnd = Callable[[Answer], None]
@@ -145,7 +147,7 @@ async def sending(headers: Mapping[str, str] | None = None) -> AsyncIterator[aio
     """A session without limits of its own: how long is waited is the replay's affair. Servers shall not compress: what
     is compressed comes in other pieces than tokens."""
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S)
-    connector = aiohttp.TCPConnector(limit=0)
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_S)
     async with aiohttp.ClientSession(
         timeout=timeout,
         connector=connector,

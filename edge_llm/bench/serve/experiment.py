@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, AsyncExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -51,11 +51,13 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """A server, or several that are asked in turn, and what goes into the bodies of its requests."""
+    """A server, or several that are asked in turn, what goes into the bodies of its requests and, for nobody else, into
+    their headers."""
 
     name: str
     urls: tuple[str, ...]
     extra: Mapping[str, Any] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,6 @@ class Plan:
     is_search: bool = False
     closeness: float = 1.15
     most_rates: int = 12
-    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 async def measure(
@@ -93,9 +94,11 @@ async def measure(
 ) -> None:
     """Fills `tally` and `run` as it goes. `source_of` makes the workload for a context of so many tokens. `watching` is
     around all loads. Raises MeasureFailed and BadWorkload when nothing can be measured at all."""
-    async with sending(plan.headers) as session:
-        measuring = _Measuring(plan, session, run, tally, progress)
-        await measuring.look(_undisturbed(contenders, tally))
+    async with AsyncExitStack() as stack:
+        measuring = _Measuring(plan, run, tally, progress)
+        for number, one in enumerate(_undisturbed(contenders, tally)):
+            progress(f"a first look at {one.name}", number, len(contenders))
+            await measuring.look(one, await stack.enter_async_context(sending(one.headers)))
         context = min((t.n_ctx for t in measuring.targets if t.n_ctx), default=DEFAULT_CONTEXT)
         source = source_of(context)
         prompt_tokens, answer_tokens = mean_tokens(source.workload.requests)
@@ -122,24 +125,22 @@ def _undisturbed(contenders: Sequence[Contender], tally: Tally) -> list[Contende
 class _Measuring:
     """What all parts of one run share."""
 
-    def __init__(self, plan: Plan, session: aiohttp.ClientSession, run: Run, tally: Tally, progress: Progress) -> None:
-        self._plan, self._session, self._run, self._tally, self._progress = plan, session, run, tally, progress
+    def __init__(self, plan: Plan, run: Run, tally: Tally, progress: Progress) -> None:
+        self._plan, self._run, self._tally, self._progress = plan, run, tally, progress
+        self._sessions: dict[str, aiohttp.ClientSession] = {}
         self.targets: list[Target] = []
         self.source: Source
 
-    async def look(self, contenders: Sequence[Contender]) -> None:
+    async def look(self, one: Contender, session: aiohttp.ClientSession) -> None:
         plan = self._plan
-        for number, one in enumerate(contenders):
-            self._progress(f"a first look at {one.name}", number, len(contenders))
-            options = replace(plan.options, extra=combined(plan.options.extra, one.extra))
-            target = await learn(
-                self._session, one.name, one.urls, options, plan.prompts, plan.vocab_size, plan.timeout_s
-            )
-            self.targets.append(target)
-            self._tally.servers[one.name] = {**target.facts, "extra": options.extra}
-            self._tally.notes += target.notes
-            if target.model not in self._run.models:
-                self._run.models.append(target.model)
+        options = replace(plan.options, extra=combined(plan.options.extra, one.extra))
+        target = await learn(session, one.name, one.urls, options, plan.prompts, plan.vocab_size, plan.timeout_s)
+        self.targets.append(target)
+        self._sessions[one.name] = session
+        self._tally.servers[one.name] = {**target.facts, "extra": options.extra}
+        self._tally.notes += target.notes
+        if target.model not in self._run.models:
+            self._run.models.append(target.model)
 
     async def warm_up(self) -> None:
         for target in self.targets:
@@ -150,7 +151,7 @@ class _Measuring:
             answers = await circulate(
                 calls,
                 clients,
-                self._session,
+                self._sessions[target.name],
                 LeastBusy(target.urls),
                 path=target.options.path,
                 timeout_s=self._plan.timeout_s,
@@ -170,7 +171,7 @@ class _Measuring:
             await circulate(
                 [self._call(target, request, "alone") for request in picked],
                 1,
-                self._session,
+                self._sessions[target.name],
                 LeastBusy(target.urls),
                 path=target.options.path,
                 on_end=self._keeper(f"{target.name}, alone", answers),
@@ -240,7 +241,7 @@ class _Measuring:
         what = f"{target.name}, {load.label}" + (f", limits times {scale:g}" if scale else "")
         keep = self._keeper(f"{what}, pass {number + 1}", done.answers)
         servers, path, timeout_s = LeastBusy(target.urls), target.options.path, self._plan.timeout_s
-        total = len(timed) or load.requests or 0
+        total, session = len(timed) or load.requests or 0, self._sessions[target.name]
 
         def on_sent(sent: int) -> None:
             self._progress(what, sent, total)
@@ -250,13 +251,13 @@ class _Measuring:
             planned = [replace(self._call(target, one.request, label, extra), at_s=one.at_s) for one in timed]
             cut_s = self._cut_after_s(planned)
             done.answers = await replay(
-                planned, self._session, servers, cut_s, on_sent, path, on_end=keep, timeout_s=timeout_s
+                planned, session, servers, cut_s, on_sent, path, on_end=keep, timeout_s=timeout_s
             )
         else:
             calls = (self._call(target, r, label, extra) for r in endless(self.source, load, seed, number))
             clients = load.clients or 1
             done.answers = await circulate(
-                calls, clients, self._session, servers, load.seconds, on_sent, path, on_end=keep, timeout_s=timeout_s
+                calls, clients, session, servers, load.seconds, on_sent, path, on_end=keep, timeout_s=timeout_s
             )
         done.is_done = True
         self._run.add("generator_cpu_share", (time.process_time() - cpu_s) / max(1e-9, time.monotonic() - began_s))
