@@ -191,7 +191,7 @@ class Examination:
             self._settings.worker,
             self._board.architecture,
             self._available_bytes(),
-            self._board.ram_bytes,
+            min(filter(None, (self._board.ram_bytes, self._limits.memory_bytes)), default=None),
         )
         return [*found, model.check_card(self._model), model.check_memory(memory, self._settings.worker)]
 

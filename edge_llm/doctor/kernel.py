@@ -183,7 +183,7 @@ def numa(facts: KernelFacts) -> Finding:
     if facts.cmdline is None:
         return unknown(check, "/proc/cmdline cannot be read")
     given = [int(count) for count in _NUMA.findall(facts.cmdline)]
-    why = "decode is bound by memory; without emulated NUMA memory is a fifth slower, with a new bootloader much more"
+    why = "decode is bound by memory: others measured 6 to 18 % less without, and half with a bootloader of 2025"
     upgrade = ["sudo apt update && sudo apt full-upgrade -y && sudo rpi-eeprom-update -a && sudo reboot"]
     if not given:
         do = "kernel and bootloader are older than November 2024: update both"

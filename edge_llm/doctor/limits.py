@@ -58,7 +58,7 @@ def memory_limit(facts: LimitFacts) -> Finding:
             check,
             f"{words}; {facts.killed} processes of this group were killed for their memory",
             why="a worker that is killed takes its answers with it; others compute them again",
-            do="give the group more memory, or the worker fewer slots (`worker.fits` below has the sum)",
+            do="give the group more memory, or the worker fewer slots (model.memory below has the sum)",
         )
     return ok(check, words)
 

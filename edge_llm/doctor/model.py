@@ -22,6 +22,8 @@ from edge_llm.errors import CatalogueError, EdgeLLMError
 State = Literal[
     "verified", "not verified", "not fetched", "wrong size", "wrong hash", "unreadable", "unknown name", "gone"
 ]
+# Of the memory there is: the rest is the system's.
+_OWN_SHARE: Final = 0.85
 _USABLE: Final = frozenset({"verified", "not verified"})
 
 
@@ -39,13 +41,14 @@ class ModelFacts:
 
 @dataclass(frozen=True, slots=True)
 class MemoryFacts:
-    """Bytes. `whole`: with what is kept to help out in the other role; `own`: without, what a worker falls back to."""
+    """Bytes. `whole`: with what is kept to help out in the other role; `own`: without, what a worker falls back to;
+    `most`: what would be available if nothing else ran, None when not known."""
 
     whole_bytes: int
     own_bytes: int
     table: str
     available_bytes: int
-    ram_bytes: int | None
+    most_bytes: int | None
     limit_is_set: bool
 
 
@@ -129,7 +132,7 @@ def check_model(facts: ModelFacts, check: str = "model.file") -> Finding:
 
 
 def read_memory(
-    card: ModelCard, config: WorkerConfig, machine: str, available_bytes: int, ram_bytes: int | None
+    card: ModelCard, config: WorkerConfig, machine: str, available_bytes: int, most_bytes: int | None
 ) -> MemoryFacts:
     """`machine`: the architecture that the worker would run on, which decides what is repacked."""
     from edge_llm.engine.load import LlamaSettings, model_memory, repacked_tensors
@@ -157,7 +160,7 @@ def read_memory(
     whole, table = plan(slots, prefills or config.spare_prompts)
     own, _ = plan(config.slots if decodes else 0, prefills)
     limit = config.memory_limit_bytes
-    return MemoryFacts(whole, own, table, limit or available_bytes, ram_bytes, bool(limit))
+    return MemoryFacts(whole, own, table, limit or available_bytes, most_bytes, bool(limit))
 
 
 def check_memory(facts: MemoryFacts, config: WorkerConfig) -> Finding:
@@ -177,7 +180,7 @@ def check_memory(facts: MemoryFacts, config: WorkerConfig) -> Finding:
             do="lower slots, n_ctx or prefix_cache_bytes",
         )
     smaller = ["edge-llm serve worker --slots 2 --n-ctx 2048 --key-file cluster.key"]
-    if not facts.limit_is_set and facts.ram_bytes is not None and facts.own_bytes < facts.ram_bytes * 0.85:
+    if not facts.limit_is_set and facts.most_bytes is not None and facts.own_bytes < facts.most_bytes * _OWN_SHARE:
         return warn(
             check,
             words,

@@ -82,7 +82,7 @@ def check_root(place: Place | None, *, runs_server: bool, has_k3s: bool) -> Find
     if runs_server:
         why = "this board is a K3s server: its database writes all the time, cards are too slow for it and wear out"
         return fail(check, words, why=why, do=do)
-    why = "a model is read at a tenth of an SSD's speed, and logs and swap wear the card out"
+    why = "a model is read at a fraction of an SSD's speed, and logs and swap wear the card out"
     if has_k3s:
         why += "; K3s unpacks its images there"
     return warn(check, words, why=why, do=do)

@@ -47,6 +47,7 @@ def test_every_mistake_is_named_and_says_why_it_matters_and_what_to_do(tmp_path:
         "ports.gateway",
         "k3s.installed",
         "k3s.config",
+        "model.memory",
     }
     assert of(found, "warn") == {
         "board.ram",
@@ -63,12 +64,19 @@ def test_every_mistake_is_named_and_says_why_it_matters_and_what_to_do(tmp_path:
         "k3s.hardware",
         "k3s.hostname",
         "k3s.kubeconfig",
-        "model.memory",
     }
     for finding in found.values():
         if finding.status in ("warn", "fail"):
             assert finding.why, finding.check
             assert finding.do, finding.check
+
+
+def test_memory_that_others_use_is_a_warning_and_a_limit_a_failure(tmp_path: Path, tiny: Environment) -> None:
+    full = {"proc/meminfo": "MemTotal: 8255488 kB\nMemAvailable: 100000 kB\n"}
+    assert examined(write(tmp_path / "full", changed(fitting_pi5(), full)), tiny)["model.memory"].status == "warn"
+    limit: dict[str, str | None] = {"sys/fs/cgroup/user.slice/memory.max": f"{100 << 20}\n"}
+    found = examined(write(tmp_path / "limit", changed(fitting_pi5(), limit)), tiny)["model.memory"]
+    assert (found.status, "The sum:" in found.why) == ("fail", True)
 
 
 def test_a_mini_pc_is_not_asked_for_what_only_a_pi_has(tmp_path: Path, tiny: Environment) -> None:

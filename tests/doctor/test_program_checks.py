@@ -300,10 +300,10 @@ def test_memory_is_the_workers_own_sum(make_gguf: Maker, tmp_cache: Path) -> Non
     card = read_model(str(make_gguf())).card
     assert card is not None
 
-    def status(role: str, free_bytes: int, ram_bytes: int | None = None, limit_bytes: int = 0) -> str:
+    def status(role: str, free_bytes: int, most_bytes: int | None = None, limit_bytes: int = 0) -> str:
         settings = {"role": role, "memory_limit_bytes": limit_bytes, "spare_slots": 8, "prefix_cache_bytes": 0}
         config = WorkerConfig.model_validate({**settings, "n_ctx": 65_536})
-        return check_memory(read_memory(card, config, "aarch64", free_bytes, ram_bytes), config).status
+        return check_memory(read_memory(card, config, "aarch64", free_bytes, most_bytes), config).status
 
     facts = read_memory(
         card, WorkerConfig(role="prefill", n_ctx=65_536, spare_slots=8, prefix_cache_bytes=0), "aarch64", 0, 0
@@ -313,7 +313,7 @@ def test_memory_is_the_workers_own_sum(make_gguf: Maker, tmp_cache: Path) -> Non
     assert status("prefill", facts.whole_bytes) == "ok"
     assert status("prefill", between) == "warn"
     assert status("prefill", facts.own_bytes - 1) == "fail"
-    assert status("prefill", facts.own_bytes - 1, ram_bytes=4 * facts.own_bytes) == "warn", "other programs have it"
+    assert status("prefill", facts.own_bytes - 1, most_bytes=4 * facts.own_bytes) == "warn", "other programs have it"
     assert status("prefill", 1 << 40, limit_bytes=facts.own_bytes - 1) == "fail", "a limit is a limit"
 
 
