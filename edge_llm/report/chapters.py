@@ -46,7 +46,7 @@ def report_of(found: Found, title: str) -> Report:
 
 
 def _overview(evidence: Sequence[Evidence]) -> Table:
-    columns = ("when (UTC)", "kind", "model", "machine", "commit", "state", "main figures", "record")
+    columns = ("kind", "when (UTC)", "state", "main figures", "model", "machine", "commit", "record")
     return Table("All records", columns, tuple(_overview_row(one) for one in evidence))
 
 
@@ -54,13 +54,13 @@ def _overview_row(one: Evidence) -> tuple[str, ...]:
     record = one.record
     kind = KINDS.get(record.kind, UNKNOWN)
     return (
-        f"{record.started_at:%Y-%m-%d %H:%M}",
         record.kind,
+        f"{record.started_at:%Y-%m-%d %H:%M}",
+        _state(record),
+        _headline(record, kind),
         ", ".join(model.name for model in record.models) or NOT_READ,
         "; ".join(_machine(node) for node in record.nodes),
         _commit(record),
-        _state(record),
-        _headline(record, kind),
         one.file,
     )
 
@@ -151,7 +151,11 @@ def _model(model: ModelFacts) -> str:
 
 
 def _machine(node: Node) -> str:
-    return f"{node.board or node.cpu}, {node.machine}, {len(node.usable_cores)} of {node.cores} cores"
+    return f"{node.board or node.cpu}, {node.machine}, {len(node.usable_cores)} of {_cores(node.cores)}"
+
+
+def _cores(count: int) -> str:
+    return "1 core" if count == 1 else f"{count} cores"
 
 
 def _node(node: Node) -> str:
@@ -206,7 +210,7 @@ def _busy(node: Node) -> str:
     if node.load_before is None or node.load_before <= _BUSY * cores:
         return ""
     return (
-        f"{node.name} was busy before the run: load {node.load_before:.1f}, and {cores} cores to use; speeds and "
+        f"{node.name} was busy before the run: load {node.load_before:.1f}, and {_cores(cores)} to use; speeds and "
         "times may be those of a shared machine"
     )
 

@@ -31,6 +31,8 @@ _AREAS: Final = {
     "run": "NOT BOTH RUNS ARE WHOLE",
 }
 _MOST_NAMES: Final = 10
+# An untested figure that moved by less is not said to lean.
+_LEANS: Final = 0.01
 
 
 def written(found: Comparison, *, only_changed: bool) -> str:
@@ -123,8 +125,8 @@ def _word(verdict: Verdict, way: str) -> str:
 
 
 def _leaning(one: FigureChange) -> str:
-    """Of what was not tested: which way it went."""
-    if one.worse_by is None or one.worse_by == 0:
+    """Of what was not tested: which way it went, if it went anywhere."""
+    if one.worse_by is None or abs(one.worse_by) < _LEANS:
         return ""
     return "(worse)" if one.worse_by > 0 else "(better)"
 
