@@ -90,7 +90,7 @@ def accuracy(
     plan = _plan(folder, swaps, **options)
     files = check_data(plan)
     known = finished(resume) if resume else {}
-    run = Run("accuracy", command_line(), _config(plan, files, resume), folder=output)
+    run = Run("accuracy", command_line(), _config(plan, resume), folder=output, workload=_workload(plan, files))
     with steps() as report:
         chosen, base = _models(models or (DEFAULT_MODEL,), kinds, reference, report)
         cosines = _cosines(report) if drift else None
@@ -98,7 +98,7 @@ def accuracy(
         work = Path(tempfile.mkdtemp(prefix="accuracy-", dir=_cache()))
         try:
             figures, is_complete = until_interrupted(
-                lambda: _watched(run, lambda: measure(plan, chosen, base, scorer(plan), found, report, work, cosines)),
+                lambda: measure(plan, chosen, base, scorer(plan), found, report, work, cosines),
                 lambda: _partial(found, base),
             )
         finally:
@@ -249,11 +249,6 @@ def _models(
     return [base, *found], base
 
 
-def _watched(run: Any, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    with run.watching({"bench": os.getpid()}):
-        return work()
-
-
 def _partial(found: Any, base: Any | None) -> dict[str, Any]:
     from edge_llm.bench.accuracy.figures import figures
 
@@ -270,18 +265,23 @@ def _conclude(run: Any, found: Any) -> None:
         run.fail(what, f"{len(why)} items failed, the first: {why[0]}")
 
 
-def _config(plan: Any, files: Mapping[str, Path], resume: Path | None) -> dict[str, Any]:
+def _config(plan: Any, resume: Path | None) -> dict[str, Any]:
+    """How it is computed."""
+    keys = ("n_ctx", "slots", "threads", "policy", "k_type", "is_chat")
+    return {**{key: getattr(plan, key) for key in keys}, "resumed_from": resume.name if resume else None}
+
+
+def _workload(plan: Any, files: Mapping[str, Path]) -> dict[str, Any]:
+    """What is asked: items, prompts with their texts, files with their hashes."""
     from edge_llm.bench.accuracy.prompts import module_facts
     from edge_llm.catalogue.fetch import known_sha256
 
-    keys = ("limit", "shots", "seed", "window", "windows", "n_ctx", "slots", "threads", "policy", "k_type", "is_chat")
     return {
-        **{key: getattr(plan, key) for key in keys},
+        **{key: getattr(plan, key) for key in ("limit", "shots", "seed", "window", "windows")},
         "tasks": [task.name for task in plan.tasks],
         "notes": {task.name: task.note for task in plan.tasks if task.note},
         "prompts": module_facts({task.name: task.prompt for task in plan.tasks}),
         "data": {name: {"file": path.name, "sha256": known_sha256(path)} for name, path in files.items()},
-        "resumed_from": resume.name if resume else None,
     }
 
 

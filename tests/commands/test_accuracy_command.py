@@ -79,9 +79,9 @@ def test_our_own_set_is_measured_without_any_data_and_a_later_run_takes_it_over(
     assert record.is_complete
     assert record.cases is not None
     assert record.cases.file is not None
-    modules = record.config["prompts"]["own_choice"]["modules"]
+    modules = record.workload["prompts"]["own_choice"]["modules"]
     assert modules[0]["text"] == "Question: {question}\nAnswer:"
-    assert record.config["data"]["own_choice"]["sha256"]
+    assert record.workload["data"]["own_choice"]["sha256"]
     lines = tmp_path / "out" / record.cases.file
     assert record.cases.lines == len(lines.read_text().splitlines())
     status, out, err = run([*wanted, "--resume", str(lines)], tmp_path)
@@ -138,7 +138,7 @@ def test_a_module_is_swapped_by_a_file_and_stands_in_the_record(tiny: Path, tmp_
     status, _, err = run([*arguments, f"own_choice.format={mine}"], tmp_path)
     assert status == 0, err
     (path,) = (tmp_path / "out").glob("*.json")
-    (module,) = load(path).config["prompts"]["own_choice"]["modules"]
+    (module,) = load(path).workload["prompts"]["own_choice"]["modules"]
     assert (module["kind"], module["name"], module["text"]) == ("format", "mine", "Q. {question}\nA.")
 
 

@@ -41,6 +41,9 @@ class Child(Protocol):
 
     facts: dict[str, Any]
 
+    @property
+    def pid(self) -> int: ...
+
     def ask(self, operation: str, deadline_s: float = ..., **arguments: object) -> dict[str, Any]: ...
 
     def usage(self) -> Process | None: ...
@@ -223,14 +226,15 @@ def _model(
         build = child.facts.get("build", {})
         found.run.engine(f"edge_llm on {model.facts.name}", build | {"policy": plan.policy})
         try:
-            for task in plan.tasks:
-                one = _Asked(plan, model, task, child)
-                try:
-                    _task(one, reference, start, found, progress, scratch)
-                except EdgeLLMError as error:
-                    if child.usage() is None:
-                        raise
-                    found.run.fail(f"{task.name} of {model.facts.name}", error.message)
+            with found.run.watching({f"score {model.facts.name}": child.pid}, part=model.facts.name):
+                for task in plan.tasks:
+                    one = _Asked(plan, model, task, child)
+                    try:
+                        _task(one, reference, start, found, progress, scratch)
+                    except EdgeLLMError as error:
+                        if child.usage() is None:
+                            raise
+                        found.run.fail(f"{task.name} of {model.facts.name}", error.message)
         finally:
             found.run.used(child.usage())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -37,6 +38,7 @@ class Scripted:
         self.facts: dict[str, Any] = {"has_chat_template": True, "build": {"llama_cpp_python": "0"}}
         self.asked: list[tuple[str, Request]] = []
         self.is_alive = True
+        self.pid = os.getpid()
         self.tokens = 600
         self.ids = "ids"
         self._disturb = disturb
@@ -78,7 +80,7 @@ class Starting:
 
 
 def run_of(folder: Path | None = None) -> Run:
-    return Run("accuracy", ["test"], {}, folder=folder)
+    return Run("accuracy", ["test"], {}, folder=folder, idle_s=0.0)
 
 
 def plan(*names: str, **changes: Any) -> Plan:
