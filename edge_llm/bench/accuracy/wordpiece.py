@@ -79,7 +79,8 @@ class WordPiece:
 def _normal(text: str) -> str:
     clean = "".join(_cleaned(char) for char in text)
     plain = unicodedata.normalize("NFD", clean)
-    return "".join(char for char in plain if unicodedata.category(char) != "Mn").lower()
+    # each character alone: a Greek sigma at a word's end stays what it is
+    return "".join(char.lower() for char in plain if unicodedata.category(char) != "Mn")
 
 
 def _cleaned(char: str) -> str:

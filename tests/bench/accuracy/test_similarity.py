@@ -14,7 +14,25 @@ from edge_llm.bench.accuracy.wordpiece import WordPiece
 from edge_llm.catalogue.manifest import load_manifest
 from edge_llm.errors import CatalogueError
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "cafe", "##s", "##teri", "##a", "!", "=", "'", "水", "now", "i", "$"]
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "a",
+    "cafe",
+    "##s",
+    "##teri",
+    "##a",
+    "!",
+    "=",
+    "'",
+    "水",
+    "now",
+    "i",
+    "$",
+    "σασ",
+]
 TREE: dict[str, Any] = {
     "normalizer": {"type": "BertNormalizer", "lowercase": True},
     "pre_tokenizer": {"type": "BertPreTokenizer"},
@@ -39,6 +57,7 @@ def pieces() -> WordPiece:
         ("now\tnow\u00a0now\u0000\u200b", ["now", "now", "now"]),
         ("cafex now", ["[UNK]", "now"]),
         ("x" * 101 + " a", ["[UNK]", "a"]),
+        ("ΣΑΣ", ["σασ"]),
         ("“a”", ["[UNK]", "a", "[UNK]"]),
         ("", []),
     ],
