@@ -29,6 +29,7 @@ TRACES: Final[Mapping[str, str]] = {"conv": "azure_2023_conv.csv", "code": "azur
 _MODES: Final = ("auto", "split", "local")
 _REQUESTS: Final = 32
 _SEARCH_S: Final = 30.0
+_TRACE_S: Final = 60.0
 
 
 class _Numbers(click.ParamType[tuple[float, ...]]):
@@ -83,7 +84,12 @@ class _Json(click.ParamType[Mapping[str, Any]]):
 @click.option("--rate", type=click.FloatRange(0, min_open=True), help="Requests/s of an open loop.")
 @click.option("--rate-sweep", type=_Numbers(), help="Several rates, one load each.")
 @click.option("--requests", type=click.IntRange(1, 1_000_000), help=f"Of each load and pass (default {_REQUESTS}).")
-@click.option("--duration", "seconds", type=click.FloatRange(0, 86_400, min_open=True), help="Seconds of each load.")
+@click.option(
+    "--duration",
+    "seconds",
+    type=click.FloatRange(0, 86_400, min_open=True),
+    help=f"Seconds of each load (default: {_TRACE_S:g} of recorded traffic, {_SEARCH_S:g} at each rate of a search).",
+)
 @click.option("--burst-size", type=click.IntRange(1, 10_000), default=8, show_default=True, help="Requests at once.")
 @click.option(
     "--workload",
@@ -253,8 +259,13 @@ def _loads(given: Mapping[str, Any]) -> tuple[Any, ...]:
     if profile != "closed" and clients:
         raise click.UsageError(f"--concurrency is for closed loops, not for {profile}")
     requests, seconds = given["requests"], given["seconds"]
-    if requests is None and seconds is None and not (profile == "trace" and not rates):
-        requests, seconds = (None, _SEARCH_S) if given["is_search"] else (_REQUESTS, None)
+    if requests is None and seconds is None:
+        if given["is_search"]:
+            seconds = _SEARCH_S
+        elif profile == "trace" and not rates:
+            seconds = _TRACE_S
+        else:
+            requests = _REQUESTS
     if profile == "closed":
         if any(number != round(number) for number in clients or ()):
             raise click.UsageError("--concurrency is a number of clients")

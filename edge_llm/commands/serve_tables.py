@@ -27,6 +27,10 @@ def show(found: Mapping[str, Any]) -> None:
     for name, one in found["contenders"].items():
         server = one["server"]
         click.echo(f"\n{name}  {', '.join(server['urls'])}  {server['model']}  ({server['prompts']})")
+        if alone := one["alone"]:
+            spreads = [(word, alone[key]) for key, word in _TIMES.items() if alone.get(key)]
+            times = ", ".join(f"{word} {spread['p50']:.1f}" for word, spread in spreads)
+            click.echo(f"  one request at a time (ms, p50 of {alone['requests']}): {times}")
         loads = one["loads"]
         for load in loads if len(loads) <= _IN_FULL else ():
             console.print(_times(load))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import http.client
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
 from aiohttp import web
@@ -31,9 +30,13 @@ from edge_llm.bench.serve.results import ServeFigures, Tally
 from edge_llm.bench.serve.schedule import Load, Source
 from edge_llm.bench.serve.workloads import drawn
 from edge_llm.bench.stats import median
-from edge_llm.commands.bench_serve import serve
+from edge_llm.commands.bench_serve import _loads, serve
+from tests.bench.independent_client import Seen, ask
 
 EVENTS = {"content-type": "text/event-stream"}
+NOTHING = dict.fromkeys(
+    ("rate", "rate_sweep", "concurrency", "profile", "requests", "seconds", "is_search", "burst_size")
+)
 
 
 @dataclass(slots=True)
@@ -322,44 +325,13 @@ def test_two_servers_share_the_load_when_both_are_named(server: Server) -> None:
 # -- an independent client
 
 
-class Twin:
-    """A client that shares no code with ours: a thread, a socket, the standard library."""
-
-    def __init__(self, url: str, body: dict[str, Any]) -> None:
-        self._address, self._body = urlsplit(url), body
-        self.times_s: list[float] = []
-        self.sent_s = 0.0
-        self.tokens = 0
-
-    def ask(self) -> None:
-        peer = http.client.HTTPConnection(self._address.hostname or "", self._address.port, timeout=30)
-        self.sent_s = time.perf_counter()
-        peer.request("POST", "/v1/completions", json.dumps(self._body), {"content-type": "application/json"})
-        reply = peer.getresponse()
-        while (line := reply.readline()) != b"data: [DONE]\n":
-            if line.startswith(b"data: "):
-                event = json.loads(line[6:])
-                if any(choice.get("text") for choice in event["choices"]):
-                    self.times_s.append(time.perf_counter())
-                self.tokens = event.get("usage", {}).get("completion_tokens", self.tokens)
-        peer.close()
-
-    @property
-    def ttft_s(self) -> float:
-        return self.times_s[0] - self.sent_s
-
-    @property
-    def tpot_s(self) -> float:
-        return (self.times_s[-1] - self.times_s[0]) / (self.tokens - 1)
-
-
 def test_an_independent_client_at_the_same_server_sees_the_same_times(server: Server) -> None:
     server.first_s, server.gap_s = 0.3, 0.02
-    twins = [Twin(server.url, {"prompt": "x", "max_tokens": 21, "stream": True}) for _ in range(5)]
+    seen: list[Seen] = []
 
     def ask_all() -> None:
-        for twin in twins:
-            twin.ask()
+        for _ in range(5):
+            seen.append(ask(server.url, {"prompt": "x", "max_tokens": 21, "stream": True}))
 
     others = threading.Thread(target=ask_all)
     source = Source(drawn("chat", Lengths("fixed", 20), Lengths("fixed", 21), 1000, 0))
@@ -372,8 +344,8 @@ def test_an_independent_client_at_the_same_server_sees_the_same_times(server: Se
     assert figures.ttft_ms is not None
     assert figures.tpot_ms is not None
     # both wait for the server's clock: what a busy machine does to one it does to the other
-    assert figures.ttft_ms.median == pytest.approx(1e3 * median([twin.ttft_s for twin in twins]), rel=0.03)
-    assert figures.tpot_ms.median == pytest.approx(1e3 * median([twin.tpot_s for twin in twins]), rel=0.03)
+    assert figures.ttft_ms.median == pytest.approx(1e3 * median([one.ttft_s for one in seen]), rel=0.03)
+    assert figures.tpot_ms.median == pytest.approx(1e3 * median([one.tpot_s for one in seen]), rel=0.03)
 
 
 # -- the command
@@ -405,6 +377,27 @@ def test_for_people_there_are_tables_and_what_the_words_mean(server: Server, tmp
     assert done.exit_code == 0, done.output
     for words in ("TTFT", "answer tokens/s", "all loads", "limits times", "times slower than alone", "(e2el - ttft)"):
         assert words in done.output
+
+
+def test_this_board_and_a_process_are_watched_meanwhile(server: Server, tmp_path: Path) -> None:
+    arguments = ["--url", server.url, "--requests", "2", "--answer-tokens", "5", "--watch", f"me={os.getpid()}"]
+    done = CliRunner().invoke(serve, [*arguments, "--output", str(tmp_path), "--json"])
+    assert done.exit_code == 0, done.output
+    record = load_record(Path(json.loads(done.stdout.splitlines()[-1])["record"]))
+    assert any("me/cpu_cores" in watched.series for watched in record.resources)
+
+
+def test_recorded_traffic_is_cut_to_a_minute_unless_told_otherwise(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "mine.csv").write_text(
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+        + "".join(f"2023-11-16 18:{15 + at // 60}:{at % 60:02}.000,{30 + at},5\n" for at in (0, 0, 0, 59, 61, 120))
+    )
+    arguments = ["--url", server.url, "--workload", f"trace:{tmp_path / 'mine.csv'}", "--warm-up", "0"]
+    done = CliRunner().invoke(serve, [*arguments, "--requests", "3", "--output", str(tmp_path), "--json"])
+    assert done.exit_code == 0, done.output
+    assert sorted(len(body["prompt"]) for body in server.measured) == [30, 30, 30]
+    assert "as recorded" in done.stdout
+    assert _loads({"workload": "trace:conv", **NOTHING})[0].seconds == 60.0
 
 
 def test_a_missed_bar_has_an_exit_code_of_its_own(server: Server, tmp_path: Path) -> None:
