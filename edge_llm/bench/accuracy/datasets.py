@@ -54,9 +54,9 @@ def hellaswag(path: Path) -> list[Item]:
 
 
 def unmarked(text: str) -> str:
-    """Without [header], [title] and [step], as lm-eval has it."""
+    """Without [header], [title] and [step], as lm-eval has it, but for blanks that these leave at the beginning."""
     plain = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
-    return plain.replace("  ", " ")
+    return plain.replace("  ", " ").strip()
 
 
 def piqa(path: Path) -> list[Item]:
@@ -73,9 +73,14 @@ def piqa(path: Path) -> list[Item]:
 
 
 def boolq(path: Path) -> list[Item]:
-    """The query is laid out already: passage, question, `Answer:`."""
+    """The query is laid out already, passage and question; copies differ in whether `Answer:` ends it."""
     return [
-        Item(f"boolq/{number}", {"question": row["query"]}, tuple(row["choices"]), (row["gold"],))
+        Item(
+            f"boolq/{number}",
+            {"question": row["query"].rstrip().removesuffix("\nAnswer:")},
+            tuple(row["choices"]),
+            (row["gold"],),
+        )
         for number, row in enumerate(_rows(path))
     ]
 

@@ -107,7 +107,7 @@ _ALL: Final = (
         _prompt(examples=_TRUTHFUL, format="Q: {question}\nA:"),
         note="choices made of the lists in the CSV, not the authors' mc_task.json",
     ),
-    Task("boolq", "choice", _prompt(format="{question}"), note="62 % of the answers are yes"),
+    Task("boolq", "choice", _prompt(format="{question}\nAnswer:"), note="62 % of the answers are yes"),
     Task("lambada", "last_word", _prompt(format="{question}")),
     Task("gsm8k", "number", _prompt(task=_STEPS, format=_QUESTION), max_tokens=256, stop=_STOP),
     Task(

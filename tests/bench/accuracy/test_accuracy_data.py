@@ -81,7 +81,7 @@ def test_each_layout_is_read(tmp_path: Path) -> None:
     lines(tmp_path, "mmlu", [{"id": "m", "subject": "s", "question": " q ", "choices": [1, 2, 3, 4], "answer": 0}])
     assert items(tmp_path, "arc_easy") == [Item("a/0", {"question": "q"}, ("x", "y", "z"), (2,))]
     assert items(tmp_path, "piqa") == [Item("piqa/0", {"question": "dresser"}, ("x", "y"), (1,))]
-    assert items(tmp_path, "boolq")[0].fields["question"].endswith("Answer:")
+    assert items(tmp_path, "boolq")[0].fields["question"] == "Passage: p\nQuestion: q"
     assert items(tmp_path, "winogrande")[0].contexts == ("So A", "So B")
     assert items(tmp_path, "winogrande")[0].choices == ("won.", "won.")
     assert items(tmp_path, "lambada") == [Item("lambada/0", {"question": "He said"}, answer="no")]
@@ -89,7 +89,7 @@ def test_each_layout_is_read(tmp_path: Path) -> None:
 
 
 def test_marks_of_wikihow_go_as_in_the_usual_harness() -> None:
-    assert unmarked("[header] How to sew [title] Take thread. [step] Tie it.") == " How to sew. Take thread. Tie it."
+    assert unmarked("[header] How to sew [title] Take thread. [step] Tie it.") == "How to sew. Take thread. Tie it."
 
 
 def test_truthfulqa_has_the_best_answer_first_and_no_answer_on_both_sides(tmp_path: Path) -> None:
