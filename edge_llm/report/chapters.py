@@ -9,7 +9,7 @@ before the run are alarms at the top of its part and in the overview.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import edge_llm
@@ -92,9 +92,16 @@ def _chapter(name: str, evidence: Sequence[Evidence]) -> Chapter:
         kind=name,
         title=kind.title or name,
         what=kind.what,
-        definitions=tuple({**dict(definitions(words - own.keys())), **own}.items()),
+        definitions=(*_general(words, own), *own.items()),
         parts=tuple(_part(one, kind) for one in evidence),
     )
+
+
+def _general(words: set[str], own: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Definitions of words that the records do not define themselves (theirs may be called `e2el`)."""
+    known = {name.casefold() for name in own}
+    known |= {name.removesuffix("l") for name in known}
+    return [(name, text) for name, text in definitions(words) if name.casefold() not in known]
 
 
 def _part(one: Evidence, kind: Kind) -> Part:

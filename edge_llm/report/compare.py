@@ -21,12 +21,12 @@ from edge_llm.bench.record import Record
 from edge_llm.bench.stats import least_p, median, median_ratio_interval, percentile, rank_test
 from edge_llm.errors import ClientError
 from edge_llm.report.surroundings import Difference, differences
+from edge_llm.report.tables import telling
 from edge_llm.report.words import Better, better, of_sample, unit
 
 Verdict = Literal["better", "worse", "changed", "same", "too_few", "untested"]
 ALPHA: Final = 0.05
 _TAIL: Final = 20  # fewer samples have no 95th percentile worth a column
-_NAMES: Final = ("name", "test", "task", "model", "node", "label", "case", "rate_per_s", "concurrency")
 _COUNTS_OF_FAILURE: Final = ("failed", "lost", "refused_late")
 Path = tuple[str, ...]
 
@@ -136,7 +136,8 @@ def schema() -> dict[str, Any]:
 
 
 def numbers(tree: Any, path: Path = ()) -> dict[Path, float | bool]:
-    """Every number and claim of a tree of figures by its path; rows of a list by what names them, else by place."""
+    """Every number and claim of a tree of figures by its path; rows of a list by what tells them apart. Rows that
+    nothing known tells apart, and lists of numbers, are left out: by place, other things would be compared."""
     if isinstance(tree, bool | int | float):
         return {path: tree} if math.isfinite(tree) else {}
     found: dict[Path, float | bool] = {}
@@ -148,12 +149,9 @@ def numbers(tree: Any, path: Path = ()) -> dict[Path, float | bool]:
 def _children(tree: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(tree, Mapping):
         yield from ((str(name), value) for name, value in tree.items())
-    elif isinstance(tree, list):
-        key = next(
-            (key for key in _NAMES if tree and all(isinstance(row, Mapping) and key in row for row in tree)), None
-        )
-        names = [f"{key} {row[key]}" if key else str(number) for number, row in enumerate(tree, 1)]
-        yield from zip(names if len(set(names)) == len(names) else map(str, range(1, len(tree) + 1)), tree, strict=True)
+    elif isinstance(tree, list) and all(isinstance(row, Mapping) for row in tree):
+        keys = telling(tree)
+        yield from ((", ".join(f"{key} {row[key]}" for key in keys), row) for row in tree if keys)
 
 
 # -- samples

@@ -94,10 +94,10 @@ def _named(name: str) -> tuple[str, str, str] | None:
         return None
     metric = f"{found['metric'].removesuffix('l') if found['metric'] == 'e2el' else found['metric']}_s"
     who = " ".join(part for part in (name[: found.start()].rstrip(" .:_"), found["rest"] or "") if part)
-    return metric, *_placed(who)
+    return metric, *placed(who)
 
 
-def _placed(who: str) -> tuple[str, str]:
+def placed(who: str) -> tuple[str, str]:
     """Part of the run, whose."""
     if found := _LOAD.fullmatch(who):
         return found["where"], found["who"]
@@ -118,4 +118,4 @@ def _of_requests(requests: Sequence[Request], known: set[str]) -> Iterator[tuple
             if metric not in known:
                 found.setdefault((metric, request.case), []).extend(values)
     for (metric, case), values in found.items():
-        yield metric, *_placed(case), values
+        yield metric, *placed(case), values

@@ -46,6 +46,7 @@ def rate_plots(figures: Mapping[str, Any]) -> list[Plot]:
             plots += _latency(heading, key, name, words, known)
         for name, words in _RATES.items():
             plots += _got(heading, key, name, words, known)
+        plots += _against(heading, key, known)
     return plots
 
 
@@ -83,7 +84,8 @@ def _attainment(heading: str, key: str, known: Mapping[str, Points]) -> list[Plo
             series.append(Series(name, tuple((float(p[key]), float(p["attainment"])) for p in kept), band))
     if not series:
         return []
-    title = f"{heading}: requests within their limits" if heading else "requests within their limits"
+    words = "requests within scaled limits" if "scale" in key else "requests within their limits"
+    title = f"{heading}: {words}" if heading else words
     y = Axis("attainment, with its 95 % interval", low=0.0, high=1.0, is_share=True)
     return [Plot(title, curves(title, series, Axis(_X[key], low=0.0), y, _GOALS))]
 
@@ -120,6 +122,21 @@ def _got(heading: str, key: str, name: str, words: str, known: Mapping[str, Poin
         return []
     title = f"{heading}: throughput" if heading else "throughput"
     return [Plot(title, curves(title, series, Axis(_X[key], low=0.0), _from_zero(Axis(words))))]
+
+
+def _against(heading: str, key: str, known: Mapping[str, Points]) -> list[Plot]:
+    """Latency over throughput, a point for each rate: what a server pays in time for each token more."""
+    series = []
+    for who, points in known.items():
+        got = [(_number(p.get("tokens_per_s")), list(_pairs([p], key, "ttft_s", "p90"))) for p in _ordered(points, key)]
+        drawn = tuple((tokens, latency[0][1]) for tokens, latency in got if tokens is not None and latency)
+        if len(drawn) > 1:
+            series.append(Series(who, drawn))
+    if not series:
+        return []
+    title = f"{heading}: latency against throughput" if heading else "latency against throughput"
+    axes = Axis("tokens per second, got", low=0.0), Axis("P90 of TTFT, s", low=0.0)
+    return [Plot(title, curves(title, series, *axes), "One point for each rate, the lowest first.")]
 
 
 def _from_zero(axis: Axis) -> Axis:

@@ -68,7 +68,7 @@ def request_of(line: Line, number: int) -> Request | None:
     complete = line.get("is_complete")
     request = Request(
         case=re.sub(r", pass \d+$", "", str(line.get("case", ""))),
-        number=int(_first(line, "number") or number),
+        number=number if (own_number := _first(line, "number")) is None else int(own_number),
         sent_s=sent,
         first_s=_first(line, "first_s") if "first_s" in line else _after(sent, line, "ttft_s"),
         last_s=_first(line, "last_s") if "last_s" in line else _after(sent, line, "e2e_s"),

@@ -15,6 +15,7 @@ from edge_llm.report.document import Plot, Table
 from edge_llm.report.rates import Points, rate_plots
 from edge_llm.report.svg import Range, Series, curves, ranges
 from edge_llm.report.tables import Row, figure_tables, flat, matrix
+from edge_llm.report.words import short
 
 _METRICS = {"ttft_ms": "ttft_s", "tpot_ms": "tpot_s", "itl_ms": "itl_s", "e2el_ms": "e2e_s"}
 
@@ -30,22 +31,29 @@ def inner(tree: Any, *path: str) -> Any:
 
 
 def serve_tables(record: Record) -> list[Table]:
-    """One row for each load of each contender; then goodput, limits scaled, the nine limits of Splitwise."""
+    """The loads of each contender; then goodput, and the nine limits of Splitwise."""
     contenders = inner(record.figures, "contenders") or {}
     if not contenders:
         return figure_tables(record.figures)
-    loads: dict[str, Row] = {}
+    tables: list[Table] = []
     slowdowns: dict[str, Row] = {}
     goodputs: dict[str, Row] = {}
     for name, one in contenders.items():
+        loads: dict[str, Row] = {}
         for load in one.get("loads", []):
-            where = f"{name}, {load.get('label')}" + ("" if load.get("is_whole", True) else " (interrupted)")
+            where = f"{load.get('label')}" + ("" if load.get("is_whole", True) else " (interrupted)")
             loads[where] = _load_row(load.get("figures") or {})
             if load.get("slowdown"):
-                slowdowns[where] = flat(_slowdown_row(load["slowdown"]))
+                slowdowns[f"{name}, {where}"] = flat(_slowdown_row(load["slowdown"]))
+        if loads:
+            tables.append(matrix(name, loads))
         for goal, found in (one.get("goodput") or {}).items():
-            goodputs[f"{name}, {goal.replace('goodput_', 'at ')} %"] = flat(found)
-    tables = [matrix("Loads", loads)]
+            goodputs[f"{name}, {goal.replace('goodput_', '')} %"] = {
+                ("requests/s",): _between(found, "per_s", ""),
+                ("a node", "per_s"): found.get("per_node_per_s"),
+                ("bound",): found.get("bound"),
+                ("requests per rate",): found.get("requests_per_rate"),
+            }
     if goodputs:
         tables.append(matrix("Goodput: the highest rate with such an attainment", goodputs))
     if slowdowns:
@@ -63,14 +71,18 @@ def _load_row(found: Mapping[str, Any]) -> Row:
     for metric in _METRICS:
         for share in ("p50", "p90", "p99"):
             row[metric, share] = inner(found, metric, share)
-    if found.get("attained"):
-        row["attainment",] = inner(found, "attained", "attainment")
-        row["attainment", "low"] = inner(found, "attained", "low")
-        row["attainment", "high"] = inner(found, "attained", "high")
-        row["request_goodput",] = inner(found, "attained", "request_goodput")
+    if attained := found.get("attained"):
+        percent = {name: 100 * attained[name] for name in ("attainment", "low", "high")}
+        row["attainment",] = _between(percent, "attainment", " %")
+        row["request_goodput",] = attained.get("request_goodput")
     if found.get("saturation"):
         row["over-saturated",] = inner(found, "saturation", "is_saturated")
     return row
+
+
+def _between(found: Mapping[str, Any], name: str, unit: str) -> str:
+    """A figure with its 95 % interval."""
+    return f"{short(found[name])}{unit} ({short(found['low'])} to {short(found['high'])})"
 
 
 def _slowdown_row(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,28 +96,28 @@ def _slowdown_row(found: Mapping[str, Any]) -> dict[str, Any]:
 
 def serve_plots(record: Record) -> list[Plot]:
     """Attainment, latency and throughput over the rate (open loops) or the number of clients (closed ones), and
-    attainment over the scale of limits."""
+    attainment over the scale of limits, each load for itself."""
     over: dict[str, dict[str, Points]] = {}
-    scales: dict[str, Points] = {}
+    scales: dict[str, dict[str, Points]] = {}
     for name, one in (inner(record.figures, "contenders") or {}).items():
         for load in one.get("loads", []):
             key = "concurrency" if load.get("clients") else "rate_per_s"
             rate = load.get("clients") or load.get("rate_per_s") or inner(load, "figures", "offered_per_s")
-            scaled = str(load.get("label")).partition(", limits times ")[2]
+            label, _, scaled = str(load.get("label")).partition(", limits times ")
             if rate is not None:
+                known = over.setdefault(key, {})
                 who = f"{name}, limits times {scaled}" if scaled else name
-                over.setdefault(key, {}).setdefault(who, [])
-                over[key][who] = [*over[key][who], {key: rate, **_point(load.get("figures") or {})}]
+                known[who] = [*known.get(who, []), {key: rate, **_point(load.get("figures") or {})}]
             attained = inner(load, "slo_scales", "attainment") or {}
             points = [{"scale": float(scale), "attainment": share} for scale, share in attained.items()]
             if len(points) > 1:
-                scales[f"{name}, {load.get('label')}"] = points
-    trees = [{who: {"curve": points} for who, points in known.items() if len(points) > 1} for known in over.values()]
-    return [
-        plot
-        for tree in [*trees, {who: {"curve": points} for who, points in scales.items()}]
-        for plot in rate_plots(tree)
-    ]
+                scales.setdefault(label, {})[name] = points
+    plots = [plot for known in over.values() for plot in rate_plots(_curves(known))]
+    return [*plots, *(plot for load, known in scales.items() for plot in rate_plots({load: _curves(known)}))]
+
+
+def _curves(known: Mapping[str, Points]) -> dict[str, Any]:
+    return {who: {"curve": points} for who, points in known.items() if len(points) > 1}
 
 
 def _point(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,12 +145,11 @@ def goodput_tables(record: Record) -> list[Table]:
             limit = f"TTFT <= {limits.get('ttft_s', 0):.2f} s, TPOT <= {1e3 * limits.get('tpot_s', 0):.0f} ms"
             rows: dict[str, Row] = {
                 name: {
-                    ("at 90 %", "per_s"): inner(row, "goodput_90", "per_s"),
-                    ("low", "per_s"): inner(row, "goodput_90", "low"),
-                    ("high", "per_s"): inner(row, "goodput_90", "high"),
+                    ("requests/s at 90 %",): _between(row["goodput_90"], "per_s", ""),
                     ("a node", "per_s"): inner(row, "goodput_90", "per_node_per_s"),
                     ("bound",): inner(row, "goodput_90", "bound"),
-                    ("at 99 %", "per_s"): inner(row, "goodput_99", "per_s"),
+                    ("requests/s at 99 %",): _between(row["goodput_99"], "per_s", ""),
+                    ("is_cut_short",): row.get("is_cut_short"),
                 }
                 for name, row in result.get("arrangements", {}).items()
             }

@@ -115,9 +115,11 @@ def _phase(row: Mapping[str, Any]) -> str:
 def _labels(rows: Rows) -> list[str]:
     """Each row by its test and what differs between rows."""
     differing = [name for name in _COLUMNS if len({str(row.get(name)) for row in rows}) > 1 and name != "test"]
-    return [
-        ", ".join([str(row.get("test")), *(f"{_COLUMNS[name]} {row.get(name)}" for name in differing)]) for row in rows
-    ]
+    return [", ".join([str(row.get("test")), *(_said(name, row.get(name)) for name in differing)]) for row in rows]
+
+
+def _said(column: str, value: Any) -> str:
+    return str(value) if column in ("model_type", "policy") else f"{_COLUMNS[column]} {value}"
 
 
 def _range(row: Mapping[str, Any], label: str) -> Range:

@@ -12,7 +12,7 @@ records. A drawing is 460 units wide, so that its 12-unit letters can be read on
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Final
@@ -23,6 +23,7 @@ WIDTH: Final = 460
 _HEIGHT: Final = 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 14, 24, 40
 _ROW: Final = 22
+_MANY_ROWS, _LOW_ROW = 14, 15
 _ROWS_TOP: Final = 8  # nothing is written above rows
 _LABEL_CHARS: Final = 34
 _LETTER: Final = 6.1  # mean width of a letter of 11.5 units; labels that are all capitals are rare
@@ -112,32 +113,34 @@ def curves(label: str, series: Sequence[Series], x: Axis, y: Axis, levels: Seque
     return _drawing(label, height, [*parts, legend])
 
 
-def stages(label: str, rows: Sequence[Row], x: Axis, order: Sequence[str] = ()) -> str:
-    """A Gantt chart: one line for each row, one colour for each stage, stages explained below in order of time. A stage
-    has the colour of its place in `order`, whatever else is drawn."""
-    there = dict.fromkeys(span.stage for row in rows for span in row.spans if span.end > span.start)
-    names = [*(name for name in order if name in there), *(name for name in there if name not in order)]
-    colours = {name: (order.index(name) if name in order else number) % COLOURS for number, name in enumerate(names)}
-    left, top = _label_width(row.label for row in rows), _ROWS_TOP
+def stages(label: str, rows: Sequence[Row], x: Axis, known: Mapping[str, int]) -> str:
+    """A Gantt chart: one line for each row, one colour for each stage. `known`: stages in order of time with their
+    colours, the same in every drawing."""
+    there = {span.stage for row in rows for span in row.spans if span.end > span.start}
+    height = _ROW if len(rows) <= _MANY_ROWS else _LOW_ROW
+    left, bottom = _label_width(row.label for row in rows), _ROWS_TOP + height * len(rows)
     ends = [value for row in rows for span in row.spans for value in (span.start, span.end)]
-    bottom = top + _ROW * len(rows)
     across = scale(x, ends, left, WIDTH - _RIGHT)
-    parts = [_under(across, x, bottom, top)]
+    parts = [_under(across, x, bottom, _ROWS_TOP)]
     for number, row in enumerate(rows):
-        middle = top + _ROW * (number + 0.5)
+        middle = _ROWS_TOP + height * (number + 0.5)
         parts.append(_row_label(row.label, left, middle))
         parts += [
-            _span(row.label, span, colours[span.stage], across, middle) for span in row.spans if span.stage in there
+            _span(row.label, span, known[span.stage], across, middle, height)
+            for span in row.spans
+            if span.stage in there
         ]
-    legend, height = _legend(names, bottom + _BOTTOM, colours=[colours[name] for name in names], is_filled=True)
-    return _drawing(label, height, [*parts, legend])
+    names = [name for name in known if name in there]
+    legend, end = _legend(names, bottom + _BOTTOM, colours=[known[name] for name in names], is_filled=True)
+    return _drawing(label, end, [*parts, legend])
 
 
-def _span(label: str, span: Span, colour: int, across: Scale, middle: float) -> str:
+def _span(label: str, span: Span, colour: int, across: Scale, middle: float, height: float) -> str:
     start, end = across.at(span.start), across.at(span.end)
     width = max(end - start, 0.6)
     return (
-        f'<rect class="f c{colour}" x="{start:.1f}" y="{middle - 7:.1f}" width="{width:.1f}" height="14">'
+        f'<rect class="f c{colour}" x="{start:.1f}" y="{middle - 0.32 * height:.1f}" width="{width:.1f}" '
+        f'height="{0.64 * height:.1f}">'
         f"<title>{escape(label)}: {escape(span.stage)}, {span.end - span.start:.4g}</title></rect>"
     )
 

@@ -18,8 +18,26 @@ _ALIKE: Final = 0.5
 _DEEP: Final = 3
 _LEAVES: Final = 60
 _WIDE: Final = 8
-# What names a row of a list.
-_NAMES: Final = ("name", "test", "task", "model", "node", "placement", "label", "case", "rate_per_s", "concurrency")
+# What may tell the rows of a list apart, by itself or together.
+_NAMES: Final = (
+    *(("from", "to"), ("name",), ("test",), ("task",), ("model",), ("node",), ("placement",), ("label",), ("case",)),
+    *(("rate_per_s",), ("concurrency",), ("model", "node"), ("model", "node", "placement")),
+    ("model", "policy", "type_k", "type_v", "flash_attention", "n_ctx"),
+    *(
+        (
+            "model_type",
+            "test",
+            "policy",
+            "n_threads",
+            "n_threads_batch",
+            "n_batch",
+            "n_ubatch",
+            "type_k",
+            "type_v",
+            "flash_attn",
+        ),
+    ),
+)
 Row = Mapping[tuple[str, ...], Any]
 
 
@@ -47,14 +65,23 @@ def _tables(tree: Mapping[str, Any], path: tuple[str, ...], heading: str) -> Ite
 
 
 def listed(heading: str, rows: Sequence[Mapping[str, Any]], path: tuple[str, ...] = ()) -> Table:
-    """A list of alike things; what names them is the first column."""
-    key = next((name for name in _NAMES if all(name in row for row in rows)), None)
+    """A list of alike things; what tells them apart is the first column, else their number."""
+    keys = telling(rows)
     found: dict[str, Row] = {}
     for number, row in enumerate(rows, 1):
-        name = shown((*path, key), row[key]) if key else str(number)
-        rest = {inner: value for inner, value in row.items() if inner != key}
-        found[name if name not in found else f"{name} ({number})"] = flat(rest)
+        name = ", ".join(shown((*path, key), row[key]) for key in keys) or str(number)
+        found[name] = flat({inner: value for inner, value in row.items() if inner not in keys})
     return matrix(heading, found, path)
+
+
+def telling(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """The figures that tell rows apart; empty when none of the known ones do."""
+    return next((keys for keys in _NAMES if _tell_apart(keys, rows)), ())
+
+
+def _tell_apart(keys: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> bool:
+    names = [tuple(str(row.get(key)) for key in keys) for row in rows]
+    return all(key in row for row in rows for key in keys) and len(set(names)) == len(names)
 
 
 def matrix(heading: str, rows: Mapping[str, Row], path: Path = ()) -> Table:

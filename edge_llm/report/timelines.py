@@ -12,14 +12,26 @@ from typing import Final
 from edge_llm.bench.resources import Watched
 from edge_llm.bench.stats import median
 from edge_llm.report.axes import Axis
+from edge_llm.report.distributions import placed
 from edge_llm.report.document import Plot
 from edge_llm.report.requests import STAGES, Request
 from edge_llm.report.svg import COLOURS, Row, Series, Span, curves, stages
 from edge_llm.report.words import of_sample
 
 _FIRST_TOKEN, _NETWORK, _DECODE = "until the first token", "network", "decode"
-# One colour for a stage wherever it is drawn.
-_ORDER: Final = (*STAGES.values(), _DECODE, _NETWORK, _FIRST_TOKEN)
+# One colour for a stage wherever it is drawn; the last chunk is a hand-off without its adopting.
+_COLOURS: Final[Mapping[str, int]] = {
+    "queue": 0,
+    "wait": 1,
+    "prefill": 2,
+    "last KV chunk": 3,
+    "hand-off": 3,
+    "adopt KV": 5,
+    "first decode": 6,
+    _FIRST_TOKEN: 0,
+    _NETWORK: 4,
+    _DECODE: 7,
+}
 _AFTER_PREFILL: Final = ("last_chunk_ms", "handoff_ms", "adopt_ms", "first_decode_ms")
 _REQUESTS: Final = 30
 _MOMENTS: Final = 240
@@ -45,12 +57,12 @@ def stage_plots(samples: Mapping[str, Sequence[float]], requests: Sequence[Reque
     if rows:
         title = "a request's stages until its first token, medians"
         drawn = [Row(who, _spans(ms, tuple(STAGES), 0.0, 1e-3)) for who, ms in rows.items()]
-        plots.append(Plot(title, stages(title, drawn, Axis("s", low=0.0), _ORDER)))
+        plots.append(Plot(title, stages(title, drawn, Axis("s", low=0.0), _COLOURS)))
         if any(ms["prefill_ms"] > 10 * sum(ms.get(name, 0.0) for name in _AFTER_PREFILL) for ms in rows.values()):
             title = "the same, after the prompt was read"
             drawn = [Row(who, _spans(ms, _AFTER_PREFILL, 0.0, 1.0)) for who, ms in rows.items()]
             axis = Axis("ms since the last call of prefill ended", low=0.0)
-            plots.append(Plot(title, stages(title, drawn, axis, _ORDER)))
+            plots.append(Plot(title, stages(title, drawn, axis, _COLOURS)))
     return [*plots, *_request_plots(requests)]
 
 
@@ -84,15 +96,16 @@ def _spans(ms: Mapping[str, float], names: Sequence[str], start: float, factor: 
 def _request_plots(requests: Sequence[Request]) -> list[Plot]:
     """For each case, its first requests from when they were sent to their last token."""
     by_case: dict[str, list[Row]] = {}
-    for request in sorted(requests, key=lambda one: one.sent_s):
+    for request in requests:
         if request.first_s is not None:
             by_case.setdefault(request.case, []).append(_request(request, request.first_s))
     plots = []
     for case, rows in by_case.items():
+        rows.sort(key=lambda row: row.spans[0].start)
         some = f", the first {_REQUESTS} of {len(rows)}" if len(rows) > _REQUESTS else ""
         title = f"{case}: stages of requests{some}"
         axis = Axis("seconds since the load began", low=0.0)
-        plots.append(Plot(title, stages(title, rows[:_REQUESTS], axis, _ORDER)))
+        plots.append(Plot(title, stages(title, rows[:_REQUESTS], axis, _COLOURS)))
     return plots
 
 
@@ -113,25 +126,28 @@ def _request(request: Request, first_s: float) -> Row:
 
 
 def kv_plots(requests: Sequence[Request], kv_bytes_per_token: int) -> list[Plot]:
-    """KV of the requests under way, from their lengths and times: what no worker needs to report to be known."""
-    by_case: dict[str, list[Request]] = {}
+    """KV of the requests under way, from their lengths and times: what no worker needs to report to be known. One
+    drawing for each load."""
+    loads: dict[str, dict[str, list[Request]]] = {}
     for request in requests:
         is_known = request.prompt_tokens is not None and request.tokens is not None
         if is_known and request.first_s is not None and request.last_s is not None:
-            by_case.setdefault(request.case, []).append(request)
-    if not by_case or not kv_bytes_per_token:
-        return []
-    end = max(request.last_s or 0.0 for known in by_case.values() for request in known)
+            where, who = placed(request.case)
+            loads.setdefault(where, {}).setdefault(who, []).append(request)
+    return [_kv_plot(where, known, kv_bytes_per_token) for where, known in loads.items()] if kv_bytes_per_token else []
+
+
+def _kv_plot(where: str, known: Mapping[str, Sequence[Request]], kv_bytes_per_token: int) -> Plot:
+    end = max(request.last_s or 0.0 for some in known.values() for request in some)
+    moments = [end * moment / _MOMENTS for moment in range(_MOMENTS + 1)]
     series = []
-    for case, known in list(by_case.items())[:COLOURS]:
-        moments = [end * moment / _MOMENTS for moment in range(_MOMENTS + 1)]
-        held = [(at, 1e-6 * kv_bytes_per_token * sum(_tokens_at(one, at) for one in known)) for at in moments]
-        series.append(Series(case, tuple(held), marked=()))
-    title = "KV of the requests under way"
-    svg = curves(
-        title, series, Axis("seconds since the load began"), Axis("MB: tokens held, times bytes per token", low=0.0)
-    )
-    return [Plot(title, svg, "Reckoned: a prompt's KV counts from its first token on, not while it is read.")]
+    for who, some in list(known.items())[:COLOURS]:
+        held = [(at, 1e-6 * kv_bytes_per_token * sum(_tokens_at(one, at) for one in some)) for at in moments]
+        series.append(Series(who or "all", tuple(held), marked=()))
+    title = f"{where}: KV of the requests under way" if where else "KV of the requests under way"
+    axes = Axis("seconds since the load began"), Axis("MB: tokens held, times bytes per token", low=0.0)
+    note = "Reckoned: a prompt's KV counts from its first token on, not while it is read."
+    return Plot(title, curves(title, series, *axes), note)
 
 
 def _tokens_at(request: Request, at: float) -> float:

@@ -26,11 +26,14 @@ from edge_llm.report.svg import (
 
 X, Y = Axis("seconds"), Axis("share", low=0.0, high=1.0, is_share=True)
 LINE = Series("a < b & c", ((0.0, 0.1), (1.0, 0.5), (2.0, 0.9)), band=((0.0, 0.0, 0.2), (2.0, 0.8, 1.0)))
+STAGES = {"queue": 0, "prefill": 1, "decode": 2}
 DRAWINGS = {
     "curves": curves(
         "curves", [LINE, Series("steps", ((0.0, 0.2), (2.0, 0.4)), is_stepped=True)], X, Y, [Level(0.9, "90 %")]
     ),
-    "stages": stages("stages", [Row("split", (Span("queue", 0, 1), Span("prefill", 1, 90))), Row("r", ())], Axis("ms")),
+    "stages": stages(
+        "stages", [Row("split", (Span("queue", 0, 1), Span("prefill", 1, 90))), Row("r", ())], Axis("ms"), STAGES
+    ),
     "ranges": ranges(
         "ranges", [Range("kill -9", 0.1, 0.2, 6.0, "a"), Range("<stop>", 6.0, 6.1, 6.2, "b")], Axis("s", is_log=True)
     ),
@@ -82,10 +85,18 @@ def test_a_long_label_of_an_axis_is_moved_into_the_drawing() -> None:
     assert at + 60 * 5.6 / 2 <= WIDTH
 
 
+def test_many_rows_are_lower_and_all_of_them_are_there() -> None:
+    def height(count: int) -> float:
+        svg = stages("s", [Row(f"r{n}", (Span("queue", n, n + 1),)) for n in range(count)], X, STAGES)
+        assert {f"r{n}" for n in range(count)} <= set(texts(svg))
+        return float(ElementTree.fromstring(svg).attrib["viewBox"].split()[3])
+
+    assert height(30) < 2.5 * height(10)
+
+
 def test_a_stage_has_one_colour_in_all_drawings() -> None:
-    order = ("queue", "prefill", "decode")
-    one = stages("a", [Row("r", (Span("queue", 0, 1), Span("decode", 1, 2)))], X, order)
-    other = stages("b", [Row("r", (Span("decode", 0, 2),))], X, order)
+    one = stages("a", [Row("r", (Span("queue", 0, 1), Span("decode", 1, 2)))], X, STAGES)
+    other = stages("b", [Row("r", (Span("decode", 0, 2),))], X, STAGES)
     assert '<rect class="f c2"' in one
     assert '<rect class="f c2"' in other
 

@@ -129,10 +129,25 @@ def test_rows_of_lists_are_found_again_by_name_not_by_place() -> None:
     before = {"rows": [{"test": "pp512", "avg_ts": 100.0}, {"test": "tg128", "avg_ts": 10.0}]}
     after = {"rows": [{"test": "tg128", "avg_ts": 10.0}, {"test": "pp512", "avg_ts": 100.0}]}
     assert {one.verdict for one in figures(before, after).figures} == {"same"}
-    assert numbers({"x": [1.0, {"y": True}], "z": "word", "n": float("nan")}) == {
-        ("x", "1"): 1.0,
-        ("x", "2", "y"): True,
+
+
+def test_rows_that_nothing_tells_apart_and_lists_of_numbers_are_not_compared_by_place() -> None:
+    tree = {
+        "x": [1.0, 2.0],
+        "rows": [{"test": "a", "n": 1}, {"test": "a", "n": 2}],
+        "z": "word",
+        "n": float("nan"),
+        "y": True,
     }
+    assert numbers(tree) == {("y",): True}
+
+
+def test_rows_of_a_sweep_are_told_apart_by_all_that_was_swept() -> None:
+    row = {"model_type": "m", "test": "tg128", "policy": "exact", "n_threads_batch": 1, "n_batch": 8, "n_ubatch": 8}
+    row |= {"type_k": "f16", "type_v": "f16", "flash_attn": 0}
+    rows = [{**row, "n_threads": threads, "avg_ts": 10.0 * threads} for threads in (1, 2)]
+    found = {one.ratio for one in figures({"rows": rows}, {"rows": rows[::-1]}).figures if one.path[-1] == "avg_ts"}
+    assert found == {1.0}
 
 
 def test_what_only_one_side_has_is_named() -> None:

@@ -49,7 +49,14 @@ def test_few_things_with_many_figures_are_columns() -> None:
     assert len(table.rows) == 20
 
 
-def test_a_list_is_named_by_what_names_its_rows() -> None:
-    table = listed("rows", [{"test": "pp512", "avg_ts": 120.5}, {"test": "tg128", "avg_ts": 40.25}, {"test": "tg128"}])
-    assert [row[0] for row in table.rows] == ["pp512", "tg128", "tg128 (3)"]
-    assert table.rows[2][1] == "-"
+def test_a_list_is_named_by_what_tells_its_rows_apart() -> None:
+    table = listed("rows", [{"test": "pp512", "avg_ts": 120.5}, {"test": "tg128", "avg_ts": 40.25}])
+    assert [row[0] for row in table.rows] == ["pp512", "tg128"]
+    pairs = listed("pairs", [{"from": "a", "to": "b", "ms": 1}, {"from": "b", "to": "a", "ms": 2}])
+    assert [row[0] for row in pairs.rows] == ["a, b", "b, a"]
+
+
+def test_a_list_of_things_with_one_name_is_numbered_and_keeps_the_name() -> None:
+    table = listed("curve", [{"model": "m", "n_ctx": 512}, {"model": "m", "n_ctx": 1024, "peak_bytes": 5}])
+    assert table.columns == ("", "model", "n ctx", "peak")
+    assert table.rows == (("1", "m", "512", "-"), ("2", "m", "1,024", "5 B"))
