@@ -50,6 +50,7 @@ class Server:
     counts: bool = True
     status: int = 200
     fails_after: int = 1 << 30
+    failure: int = 503
     meta: dict[str, Any] = field(default_factory=lambda: {"n_ctx": 1000, "n_vocab": 5000})
     key: str = ""
     hangs: bool = False
@@ -75,7 +76,8 @@ class Server:
         if is_ids and not self.takes_ids:
             return web.json_response({"error": {"message": "prompt must be text"}}, status=400)
         if self.status != 200 or len(self.bodies) > self.fails_after:
-            return web.json_response({"error": {"message": "full"}}, status=self.status if self.status != 200 else 503)
+            status = self.status if self.status != 200 else self.failure
+            return web.json_response({"error": {"message": "full"}}, status=status)
         if self.hangs and len(self.measured) > 3:
             await asyncio.sleep(60)
         text = prompt[0]["content"] if request.path != "/v1/completions" else prompt
@@ -287,6 +289,26 @@ def test_a_search_measures_rates_until_goals_lie_between_two(server: Server) -> 
     assert one.goodput["goodput_90"].bound == "at_least"
 
 
+def test_a_rate_at_which_nothing_is_in_time_is_too_high_and_the_search_goes_down(server: Server) -> None:
+    server.first_s = 1.0
+    limits = Limits(0.02, 0.01)
+    plan = replace(PLAN, loads=(Load("constant", 50.0, None, 4),), limits=limits, is_search=True, most_rates=3)
+    found, run = measured(replace(plan, warm_up=0), at(server))
+    one = found.contenders["server"]
+    assert [load.rate_per_s for load in one.loads] == [50.0, 25.0, 12.5]
+    assert one.loads[0].figures.failed == {"unfinished": 4}
+    assert one.goodput["goodput_90"].bound == "at_most"
+    assert run.failures == []
+
+
+def test_a_search_at_a_server_that_breaks_ends_and_says_so(server: Server) -> None:
+    server.fails_after, server.failure = 6, 500
+    plan = replace(PLAN, loads=(Load("constant", 50.0, None, 4),), limits=Limits(9.0, 9.0), is_search=True)
+    _, run = measured(replace(plan, warm_up=0), at(server))
+    assert len(run.failures) == 1
+    assert "HTTP 500" in run.failures[0].why
+
+
 def test_without_a_rate_a_search_begins_where_one_request_alone_suggests(server: Server) -> None:
     server.first_s = 0.05
     plan = replace(PLAN, loads=(Load("poisson", None, None, 4),), limits=Limits(5.0, 5.0), is_search=True, most_rates=1)
@@ -304,6 +326,7 @@ def test_limits_that_are_told_are_told_at_each_scale(server: Server) -> None:
     told = [body["edge_llm"]["slo"] for body in server.measured]
     assert told.count({"ttft_s": 1.0, "tpot_s": 0.25}) == 6
     assert told.count({"ttft_s": 2.0, "tpot_s": 0.5}) == 6
+    assert len({tuple(body["prompt"]) for body in server.measured}) == 12, "nothing of one is kept for the other"
 
 
 def test_slowdown_sends_some_requests_alone_first(server: Server) -> None:

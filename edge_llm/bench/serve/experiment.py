@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -25,7 +25,7 @@ from edge_llm.bench.goodput import GOALS, Limits
 from edge_llm.bench.least_busy import LeastBusy
 from edge_llm.bench.processes import MeasureFailed
 from edge_llm.bench.run import Run
-from edge_llm.bench.serve.answers import Answer, Call
+from edge_llm.bench.serve.answers import TIMEOUT, UNFINISHED, Answer, Call
 from edge_llm.bench.serve.driver import circulate, replay, sending
 from edge_llm.bench.serve.prompts import Options, body, combined
 from edge_llm.bench.serve.results import Replayed, Tally, scaled
@@ -41,6 +41,8 @@ DEFAULT_CONTEXT: Final = 4096
 _ALONE_FOR_SEARCH: Final = 3
 # A rate of a search has at least so many requests, however low it is.
 _LEAST_REQUESTS: Final = 8
+# Of a rate that is searched: it was too high. Other failures say that the server is broken.
+_TOO_MUCH: Final = frozenset({UNFINISHED, TIMEOUT, "http_429", "http_503"})
 _WARM_CLIENTS: Final = 4
 # Requests that are looked at where only time ends a load.
 _WITHOUT_NUMBER: Final = 64
@@ -226,7 +228,8 @@ class _Measuring:
             else:
                 self._run.fail(what, error.message)
             return False
-        if not any(answer.is_complete for answer in replayed.answers):
+        is_overload = self._plan.is_search and all(answer.kind in _TOO_MUCH for answer in replayed.answers)
+        if not is_overload and not any(answer.is_complete for answer in replayed.answers):
             first = next((answer.error for answer in replayed.answers if answer.error), "answers had too few tokens")
             self._run.fail(what, f"none of {len(replayed.answers)} requests was answered: {first}")
             return False
@@ -235,26 +238,22 @@ class _Measuring:
 
     async def _replayed(self, target: Target, load: Load, scale: float | None, number: int) -> Replayed:
         """One pass of one load."""
-        label, extra, seed = f"{load.label}, pass {number + 1}", self._told(scale), self._plan.seed
-        timed = scheduled(self.source, load, seed, number) if load.is_open else []
+        at_scale = f", limits times {scale:g}" if scale else ""
+        what, label = f"{target.name}, {load.label}{at_scale}", f"{load.label}{at_scale}, pass {number + 1}"
+        calls = self._calls(target, load, label, self._told(scale), number)
         done = self._tally.begin(target.name, load, scale, number)
-        what = f"{target.name}, {load.label}" + (f", limits times {scale:g}" if scale else "")
-        keep = self._keeper(f"{what}, pass {number + 1}", done.answers)
         servers, path, timeout_s = LeastBusy(target.urls), target.options.path, self._plan.timeout_s
-        total, session = len(timed) or load.requests or 0, self._sessions[target.name]
+        session, total = self._sessions[target.name], len(calls) if isinstance(calls, list) else 0
 
         def on_sent(sent: int) -> None:
             self._progress(what, sent, total)
 
+        keep = self._keeper(f"{what}, pass {number + 1}", done.answers)
         began_s, cpu_s = time.monotonic(), time.process_time()
-        if load.is_open:
-            planned = [replace(self._call(target, one.request, label, extra), at_s=one.at_s) for one in timed]
-            cut_s = self._cut_after_s(planned)
-            done.answers = await replay(
-                planned, session, servers, cut_s, on_sent, path, on_end=keep, timeout_s=timeout_s
-            )
+        if isinstance(calls, list) and load.is_open:
+            cut_s = self._cut_after_s(calls)
+            done.answers = await replay(calls, session, servers, cut_s, on_sent, path, on_end=keep, timeout_s=timeout_s)
         else:
-            calls = (self._call(target, r, label, extra) for r in endless(self.source, load, seed, number))
             clients = load.clients or 1
             done.answers = await circulate(
                 calls, clients, session, servers, load.seconds, on_sent, path, on_end=keep, timeout_s=timeout_s
@@ -263,6 +262,18 @@ class _Measuring:
         self._run.add("generator_cpu_share", (time.process_time() - cpu_s) / max(1e-9, time.monotonic() - began_s))
         self._note(done)
         return done
+
+    def _calls(
+        self, target: Target, load: Load, label: str, extra: Mapping[str, Any], number: int
+    ) -> list[Call] | Iterator[Call]:
+        """Made before the first one is sent: making prompts meanwhile would make streams wait. Without an end only
+        where nothing but time ends a closed loop."""
+        seed = self._plan.seed
+        if load.is_open:
+            timed = scheduled(self.source, load, seed, number)
+            return [replace(self._call(target, one.request, label, extra), at_s=one.at_s) for one in timed]
+        calls = (self._call(target, one, label, extra) for one in endless(self.source, load, seed, number))
+        return calls if load.requests is None else list(calls)
 
     def _cut_after_s(self, calls: Sequence[Call]) -> float | None:
         """A request that has not ended so long after the last one was sent has missed whatever limit."""

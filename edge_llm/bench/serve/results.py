@@ -22,6 +22,7 @@ from edge_llm.bench.serve.slowdown import Slowdown, alone_of, slowdown
 
 # Fewer requests at a rate say nothing about 99 %.
 _FOR_99: Final = 100
+_MUCH_KEPT: Final = 0.05
 
 
 @dataclass(slots=True)
@@ -254,6 +255,11 @@ def _of_load(load: LoadFigures) -> Iterator[str]:
         yield f"over-saturated, its latencies depend on how long is measured: {found.saturation.why}"
     if found.generator is not None and found.generator.is_fault:
         yield f"this side was late ({found.generator.late_ms_p99:.1f} ms at p99): its own figure is in these"
+    if found.cached_tokens and found.cached_tokens > _MUCH_KEPT * found.prompt_tokens:
+        yield (
+            f"{found.cached_tokens} of {found.prompt_tokens} prompt tokens were kept from earlier requests: "
+            """--body '{"cache_prompt": false}' switches that off where a server knows it"""
+        )
     if set(found.counted_by) - {"usage"}:
         yield "the server counts no tokens in `usage`: " + ", ".join(
             f"{count} answers by {how}" for how, count in found.counted_by.items()
