@@ -73,7 +73,7 @@ class _BatchedLine(msgspec.Struct, frozen=True):
 
 
 def bench_command(tool: Path, model: Path, kernels: Kernels, prompt_tokens: int, decode_tokens: int) -> list[str]:
-    """PASSES of a prompt test and of a decode test, each in a context of its own."""
+    """PASSES of a prompt test (none with 0 tokens) and of a decode test, each in a context of its own."""
     command = [str(tool), "-m", str(model), "-p", str(prompt_tokens), "-n", str(decode_tokens)]
     command += ["-r", str(PASSES), "-t", "1", "-o", "json"]
     if kernels.is_default:
@@ -97,20 +97,34 @@ def batched_command(
 
 def parse_bench(output: str, kernels: Kernels) -> tuple[float, float]:
     """Prompt and decode tokens per second, means over passes. Raises UnreadableOutput, also when other settings ran."""
+    prompts, decodes = _tests(output, kernels)
+    if len(prompts) != 1 or len(decodes) != 1:
+        raise UnreadableOutput(
+            f"llama-bench ran {len(prompts)} prompt and {len(decodes)} decode tests, not one of each"
+        )
+    return fmean(prompts[0].samples_ts), fmean(decodes[0].samples_ts)
+
+
+def parse_decode(output: str, kernels: Kernels) -> float:
+    """The same of a run without a prompt test."""
+    prompts, decodes = _tests(output, kernels)
+    if prompts or len(decodes) != 1:
+        raise UnreadableOutput(f"llama-bench ran {len(prompts)} prompt and {len(decodes)} decode tests, not one decode")
+    return fmean(decodes[0].samples_ts)
+
+
+def _tests(output: str, kernels: Kernels) -> tuple[list[_BenchTest], list[_BenchTest]]:
+    """Prompt tests and decode tests that ran with the settings asked for."""
     try:
         tests = msgspec.json.decode(output, type=list[_BenchTest])
     except msgspec.DecodeError as error:
         raise UnreadableOutput(f"llama-bench printed no JSON we know: {error}") from error
-    prompts = [test for test in tests if test.n_prompt and not test.n_gen]
-    decodes = [test for test in tests if test.n_gen and not test.n_prompt]
-    if len(prompts) != 1 or len(decodes) != 1 or not (prompts[0].samples_ts and decodes[0].samples_ts):
-        raise UnreadableOutput(
-            f"llama-bench ran {len(prompts)} prompt and {len(decodes)} decode tests, not one of each"
-        )
     for test in tests:
         if not kernels.is_default and (test.flash_attn != 0 or test.repack != kernels.is_repacked):
             raise UnreadableOutput("llama-bench ran with flash attention or repacking other than asked for")
-    return fmean(prompts[0].samples_ts), fmean(decodes[0].samples_ts)
+    told = [test for test in tests if test.samples_ts]
+    prompts = [test for test in told if test.n_prompt and not test.n_gen]
+    return prompts, [test for test in told if test.n_gen and not test.n_prompt]
 
 
 def parse_batched(output: str, kernels: Kernels, rows: list[int]) -> list[Batched]:

@@ -18,7 +18,7 @@ from edge_llm.bench.engine import (
     missed,
 )
 from edge_llm.bench.record import ModelFacts
-from edge_llm.bench.reference_tools import Manifest, ToolTree
+from edge_llm.bench.reference_tools import Manifest, ToolTree, Tree
 from edge_llm.bench.run import Run
 
 SIZES = ("prefill", "decode", "batch4", "batch8")
@@ -115,3 +115,40 @@ def test_a_tool_that_says_nonsense_or_is_gone_is_a_failure_of_its_model_only(
     measure_models(plan, models, {"ours": tree}, run, lambda _what, _done, _total: None)
     assert [failure.what for failure in run.failures] == ["engine on there", "engine on absent"]
     assert words in run.failures[0].why
+
+
+_PROMPT = '{"n_prompt": 8, "n_gen": 0, "n_threads": 1, "flash_attn": 0, "repack": false, "samples_ts": [100.0]}'
+_DECODE = '{"n_prompt": 0, "n_gen": 2, "n_threads": 1, "flash_attn": 0, "repack": false, "samples_ts": [10.0]}'
+_BENCH = f"""case "$*" in *"-p 0 "*) echo '[{_DECODE}]' ;; *) echo '[{_PROMPT}, {_DECODE}]' ;; esac"""
+_BATCHED = """cat <<'END'
+{"pp": 32, "tg": 2, "pl": 4, "flash_attn": 0, "speed_tg": 40.0}
+{"pp": 32, "tg": 2, "pl": 8, "flash_attn": 0, "speed_tg": 80.0}
+END"""
+
+
+def a_tree(folder: Path, **tools: str) -> ToolTree:
+    """Tools that print what they are told to."""
+    folder.mkdir()
+    for name, script in tools.items():
+        tool = folder / name.replace("_", "-")
+        tool.write_text(f"#!/bin/sh\n{script}\n")
+        tool.chmod(0o755)
+    return ToolTree(folder, Manifest("0.3", folder.name, (), "cc", "a cpu"))
+
+
+def test_a_crash_of_llama_cpp_as_it_ships_leaves_the_bars(tmp_path: Path, model_path: Path) -> None:
+    """As with its AMX kernels when GCC 12 compiled them: SIGILL at the first prompt."""
+    plan = Plan(core=min(os.sched_getaffinity(0)), repetitions=2, prompt_tokens=8, decode_tokens=2)
+    model = BenchModel(model_path, ModelFacts("m", model_path.name, "0" * 64, 0, "Q4_1"))
+    run = Run("engine", ["test"], {})
+    trees: dict[Tree, ToolTree] = {
+        "ours": a_tree(tmp_path / "ours", llama_bench=_BENCH, llama_batched_bench=_BATCHED),
+        "default": a_tree(tmp_path / "default", llama_bench="kill -ILL $$", llama_batched_bench=_BATCHED),
+    }
+    found = measure_models(plan, [model], trees, run, lambda _what, _done, _total: None)
+    assert found.keys() >= {*RATIOS, "default_batch4_ratio"}
+    assert (
+        len(run.samples["m: ours: decode_tokens_per_s"]) == len(run.samples["m: llama.cpp: decode_tokens_per_s"]) == 6
+    )
+    assert "default_prefill_ratio" not in found
+    assert [(failure.what, "-4" in failure.why) for failure in run.failures] == [("llama-bench, default on m", True)]
