@@ -10,6 +10,9 @@ from typing import Any
 
 import click
 
+from edge_llm.commands.accuracy import accuracy
+from edge_llm.commands.bench_serve import serve
+from edge_llm.commands.compare import compare
 from edge_llm.commands.faults import faults
 from edge_llm.commands.gateway_load import gateway_load
 from edge_llm.commands.goodput import goodput
@@ -24,8 +27,11 @@ from edge_llm.commands.measuring import (
     steps,
     until_interrupted,
 )
+from edge_llm.commands.net import net
+from edge_llm.commands.node import node
 from edge_llm.commands.overload import overload
 from edge_llm.commands.pools import pools
+from edge_llm.commands.report import report as report_of_records
 from edge_llm.commands.theorem import theorem
 from edge_llm.commands.turns import turns
 from edge_llm.config import DEFAULT_MODEL
@@ -33,7 +39,7 @@ from edge_llm.config import DEFAULT_MODEL
 
 @click.group()
 def bench() -> None:
-    """Measure this machine: the engine beside llama.cpp's own tools, and the hand-off between workers."""
+    """Measure: boards, servers, models, and what this project claims; every run leaves a record."""
 
 
 @bench.command("reference-tools")
@@ -163,5 +169,8 @@ def _last_core() -> int:
     return max(os.sched_getaffinity(0))
 
 
-for command in (theorem, faults, gateway_load, turns, pools, overload, goodput):
+_SPEED = (node, net, serve, goodput)
+_CLAIMS = (theorem, faults, gateway_load, turns, pools, overload)
+_RECORDS = (report_of_records, compare)
+for command in (*_SPEED, accuracy, *_CLAIMS, *_RECORDS):
     bench.add_command(command)
