@@ -194,11 +194,15 @@ def process_reading(pid: int, root: Path = Path("/")) -> ProcessReading | None:
     )
 
 
-def process_parts_bytes(pid: int, root: Path = Path("/")) -> tuple[int, int] | None:
-    """A process's share of memory (pages that others have, too, are divided: PSS), and its anonymous memory, which is
-    all but mapped files. The kernel walks every page for it: some milliseconds per GB. None: not allowed, or gone."""
-    facts = _kilobytes(root / f"proc/{pid}/smaps_rollup")
-    return (facts["Pss"], facts["Anonymous"]) if "Pss" in facts and "Anonymous" in facts else None
+def pss_bytes(pid: int, root: Path = Path("/")) -> int | None:
+    """Resident memory of a process, pages that others have, too, divided among them. The kernel walks every page for
+    it: some milliseconds per GB. None: not allowed, or gone."""
+    return _kilobytes(root / f"proc/{pid}/smaps_rollup").get("Pss")
+
+
+def anonymous_bytes(pid: int, root: Path = Path("/")) -> int | None:
+    """Resident memory of a process without mapped files, by the kernel's own count, which costs nothing."""
+    return _kilobytes(root / f"proc/{pid}/status").get("RssAnon")
 
 
 def cpu_share() -> float:

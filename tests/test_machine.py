@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from edge_llm.machine import (
+    anonymous_bytes,
     available_memory_bytes,
     board_state,
     core_times,
@@ -22,9 +23,9 @@ from edge_llm.machine import (
     node_facts,
     peak_memory_bytes,
     process_life,
-    process_parts_bytes,
     process_reading,
     process_usage,
+    pss_bytes,
     reset_peak_memory,
     throttled_since_boot,
     usable_cores,
@@ -297,14 +298,14 @@ def test_a_process_is_measured_while_it_lives() -> None:
 
 def test_memory_that_is_shared_or_mapped_is_told_apart(tmp_path: Path) -> None:
     rollup = "00400000-7fff [rollup]\nRss:  4096 kB\nPss:  1024 kB\nPss_Anon: 1 kB\nAnonymous:  512 kB\n"
-    write(tmp_path, {"proc/7/smaps_rollup": rollup})
-    assert process_parts_bytes(7, tmp_path) == (MIB, MIB // 2)
-    assert process_parts_bytes(8, tmp_path) is None, "gone, or another user's"
-    own = process_parts_bytes(os.getpid())
+    status = "Name:\tpython\nRssAnon:\t     512 kB\nRssFile:\t    3584 kB\n"
+    write(tmp_path, {"proc/7/smaps_rollup": rollup, "proc/7/status": status})
+    assert (pss_bytes(7, tmp_path), anonymous_bytes(7, tmp_path)) == (MIB, MIB // 2)
+    assert pss_bytes(8, tmp_path) is anonymous_bytes(8, tmp_path) is None, "gone, or another user's"
     usage = process_usage(os.getpid())
-    assert own is not None
     assert usage is not None
-    assert 0 < own[1] <= 2 * usage.rss_bytes
+    assert 0 < (anonymous_bytes(os.getpid()) or 0) <= 2 * usage.rss_bytes
+    assert 0 < (pss_bytes(os.getpid()) or 0) <= 2 * usage.rss_bytes
 
 
 def test_a_reading_agrees_with_psutil_and_ends_with_its_process() -> None:

@@ -11,19 +11,20 @@ from pathlib import Path
 from typing import Final
 
 from edge_llm.machine import (
+    anonymous_bytes,
     board_state,
     core_times,
     group_memory_bytes,
     memory_bytes,
     network_bytes,
-    process_parts_bytes,
     process_reading,
+    pss_bytes,
     throttled_since_boot,
 )
 from edge_llm.power import PowerMeter
 
 # Counting a process's pages holds its memory map: never for more than this share of the time.
-_PARTS_SHARE: Final = 0.005
+_PSS_SHARE: Final = 0.005
 
 
 class Rates:
@@ -42,6 +43,23 @@ class Rates:
         return (value - last[1]) / (now_s - last[0])
 
 
+def core_shares(rates: Rates, cores: Mapping[int, tuple[float, float]], now_s: float) -> dict[str, float | None]:
+    """Of each core, and of all: seconds busy by seconds passed, both as the core counts them. Its own clock is the
+    divisor: ours may have been read a little later."""
+    row: dict[str, float | None] = {"cpu_share": None}
+    busy, spent = 0.0, 0.0
+    for core, (busy_s, all_s) in sorted(cores.items()):
+        used = rates.of(f"core{core}", busy_s, now_s)
+        passed = rates.of(f"core{core} clock", all_s, now_s)
+        row[f"cpu{core}_share"] = None
+        if used is not None and passed:
+            row[f"cpu{core}_share"] = min(1.0, used / passed)
+            busy, spent = busy + used, spent + passed
+    if spent:
+        row["cpu_share"] = min(1.0, busy / spent)
+    return row
+
+
 class BoardReader:
     """This board, or files under `root`."""
 
@@ -50,12 +68,13 @@ class BoardReader:
         self._power = power or PowerMeter(root)
         self._rates = Rates()
         self._began: dict[str, str] = {}
-        self._parts_due_s: dict[str, float] = {}
+        self._pss_due_s: dict[str, float] = {}
         self._throttled_before = throttled_since_boot(root)
 
     def read(self, now_s: float) -> dict[str, float | None]:
         """`now_s`: monotonic."""
-        row = self._cores(now_s)
+        times = core_times(self._root)
+        row = core_shares(self._rates, {core: (one.busy_s, one.all_s) for core, one in times.items()}, now_s)
         all_bytes, used_bytes = memory_bytes(self._root) or (None, None)
         row["ram_share"] = used_bytes / all_bytes if used_bytes is not None and all_bytes else None
         row["ram_used_bytes"] = used_bytes
@@ -79,21 +98,6 @@ class BoardReader:
             facts["throttled_since_boot_after"] = _kinds(throttled_since_boot(self._root))
         return facts
 
-    def _cores(self, now_s: float) -> dict[str, float | None]:
-        """A core's own clock is the divisor: ours may have been read a little later."""
-        row: dict[str, float | None] = {"cpu_share": None}
-        busy, spent = 0.0, 0.0
-        for core, times in sorted(core_times(self._root).items()):
-            used = self._rates.of(f"core{core}", times.busy_s, now_s)
-            passed = self._rates.of(f"core{core} clock", times.all_s, now_s)
-            row[f"cpu{core}_share"] = None
-            if used is not None and passed:
-                row[f"cpu{core}_share"] = min(1.0, used / passed)
-                busy, spent = busy + used, spent + passed
-        if spent:
-            row["cpu_share"] = min(1.0, busy / spent)
-        return row
-
     def _network(self, now_s: float) -> dict[str, float | None]:
         found = network_bytes(self._root)
         counted = (found.received, found.sent, found.loopback) if found else (None, None, None)
@@ -105,22 +109,21 @@ class BoardReader:
         reading = process_reading(pid, self._root)
         if reading is None or self._began.setdefault(name, reading.began) != reading.began:
             return {"cpu_cores": None, "rss_bytes": None, "pss_bytes": None, "anonymous_bytes": None}
-        pss_bytes, anonymous_bytes = self._parts(name, pid, now_s) or (None, None)
         return {
             "cpu_cores": self._rates.of(name, reading.cpu_s, now_s),
             "rss_bytes": reading.rss_bytes,
-            "pss_bytes": pss_bytes,
-            "anonymous_bytes": anonymous_bytes,
+            "pss_bytes": self._pss_bytes(name, pid, now_s),
+            "anonymous_bytes": anonymous_bytes(pid, self._root),
         }
 
-    def _parts(self, name: str, pid: int, now_s: float) -> tuple[int, int] | None:
+    def _pss_bytes(self, name: str, pid: int, now_s: float) -> int | None:
         """As often as it may be, by how long it took."""
-        if now_s < self._parts_due_s.get(name, now_s):
+        if now_s < self._pss_due_s.get(name, now_s):
             return None
         before_s = time.thread_time()
-        parts = process_parts_bytes(pid, self._root)
-        self._parts_due_s[name] = now_s + (time.thread_time() - before_s) / _PARTS_SHARE - 0.1
-        return parts
+        found = pss_bytes(pid, self._root)
+        self._pss_due_s[name] = now_s + (time.thread_time() - before_s) / _PSS_SHARE - 0.1
+        return found
 
 
 def _kinds(bits: Mapping[str, bool]) -> str:

@@ -30,11 +30,19 @@ import msgspec
 from edge_llm.bench.board_reader import BoardReader
 from edge_llm.bench.node_metrics import NodeMetrics
 from edge_llm.bench.stats import mean, percentile
+from edge_llm.errors import EdgeLLMError
 
 MIN_PERIOD_S: Final = 1.0  # more often, and the sampling is what is measured
 LOCAL: Final = "local"
 POINTS: Final = 600  # of a series in a record; longer ones are thinned to it
 _END_S: Final = 3.0  # for a node that does not answer
+
+
+class CannotWatch(EdgeLLMError):
+    """A run is to be watched in a way that would say less, or cost more, than not watching it."""
+
+    code = "cannot_watch"
+
 
 Row = Mapping[str, float | None]
 Read = Callable[[float], Row]
@@ -135,7 +143,7 @@ class Sampler:
 class Watch:
     """Samples this board, these processes (name: id) and these nodes (name: URL of their /metrics) while it runs.
 
-    Raises ValueError for more than a sample per second, and for what is no URL.
+    Raises CannotWatch (more than a sample per second, a name that is taken) and NoNode (no URL).
     """
 
     def __init__(
@@ -148,8 +156,10 @@ class Watch:
         board: Board | None = None,
     ) -> None:
         if not period_s >= MIN_PERIOD_S:
-            raise ValueError(f"boards are read every {MIN_PERIOD_S:g} s or more seldom, not every {period_s} s")
+            raise CannotWatch(f"boards are read every {MIN_PERIOD_S:g} s or more seldom, not every {period_s} s")
         self._period_s, self._part, self._baselines = period_s, part, baselines or {}
+        if LOCAL in (nodes or {}):
+            raise CannotWatch(f"{LOCAL} is what this board is called: give the other node another name")
         self._board: Board = board or BoardReader(processes)
         self._samplers = [Sampler(LOCAL, self._board.read)]
         self._samplers += [Sampler(name, NodeMetrics(url, name).read) for name, url in (nodes or {}).items()]

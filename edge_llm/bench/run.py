@@ -137,7 +137,7 @@ class Run:
     ) -> Iterator[Watch]:
         """Sample this board and these processes (name: id) meanwhile, and other boards by their workers' /metrics
         (`nodes`, name: URL). `part`: of the run, when there are several. Enter before the load: `idle_s` go by here,
-        the first time in a run. Raises ValueError: more than a sample per second, no URL."""
+        the first time in a run. Raises CannotWatch, NoNode."""
         watch = Watch(processes, period_s, nodes or {}, part, baselines(self.resources))
         try:
             with watch.running(0.0 if self.resources else self.idle_s):

@@ -9,7 +9,7 @@ when somebody scrapes. Durations are differences of this process's own monotonic
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Final
@@ -21,8 +21,10 @@ from prometheus_client.registry import Collector
 from edge_llm.engine.engine import Step
 from edge_llm.exposition import LABELS, SECONDS
 from edge_llm.worker.messages import Board, Link, PromptReport, WorkerStatus
+from edge_llm.worker.readings import Consumed, consumed
 
 _BOARD_LABELS: Final = ("node",)
+Family = CounterMetricFamily | GaugeMetricFamily
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,7 @@ class Readings:
     labels: Callable[[], tuple[str, str, str]]
     status: Callable[[], WorkerStatus]
     requests_running: Callable[[], int]
+    consumed: Callable[[], Consumed] = consumed
 
 
 class WorkerMetrics:
@@ -117,6 +120,7 @@ class _State(Collector):
         yield from _links_of(labels, status.load.links)
         if status.board is not None:
             yield from _board_of(status.worker, status.board)
+        yield from _consumed_by(status.worker, self._readings.consumed())
         info = InfoMetricFamily("edge_llm_worker", "What this worker is and promises.", labels=LABELS)
         info.add_metric(labels, {"version": status.version, "level": status.level, "quantization": status.quantization})
         yield info
@@ -187,3 +191,38 @@ def _board_of(node: str, board: Board) -> Iterator[Metric]:
         for kind, is_held_back in board.throttled.items():
             family.add_metric((node, kind), is_held_back)
         yield family
+
+
+def _consumed_by(node: str, used: Consumed) -> Iterator[Metric]:
+    """Counters, so that whoever scrapes has rates of its own time; what is not known has no series."""
+
+    def family(kind: type[Family], name: str, what: str, label: str, values: Mapping[str, float]) -> Iterator[Metric]:
+        if values:
+            made = kind(f"edge_llm_{name}", what, labels=(*_BOARD_LABELS, label))
+            for key, value in values.items():
+                made.add_metric((node, key), value)
+            yield made
+
+    def size(name: str, what: str, value: int | None) -> Iterator[Metric]:
+        if value is not None:
+            made = GaugeMetricFamily(f"edge_llm_{name}", what, labels=_BOARD_LABELS)
+            made.add_metric((node,), value)
+            yield made
+
+    counter, gauge = CounterMetricFamily, GaugeMetricFamily
+    busy = {str(core): times.busy_s for core, times in used.cores.items()}
+    yield from family(counter, "node_core_busy_seconds", "Time that a core was busy since the boot.", "core", busy)
+    passed = {str(core): times.all_s for core, times in used.cores.items()}
+    yield from family(
+        counter, "node_core_seconds", "All time of a core since the boot, by its own clock.", "core", passed
+    )
+    if used.network is not None:
+        by = {"in": used.network.received, "out": used.network.sent, "loopback": used.network.loopback}
+        what = "Bytes over the board's network cards, and between its own processes."
+        yield from family(counter, "node_network_bytes", what, "direction", by)
+    yield from family(counter, "node_energy_joules", "Of each processor package.", "package", used.energy_j)
+    yield from family(gauge, "node_power_watts", "Of each rail that a sensor measures.", "rail", used.power_w)
+    yield from size("node_memory_used_bytes", "Memory that a new process could not have.", used.ram_used_bytes)
+    yield from size("worker_group_bytes", "Memory of this worker's control group, files too.", used.group_bytes)
+    yield from size("worker_group_peak_bytes", "The most that it ever was.", used.group_peak_bytes)
+    yield from size("worker_anonymous_bytes", "Memory of this worker without mapped files.", used.anonymous_bytes)

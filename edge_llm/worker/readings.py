@@ -1,11 +1,61 @@
-"""What a worker measures, as its status says it. Refuses to know how it is measured (engine/rates.py, machine.py)."""
+"""What a worker measures, as its status and a scrape say it. Refuses to know how it is measured (engine/rates.py,
+machine.py, power.py)."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
 from edge_llm.engine.batch import PROMPT_STEPS_PER_DECODE_STEP
 from edge_llm.engine.engine import Engine
-from edge_llm.machine import board_state, cpu_share, ram_share
+from edge_llm.machine import (
+    CoreTime,
+    NetworkBytes,
+    anonymous_bytes,
+    board_state,
+    core_times,
+    cpu_share,
+    group_memory_bytes,
+    memory_bytes,
+    network_bytes,
+    ram_share,
+)
+from edge_llm.power import energy_j, monitor_rails_w
 from edge_llm.worker.messages import Board, Rates
+
+
+@dataclass(frozen=True, slots=True)
+class Consumed:
+    """What this board and this process use and have used: counters, and sizes in bytes. None and empty: not known.
+
+    Only of files that are read in no time: whoever scrapes must not hold up a stream.
+    """
+
+    cores: Mapping[int, CoreTime]
+    network: NetworkBytes | None
+    energy_j: Mapping[str, float]
+    power_w: Mapping[str, float]
+    ram_used_bytes: int | None
+    group_bytes: int | None
+    group_peak_bytes: int | None
+    anonymous_bytes: int | None
+
+
+def consumed(root: Path = Path("/")) -> Consumed:
+    """The machine and this process now."""
+    memory, (group_bytes, group_peak_bytes) = memory_bytes(root), group_memory_bytes(root)
+    return Consumed(
+        cores=core_times(root),
+        network=network_bytes(root),
+        energy_j={package: joules for package, (joules, _) in energy_j(root).items()},
+        power_w=monitor_rails_w(root),
+        ram_used_bytes=memory[1] if memory else None,
+        group_bytes=group_bytes,
+        group_peak_bytes=group_peak_bytes,
+        anonymous_bytes=anonymous_bytes(os.getpid(), root),
+    )
 
 
 def board() -> Board:

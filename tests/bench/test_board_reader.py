@@ -95,7 +95,8 @@ def test_a_process_that_ended_is_not_mixed_up_with_who_got_its_id(tmp_path: Path
 
 def test_pages_are_counted_when_they_may_be(tmp_path: Path) -> None:
     board = reader(tmp_path, {"worker-1": 7})
-    write(tmp_path, process(7, 1, 100) | {"proc/7/smaps_rollup": "x\nPss: 300 kB\nAnonymous: 100 kB\n"})
+    write(tmp_path, process(7, 1, 100) | {"proc/7/smaps_rollup": "x\nPss: 300 kB\nAnonymous: 90 kB\n"})
+    write(tmp_path, {"proc/7/status": "VmRSS: 400 kB\nRssAnon: 100 kB\n"})
     row = board.read(1.0)
     assert (row["worker-1/pss_bytes"], row["worker-1/anonymous_bytes"]) == (300 * 1024, 100 * 1024)
 

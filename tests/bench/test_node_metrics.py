@@ -90,6 +90,35 @@ def test_a_node_that_is_away_has_no_readings() -> None:
     assert set(NodeMetrics(f"http://127.0.0.1:{port}/metrics", "pi-1").read(1.0).values()) == {None}
 
 
+def test_counters_of_cores_and_energy_are_shares_and_watts_of_the_time_between() -> None:
+    def at(busy_s: float, all_s: float, joules: float) -> bytes:
+        return http(
+            f'edge_llm_node_core_busy_seconds_total{{node="a",core="0"}} {busy_s}\n'
+            f'edge_llm_node_core_busy_seconds_total{{node="a",core="1"}} 0\n'
+            f'edge_llm_node_core_seconds_total{{node="a",core="0"}} {all_s}\n'
+            f'edge_llm_node_core_seconds_total{{node="a",core="1"}} {all_s}\n'
+            f'edge_llm_node_core_seconds_total{{node="a",core="../x"}} {all_s}\n'
+            f'edge_llm_node_energy_joules_total{{node="a",package="intel-rapl:0"}} {joules}\n'
+            f'edge_llm_node_energy_joules_total{{node="a",package="intel-rapl:1"}} {joules}\n'
+            f'edge_llm_node_cpu_usage_ratio{{node="a"}} 0.125\n'.encode()
+        )
+
+    with node(at(10, 20, 100), at(11, 22, 110)) as url:
+        metrics = NodeMetrics(url, "pi-1")
+        first, second = metrics.read(1.0), metrics.read(3.0)
+    assert (first["cpu_share"], first["cpu0_share"], first["power_w"]) == (0.125, None, None)
+    assert second["cpu0_share"] == pytest.approx(0.5)
+    assert second["cpu_share"] == pytest.approx(0.25)
+    assert second["power_w"] == pytest.approx(10.0)
+    assert [name for name in second if ".." in name] == []
+
+
+def test_rails_that_a_sensor_measures_are_added_up() -> None:
+    text = 'edge_llm_node_power_watts{rail="ina219/power1"} 4.5\nedge_llm_node_power_watts{rail="x"} 1\n'
+    with node(http(text.encode())) as url:
+        assert NodeMetrics(url, "pi-1").read(1.0)["power_w"] == 5.5
+
+
 def test_a_hostile_node_cannot_make_names_of_its_own() -> None:
     text = 'edge_llm_node_throttled{kind="../../x"} 1\nedge_llm_node_throttled{kind="' + "a" * 99 + '"} 1\n'
     with node(http(text.encode())) as url:
@@ -118,8 +147,11 @@ async def test_our_own_workers_are_understood() -> None:
         before = await asyncio.to_thread(metrics.read, 1.0)
         await (await cluster.gateway.ask(decode.peer, prompt_of(3 * CHUNK), [prefill.peer], max_tokens=4)).over()
         after = await asyncio.to_thread(metrics.read, 2.0)
-    named = ("cpu_share", "ram_share", "worker/requests_running", "worker/kv_share")
+    named = ("cpu_share", "ram_share", "ram_used_bytes", "worker/requests_running", "worker/kv_share")
     assert all(before[name] is not None for name in named), before
+    assert before.keys() == after.keys() >= {"cpu0_share", "net_in_bytes_per_s", "loopback_bytes_per_s", "power_w"}
+    assert 0 < (after["worker/anonymous_bytes"] or 0) <= 2 * (after["worker/rss_bytes"] or 0)
+    assert (after["loopback_bytes_per_s"] or 0) > 0, "a hand-off over loopback"
     assert (after["worker/kv_in_bytes_per_s"] or 0) >= 0
     assert (before["worker/rss_bytes"] or 0) > 1e6
     assert after["worker/cpu_cores"] is not None

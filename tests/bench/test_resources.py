@@ -12,8 +12,21 @@ from datetime import UTC, datetime
 import msgspec
 import pytest
 
+from edge_llm.bench.node_metrics import NoNode
 from edge_llm.bench.record import encode, parse
-from edge_llm.bench.resources import LOCAL, POINTS, Row, Sampler, Span, Watch, Watched, summary_of, thinned, watched
+from edge_llm.bench.resources import (
+    LOCAL,
+    POINTS,
+    CannotWatch,
+    Row,
+    Sampler,
+    Span,
+    Watch,
+    Watched,
+    summary_of,
+    thinned,
+    watched,
+)
 from edge_llm.bench.run import Run
 
 STARTED = datetime(2026, 11, 28, tzinfo=UTC)
@@ -94,14 +107,16 @@ def test_a_gap_within_a_thinned_point_does_not_count_as_zero() -> None:
 
 def test_nobody_may_sample_more_often_than_once_a_second() -> None:
     for period_s in (0.5, 0.0, -1.0, float("nan")):
-        with pytest.raises(ValueError, match="every 1 s"):
+        with pytest.raises(CannotWatch, match="every 1 s"):
             Watch({}, period_s)
 
 
 def test_what_is_no_url_is_refused_before_anything_runs() -> None:
-    for url in ("pi-1:8001", "ftp://pi-1/metrics", "http://", ""):
-        with pytest.raises(ValueError, match="pi-1"):
+    for url in ("pi-1:8001", "ftp://pi-1/metrics", "http://", "", "http://pi-1:99999", "http://[pi-1"):
+        with pytest.raises(NoNode, match="pi-1"):
             Watch({}, nodes={"pi-1": url})
+    with pytest.raises(CannotWatch, match="another name"):
+        Watch({}, nodes={LOCAL: "http://pi-1"})
 
 
 def test_even_the_shortest_load_has_a_sample_and_the_boards_own_words() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -15,6 +16,7 @@ from edge_llm.exposition import VLLM_NAMES, Exposition
 from edge_llm.worker.messages import Board, CancelRequest
 from edge_llm.worker.metrics import Readings, WorkerMetrics
 from edge_llm.worker.pull import Patience
+from edge_llm.worker.readings import consumed
 from tests import scrapes
 from tests.loopback import CHUNK, Cluster, HeldBackend, Node, prompt_of, running_cluster, settings_of, until
 from tests.scrapes import Families, families_of, value
@@ -146,7 +148,8 @@ async def test_every_family_has_the_type_that_its_meaning_needs(cluster: Cluster
 
 def readings_of(node: Node, board: Board | None) -> Readings:
     status = msgspec.structs.replace(node.worker.status(), board=board)
-    return Readings(lambda: ("simulated", "mixed", "m1"), lambda: status, lambda: 0)
+    silent = consumed(Path("/nothing/there"))
+    return Readings(lambda: ("simulated", "mixed", "m1"), lambda: status, lambda: 0, lambda: silent)
 
 
 async def test_a_board_shows_its_sensors_and_invents_none(cluster: Cluster) -> None:
