@@ -181,6 +181,11 @@ class Chain:
         self._seen = 0
         self.kept_to = 0
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the piece that comes next would be kept."""
+        return self._is_open
+
     def add(self, ids: Sequence[int], piece: Piece) -> None:
         """Keep a piece with its own ids; a gap, or a piece over a border or not cut, ends the chain."""
         size = self._store.chunk_tokens

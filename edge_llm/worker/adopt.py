@@ -129,6 +129,10 @@ class ByteBudget:
     def used_bytes(self) -> int:
         return self._used
 
+    def has_room(self, size: int) -> bool:
+        """Whether `reserved` would not wait now."""
+        return not self._waiting and self._fits(size)
+
     @asynccontextmanager
     async def reserved(self, size: int) -> AsyncIterator[None]:
         """Wait for room, hold it for the block. Nothing to reserve never waits."""
@@ -156,10 +160,13 @@ class ByteBudget:
             raise
 
     def _wake(self) -> None:
-        while self._waiting and (not self._used or self._used + self._waiting[0][0] <= self._limit):
+        while self._waiting and self._fits(self._waiting[0][0]):
             size, turn = self._waiting.popleft()
             self._used += size
             turn.set_result(None)
+
+    def _fits(self, size: int) -> bool:
+        return not self._used or self._used + size <= self._limit
 
 
 class Adopter:

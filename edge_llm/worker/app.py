@@ -128,7 +128,7 @@ class Worker:
         asyncio.get_running_loop().set_default_executor(modest_threads())
         async with Puller(self._monotonic, self._patience, self.links) as puller:
             holders = self.prefill.holders = Holders(puller, self.keys, lambda: self.facts, self.links)
-            self.keeper = Keeper(holders, self.prefixes, lambda: self.facts, self.config.allowed_peers)
+            self.keeper = Keeper(holders.pieces, self.prefixes, lambda: self.facts, self.config.allowed_peers)
             if self.facts.slots:
                 self.decode = DecodeRole(
                     self.loop,

@@ -109,10 +109,12 @@ class DecodeRole:
         self.prompt_token_s = 0.0
         self.widest_rows = self.wide_calls = 0
 
-    def slot_of(self, request_id: str) -> int | None:
-        """Of a running sequence with KV of this worker's class; None when there is none, or none yet."""
+    def slot_of(self, request_id: str, tenant: str) -> int | None:
+        """Of a tenant's running sequence with KV of this worker's class that others may keep, if there is one yet."""
         running = self._running.get(request_id)
-        return running.slot if running is not None and running.is_begun and running.prompt.is_same_class else None
+        if running is None or not (running.is_begun and running.prompt.is_same_class):
+            return None
+        return running.slot if running.request.cache_prompt and running.request.tenant == tenant else None
 
     @property
     def slots_free(self) -> int:

@@ -153,7 +153,8 @@ class PrefillRole:
         if not (request.cache_prompt or request.only_stored):
             return Match()
         end = request.end or len(request.ids) - 1
-        return await self._prefixes.match(request.tenant, request.ids[:end], is_moving=request.only_stored)
+        is_moving, counts = request.only_stored, not request.is_running
+        return await self._prefixes.match(request.tenant, request.ids[:end], is_moving=is_moving, counts=counts)
 
     def _check(self, request: PrefillRequest, claims: Claims) -> None:
         facts = self._facts_of()
@@ -250,16 +251,18 @@ class PrefillRole:
         # again, because several may have been accepted before the first of them got here
         self._check_room(transfer)
         if transfer.needs_no_engine:
-            async for part in self._send_stored(transfer, encoder):
-                yield part
+            async with aclosing(self._send_stored(transfer, encoder)) as parts:
+                async for part in parts:
+                    yield part
             return
         self._admit(transfer)
         try:
             while not await self._take_turn(transfer):
                 for part in _wire(encoder.send(Progress(0, transfer.total))):
                     yield part
-            async for part in self._serve(transfer, encoder, loop):
-                yield part
+            async with aclosing(self._serve(transfer, encoder, loop)) as parts:
+                async for part in parts:
+                    yield part
         finally:
             # also reached when the receiver hung up: then the engine is in the middle of the prompt
             self._leave(transfer, loop)
@@ -269,9 +272,12 @@ class PrefillRole:
         is_running = transfer.request.is_running
         self.stored_out, self.running_out = self.stored_out + 1, self.running_out + is_running
         try:
-            if is_running and not transfer.is_known_whole:
-                async for part in self._read_running(transfer, encoder):
-                    yield part
+            if is_running and not transfer.is_known_whole and self.read_running is not None:
+                reading = asyncio.ensure_future(self.read_running(transfer.request))
+                async with aclosing(self._alive(reading, transfer, encoder)) as parts:
+                    async for part in parts:
+                        yield part
+                transfer.known = reading.result()
             transfer.done = transfer.known.n_tokens
             for part in _wire(encoder.send(Progress(transfer.done, transfer.total))):
                 yield part
@@ -287,20 +293,18 @@ class PrefillRole:
         finally:
             self.stored_out, self.running_out = self.stored_out - 1, self.running_out - is_running
 
-    async def _read_running(
-        self, transfer: Transfer, encoder: FrameEncoder
+    async def _alive(
+        self, work: asyncio.Future[Match] | asyncio.Task[None], transfer: Transfer, encoder: FrameEncoder
     ) -> AsyncGenerator[bytes | memoryview, None]:
-        """Frames that keep the transfer alive while its KV waits for room and for the engine."""
-        if self.read_running is None:
-            return
-        reading = asyncio.ensure_future(self.read_running(transfer.request))
+        """Frames that keep a transfer alive until `work` is done. Closing this ends it."""
         try:
-            while not (await asyncio.wait({reading}, timeout=HEARTBEAT_S))[0]:
+            while not (await asyncio.wait({work}, timeout=HEARTBEAT_S))[0]:
+                self._check_deadline(transfer)
                 for part in _wire(encoder.send(Progress(0, transfer.total))):
                     yield part
-            transfer.known = reading.result()
+            await work
         finally:
-            reading.cancel()
+            work.cancel()
 
     def _admit(self, transfer: Transfer) -> None:
         self.prompts_met += self.admitted > 0
@@ -361,14 +365,9 @@ class PrefillRole:
         self, transfer: Transfer, encoder: FrameEncoder, loop: EngineLoop
     ) -> AsyncGenerator[bytes | memoryview, None]:
         starting = asyncio.create_task(self._start(transfer, loop), name=f"start {transfer.served_id}")
-        try:
-            while not (await asyncio.wait({starting}, timeout=HEARTBEAT_S))[0]:
-                self._check_deadline(transfer)
-                for part in _wire(encoder.send(Progress(0, transfer.total))):
-                    yield part
-            await starting
-        finally:
-            starting.cancel()
+        async with aclosing(self._alive(starting, transfer, encoder)) as parts:
+            async for part in parts:
+                yield part
         for piece in transfer.known.pieces:
             transfer.keep(piece)
             for part in await self._send_piece(transfer, encoder, piece):

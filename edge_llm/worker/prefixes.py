@@ -45,14 +45,16 @@ class Prefixes:
     def _is_exact(self) -> bool:
         return self._facts.level == "exact"
 
-    async def match(self, tenant: str, ids: Sequence[int], *, is_moving: bool = False) -> Match:
-        """What is kept of the beginning of `ids`, all of which need KV. `is_moving`: a running sequence goes on."""
+    async def match(self, tenant: str, ids: Sequence[int], *, is_moving: bool = False, counts: bool = True) -> Match:
+        """What is kept of the beginning of `ids`, all of which need KV. `is_moving`: a running sequence goes on.
+        `counts` False: no prompt is asked for, and the share of prompts that was kept does not change."""
         if self._store is None:
             return Match()
         await self._idle.wait()  # a next turn may come while its conversation is still being copied
         found = self._store.match(tenant, ids, only_chunks=not (self._is_exact or is_moving))
-        self.query_tokens += len(ids)
-        self.hit_tokens += found.n_tokens
+        if counts:
+            self.query_tokens += len(ids)
+            self.hit_tokens += found.n_tokens
         if found.pieces and found.pieces[-1].rows:
             return Match((*found.pieces[:-1], await self._cut_off(found.pieces[-1], found.pieces[-1].p0)))
         return found

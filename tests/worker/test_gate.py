@@ -247,6 +247,14 @@ async def test_a_prefill_ticket_serves_one_request_and_one_prompt(door: Door) ->
     refusal(*await door.knock(replace(call, body=body), _signed(call)))
 
 
+async def test_kv_is_fetched_only_from_where_the_ticket_says(door: Door) -> None:
+    call = _keep(door.node)
+    elsewhere: tuple[dict[str, str], ...] = ({}, {"w9": "127.0.0.1:1"}, {"w8": door.node.peer.address})
+    for peers in elsewhere:
+        reply = refusal(*await door.knock(call, _signed(call, peers=peers)))
+        assert "does not name worker w9" in reply.message
+
+
 @pytest.mark.parametrize("path", ["/healthz", "/readyz"])
 async def test_the_probes_need_no_ticket_and_say_nothing_else(door: Door, path: str) -> None:
     status, body = await door.knock(Call("status", "GET", path, b""), {})
