@@ -185,8 +185,8 @@ class GatewayConfig(_Settings):
     metrics_alias: MetricsAlias = "none"
     """Show the figures of /metrics under another server's names, too."""
     checkpoint_tokens: Annotated[int, Field(ge=0)] = 0
-    """After so many tokens of an answer each time, another worker fetches its KV, so that a takeover computes no more
-    than these; 0: never."""
+    """After so many tokens of an answer each time, another worker fetches its KV, so that a takeover computes about as
+    many and not all; 0: never."""
     replan_limit: Annotated[int, Field(ge=0, le=16)] = 3
     """Workers that one answer may lose before it fails."""
 

@@ -71,12 +71,14 @@ class Dispatcher:
         buffer_bytes: int = 256 << 10,
         checkpoint_tokens: int = 0,
     ) -> None:
-        """`buffer_bytes`: what a client may leave unread of one answer. `checkpoint_tokens`: how many of an answer may
-        have to be computed again (checkpoints.py); 0: all."""
+        """`buffer_bytes`: what a client may leave unread of one answer. `checkpoint_tokens`: after so many of an
+        answer each time, another worker fetches its KV (checkpoints.py); 0: never."""
         self._client, self._metrics, self._orders = client, metrics, Orders(client, gateway)
         self._queue_wait_s, self._replan_limit, self._clock = bounds.wait_s, replan_limit, clock
         self._planner = planner
-        self._checkpoints = Checkpoints(client, self._orders, planner, metrics, lambda: self.view, checkpoint_tokens)
+        self._checkpoints = Checkpoints(
+            client.keep, self._orders, planner, metrics, lambda: self.view, checkpoint_tokens
+        )
         self._running: dict[str, Running] = {}
         self._listener = Listener(client, self._running, self, metrics, clock, buffer_bytes)
         self._queue = queue.PlanQueue(bounds, clock=clock)

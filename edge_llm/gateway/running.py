@@ -85,7 +85,8 @@ class Running:
     `is_as_promised` ends for good when KV of another class came in, or the answer went on where it may come out
     otherwise. `holder` is a draining worker that holds the KV of all tokens so far for whoever goes on with them.
     `report` is what the present decode worker said of how it came by its KV, `reading` how the prompt came to be read:
-    a decode worker that takes KV over from `holder` has not read anything.
+    a decode worker that takes KV over from `holder` has not read anything. `checkpoint_tokens`: how long the answer was
+    when its last checkpoint was begun.
     """
 
     job: Job
@@ -107,6 +108,7 @@ class Running:
     reading: PromptReport | None = None
     notes: list[str] = field(default_factory=list)
     is_as_promised: bool = True
+    checkpoint_tokens: int = 0
 
     def tell(self, update: Update) -> None:
         """Something for the client to hear, when it has taken what came before."""
