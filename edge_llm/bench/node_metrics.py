@@ -11,7 +11,7 @@ import http.client
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -65,8 +65,9 @@ class NoNode(EdgeLLMError):
 class NodeMetrics:
     """One node. Names are those of resources.py; what is its worker's begins with `worker/`."""
 
-    def __init__(self, url: str, name: str) -> None:
+    def __init__(self, url: str, name: str, clock: Callable[[], float] = time.monotonic) -> None:
         """Raises NoNode."""
+        self._clock = clock
         try:
             parts = urlsplit(url)
             self._port = parts.port
@@ -79,8 +80,11 @@ class NodeMetrics:
         self._rates = Rates()
 
     def read(self, now_s: float) -> dict[str, float | None]:
-        """`now_s`: monotonic. Readings that the node does not have are None."""
+        """`now_s`: monotonic. Readings that the node does not have are None. A busy node answers late: its counters are
+        of the time when it did."""
+        asked_s = self._clock()
         values = values_of(self._fetched() or "")
+        now_s += self._clock() - asked_s
         row: dict[str, float | None] = {ours: values.get((theirs, "")) for theirs, ours in _GAUGES.items()}
         row |= {ours: self._rates.of(ours, values.get(theirs), now_s) for theirs, ours in _COUNTERS.items()}
         row["power_w"] = self._watts(values, now_s)

@@ -45,6 +45,10 @@ def node(*answers: bytes) -> Iterator[str]:
         thread.join()
 
 
+def standing_clock() -> float:
+    return 0.0
+
+
 def http(body: bytes, status: str = "200 OK") -> bytes:
     return f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
 
@@ -52,7 +56,7 @@ def http(body: bytes, status: str = "200 OK") -> bytes:
 def test_a_node_is_read_under_the_names_of_a_board() -> None:
     later = TEXT.replace("12.5", "15.5").replace("} 20", "} 60").replace("} 100", "} 130")
     with node(http(TEXT.encode()), http(later.encode())) as url:
-        metrics = NodeMetrics(url, "pi-1")
+        metrics = NodeMetrics(url, "pi-1", standing_clock)
         first, second = metrics.read(10.0), metrics.read(12.0)
     assert (first["temperature_c"], first["frequency_hz"], first["cpu_share"]) == (61.45, 2.4e9, 0.75)
     assert (first["throttled/under_voltage"], first["throttled/throttled"]) == (1.0, 0.0)
@@ -104,13 +108,21 @@ def test_counters_of_cores_and_energy_are_shares_and_watts_of_the_time_between()
         )
 
     with node(at(10, 20, 100), at(11, 22, 110)) as url:
-        metrics = NodeMetrics(url, "pi-1")
+        metrics = NodeMetrics(url, "pi-1", standing_clock)
         first, second = metrics.read(1.0), metrics.read(3.0)
     assert (first["cpu_share"], first["cpu0_share"], first["power_w"]) == (0.125, None, None)
     assert second["cpu0_share"] == pytest.approx(0.5)
     assert second["cpu_share"] == pytest.approx(0.25)
     assert second["power_w"] == pytest.approx(10.0)
     assert [name for name in second if ".." in name] == []
+
+
+def test_a_node_that_answers_late_has_its_rates_over_the_time_between_its_answers() -> None:
+    clock = iter([0.0, 0.5, 10.0, 12.5]).__next__
+    with node(http(b"process_cpu_seconds_total 1\n"), http(b"process_cpu_seconds_total 7\n")) as url:
+        metrics = NodeMetrics(url, "pi-1", clock)
+        metrics.read(1.0)
+        assert metrics.read(2.0)["worker/cpu_cores"] == pytest.approx(6 / 3)
 
 
 def test_rails_that_a_sensor_measures_are_added_up() -> None:
