@@ -197,7 +197,7 @@ def _commit(record: Record) -> str:
 
 def _alarms(one: Evidence) -> list[str]:
     record = one.record
-    alarms = [] if record.is_complete else ["cut short: these are the figures of what was finished"]
+    alarms = [] if record.is_complete else [_cut_short(one)]
     alarms += [f"not measured: {failure.what}: {failure.why}" for failure in record.failures[:_SHOWN_ALARMS]]
     if len(record.failures) > _SHOWN_ALARMS:
         alarms.append(f"and {len(record.failures) - _SHOWN_ALARMS} failures more: see the record")
@@ -210,6 +210,14 @@ def _alarms(one: Evidence) -> list[str]:
     alarms += [found for node in record.nodes if (found := _busy(node))]
     alarms += [found for watched in record.resources for found in _throttled(watched.node, watched.summaries)]
     return alarms
+
+
+def _cut_short(one: Evidence) -> str:
+    """A run that was killed left the record that it began with, and its lines."""
+    cases = one.record.cases
+    if cases is not None and len(one.lines) > cases.lines:
+        return f"killed before it wrote any figure: {len(one.lines)} finished cases are in {cases.file}"
+    return "cut short: these are the figures of what was finished"
 
 
 def _busy(node: Node) -> str:

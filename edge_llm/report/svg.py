@@ -104,10 +104,10 @@ def curves(label: str, series: Sequence[Series], x: Axis, y: Axis, levels: Seque
     across = scale(x, (at for one in series for at, _ in one.points), _LEFT, WIDTH - _RIGHT)
     up = scale(y, _heights(series, levels), _TOP + _HEIGHT, _TOP)
     parts = [_frame(across, up, x, y)]
-    for level in levels:
-        parts.append(_level(level, across, up))
+    parts += [f'<path class="goal" d="M{_LEFT} {up.at(one.value):.1f}H{WIDTH - _RIGHT}"/>' for one in levels]
     parts += [_band(one, number, across, up) for number, one in enumerate(series) if one.band]
     parts += [_line(one, number, across, up) for number, one in enumerate(series)]
+    parts += [_level(one, up) for one in levels]
     unmarked = {number for number, one in enumerate(series) if one.marked == ()}
     legend, height = _legend([one.label for one in series], _TOP + _HEIGHT + _BOTTOM, unmarked=unmarked)
     return _drawing(label, height, [*parts, legend])
@@ -224,12 +224,9 @@ def _under(across: Scale, x: Axis, bottom: float, top: float) -> str:
     return "".join(lines)
 
 
-def _level(level: Level, across: Scale, up: Scale) -> str:
-    at = up.at(level.value)
-    return (
-        f'<path class="goal" d="M{across.start:.1f} {at:.1f}H{across.end:.1f}"/>'
-        f'<text class="t e halo" x="{across.end - 2:.1f}" y="{at - 4:.1f}">{escape(level.label)}</text>'
-    )
+def _level(level: Level, up: Scale) -> str:
+    at = up.at(level.value) - 4
+    return f'<text class="t e halo" x="{WIDTH - _RIGHT - 2}" y="{at:.1f}">{escape(level.label)}</text>'
 
 
 def _line(one: Series, number: int, across: Scale, up: Scale) -> str:

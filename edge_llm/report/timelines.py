@@ -6,6 +6,7 @@ Owns these drawings. Refuses to know which bench measured them.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -41,12 +42,14 @@ _BOARD: Final = (
     ("CPU", "of all cores", ("cpu_share",), True),
     ("CPU of each process", "cores kept busy", ("/cpu_cores",), False),
     ("memory", "GB", ("ram_used_bytes", "/rss_bytes", "/pss_bytes"), False),
-    ("KV in memory", "MB", ("kv_bytes", "/kv_bytes", "kv_used_bytes", "/kv_used_bytes"), False),
+    ("KV cells in use", "of all cells", ("/kv_share",), True),
+    ("KV handed over", "MB/s", ("/kv_in_bytes_per_s", "/kv_out_bytes_per_s"), False),
+    ("network", "MB/s", ("net_in_bytes_per_s", "net_out_bytes_per_s", "loopback_bytes_per_s"), False),
     ("temperature", "degrees C", ("temperature_c", "/temperature_c"), False),
     ("power", "W", ("power_w", "/power_w"), False),
     ("clock", "GHz", ("frequency_hz", "/frequency_hz"), False),
 )
-_FACTORS: Final[Mapping[str, float]] = {"GB": 1e-9, "MB": 1e-6, "GHz": 1e-9}
+_FACTORS: Final[Mapping[str, float]] = {"GB": 1e-9, "MB/s": 1e-6, "GHz": 1e-9}
 _NOT_FROM_ZERO: Final = ("temperature", "clock")
 
 
@@ -94,19 +97,41 @@ def _spans(ms: Mapping[str, float], names: Sequence[str], start: float, factor: 
 
 
 def _request_plots(requests: Sequence[Request]) -> list[Plot]:
-    """For each case, its first requests from when they were sent to their last token."""
-    by_case: dict[str, list[Row]] = {}
-    for request in requests:
-        if request.first_s is not None:
-            by_case.setdefault(request.case, []).append(_request(request, request.first_s))
+    """For each case, its first requests from when they were sent to their last token; the busiest cases first."""
     plots = []
-    for case, rows in by_case.items():
+    for case, known in busiest(requests):
+        rows = [_request(request, request.first_s) for request in known if request.first_s is not None]
+        if not rows:
+            continue
         rows.sort(key=lambda row: row.spans[0].start)
         some = f", the first {_REQUESTS} of {len(rows)}" if len(rows) > _REQUESTS else ""
         title = f"{case}: stages of requests{some}"
         axis = Axis("seconds since the load began", low=0.0)
         plots.append(Plot(title, stages(title, rows[:_REQUESTS], axis, _COLOURS)))
     return plots
+
+
+def busiest(requests: Sequence[Request]) -> list[tuple[str, list[Request]]]:
+    """Cases with their requests: of everybody the case with most requests at once, then everybody's second one."""
+    cases: dict[str, list[Request]] = {}
+    for request in requests:
+        cases.setdefault(request.case, []).append(request)
+    ranked: list[tuple[int, float, str]] = []
+    ranks: dict[str, int] = {}
+    for case in sorted(cases, key=lambda case: -_at_once(cases[case])):
+        _, who = placed(case)
+        ranks[who] = ranks.get(who, 0) + 1
+        ranked.append((ranks[who], -_at_once(cases[case]), case))
+    return [(case, cases[case]) for _, _, case in sorted(ranked)]
+
+
+def _at_once(requests: Sequence[Request]) -> float:
+    """How many requests were under way, on average."""
+    known = [(request.sent_s, request.last_s) for request in requests if request.last_s is not None]
+    if not known:
+        return 0.0
+    long_s = max(last for _, last in known) - min(sent for sent, _ in known)
+    return sum(last - sent for sent, last in known) / long_s if long_s > 0 else 0.0
 
 
 def _request(request: Request, first_s: float) -> Row:
@@ -129,7 +154,7 @@ def kv_plots(requests: Sequence[Request], kv_bytes_per_token: int) -> list[Plot]
     """KV of the requests under way, from their lengths and times: what no worker needs to report to be known. One
     drawing for each load."""
     loads: dict[str, dict[str, list[Request]]] = {}
-    for request in requests:
+    for request in (request for _, known in busiest(requests) for request in known):
         is_known = request.prompt_tokens is not None and request.tokens is not None
         if is_known and request.first_s is not None and request.last_s is not None:
             where, who = placed(request.case)
@@ -192,5 +217,5 @@ def _series(watched: Watched, ends: Sequence[str], factor: float) -> list[Series
 def _whose(name: str) -> str:
     """`worker-1/rss_bytes` is "worker-1, rss"; `ram_used_bytes` is "ram used"."""
     process, slash, what = name.partition("/")
-    word = (what if slash else name).replace("_bytes", "").replace("_share", "").replace("_cores", "").replace("_", " ")
+    word = re.sub(r"_(bytes(_per_s)?|share|cores|hz|w|c)$", "", what if slash else name).replace("_", " ")
     return f"{process}, {word}" if slash else word

@@ -18,7 +18,6 @@ NOT_READ: Final = "-"
 _WORDS_AT_MOST: Final = 6
 _LONG_MS: Final = 10_000  # said in seconds
 
-_STATISTIC: Final = re.compile(r"p\d+(\.\d+)?|min|max|mean|median|avg|low|high|least|most|value|stderr|std|stddev")
 # Beside statistics, and about something else than they are; and how far something spreads: neither way is better.
 _COUNT: Final = re.compile(r"n|count|requests|answers|samples|tokens|missing|bound|unknown|p_value")
 _SPREAD: Final = re.compile(r"std|stddev|stderr|low|high|least|most|\w+_std(err)?")
@@ -89,11 +88,12 @@ _WAYS: Final = tuple(
             r"(^|_)(at_s|retry_after_s|offered_per_s|rate_per_s|bound_s|seconds_per_point|late_(s|ms)|goals?_s|"
             r"until_s|turn_s|step_s|row_s|period_s|wall_s|size_bytes|std|stddev|frequency_mhz|handoff_bytes|"
             r"chunk_bytes|snapshot_bytes|kv_bytes_per_token|client_cpu_share|cpu_share_client|unloaded|"
-            r"asked_tokens|split_share|load|chance|majority|p_value)$|late_|^limits?_|client|direct_",
+            r"asked_tokens|split_share|load|chance|majority|p_value)$|late_|^limits?_|direct_",
             Better.NEITHER,
         ),
         (
-            r"tokens?_per_|per_s$|throughput$|^same_(answer|text|top)$|^instructions(_loose)?$|goodput$|^(goodput|attainment|acc|accuracy|exact_match|pass|f1|mc[12]|last_word)(_|$)|"
+            r"tokens?_per_|per_s$|throughput$|goodput$|^same_(answer|text|top)$|^instructions(_loose)?$|"
+            r"^(goodput|attainment|acc|accuracy|exact_match|pass|f1|mc[12]|last_word)(_|$)|"
             r"overlap|(prefill|decode|local|batch\d*|hole)_ratio$|hole_of_batch8_ratio$|roofline|similarity|"
             r"^(avg_ts|tps|t/s)$|top_token_agreement|accuracy$",
             Better.HIGHER,

@@ -145,6 +145,17 @@ def test_only_the_first_requests_are_drawn_and_it_says_so() -> None:
     assert "the first 30 of 50" in plot.title
 
 
+def test_the_busiest_case_of_everybody_comes_first() -> None:
+    lines = []
+    for who in ("auto", "local"):
+        for rate in (1, 4):
+            case = f"{who}, poisson, {rate}/s, pass 1"
+            lines += [{**line, "case": case, "at_s": line["at_s"] / rate} for line in served(8)]
+    titles = [plot.title.partition(":")[0] for plot in stage_plots({}, requests_of(lines))]
+    assert titles == ["auto, poisson, 4/s", "local, poisson, 4/s", "auto, poisson, 1/s", "local, poisson, 1/s"]
+    assert kv_plots(requests_of(lines), 1000)[0].title.startswith("poisson, 4/s")
+
+
 def test_requests_without_an_answer_are_in_no_drawing() -> None:
     unanswered = requests_of([{"case": "auto", "at_s": 1.0, "first_s": None, "status": 503}])
     assert len(unanswered) == 1
@@ -207,6 +218,14 @@ def test_boards_are_drawn_as_far_as_they_can_be_read() -> None:
         "local: CPU of each process",
         "local: memory",
     ]
+
+
+def test_what_other_nodes_publish_is_drawn_with_their_units() -> None:
+    board = watched(worker__kv_share=[0.1, 0.9], worker__kv_in_bytes_per_s=[1e6, 5e6], net_in_bytes_per_s=[2e6, None])
+    plots = resource_plots([board])
+    assert [plot.title for plot in plots] == ["local: KV cells in use", "local: KV handed over"]
+    assert ">worker, kv in<" in plots[1].svg
+    assert "worker, kv in: 1, 5" in plots[1].svg
 
 
 # -- accuracy against speed

@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from edge_llm.bench.cases import Cases
 from edge_llm.bench.record import Failure, Record, encode
 from edge_llm.report.chapters import report_of
 from edge_llm.report.document import Part, Report
@@ -184,6 +185,29 @@ def test_lines_of_a_run_that_left_no_record_are_named(tmp_path: Path) -> None:
     ((name, why),) = gather([tmp_path], tmp_path).unreadable
     assert name == "killed.cases.jsonl"
     assert "1 finished cases" in why
+
+
+def test_a_run_that_was_killed_has_its_first_record_and_says_how_far_it_came(tmp_path: Path) -> None:
+    begun = a_record(is_complete=False, figures={}, samples={}, cases=Cases("a.cases.jsonl", 0, ""))
+    (tmp_path / "a.json").write_bytes(encode(begun))
+    line = '{"case":"poisson, 1/s","at":"2026-11-23T10:15:02Z","sent_s":0,"first_s":1,"last_s":2,"answer_tokens":9}\n'
+    (tmp_path / "a.cases.jsonl").write_text(line * 10 + line[:20])
+    report = report_of(gather([tmp_path], tmp_path), "r")
+    assert report.unreadable == ()
+    (part,) = report.chapters[0].parts
+    assert "10 finished cases are in a.cases.jsonl" in part.alarms[0]
+    assert any("stages of requests" in plot.title for plot in part.plots)
+
+
+def test_lines_that_are_not_those_of_their_record_are_an_alarm(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(encode(a_record(cases=Cases("a.cases.jsonl", 1, "0" * 64))))
+    (tmp_path / "a.cases.jsonl").write_text("{}\n")
+    (one,) = gather([tmp_path], tmp_path).evidence
+    assert "digest" in one.trouble
+    assert one.lines == ()
+    (tmp_path / "a.cases.jsonl").unlink()
+    (one,) = gather([tmp_path], tmp_path).evidence
+    assert "cannot be read" in one.trouble
 
 
 def test_an_empty_folder_is_said(tmp_path: Path) -> None:
