@@ -24,10 +24,13 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class LocalProcess:
+    """`ready_s`: from the start of its cluster until it was ready; None: not known."""
+
     name: str
     pid: int
     cores: tuple[int, ...]
     port: int = 0
+    ready_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

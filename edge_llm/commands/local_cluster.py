@@ -36,9 +36,10 @@ async def local_cluster(
     place: Callable[[str, int], str] | None = None,
     key: bytes | None = None,
     neighbours: Sequence[tuple[str, str]] = (),
+    threads: int = 1,
 ) -> AsyncIterator[Started]:
-    """Workers with one thread each, pinned to cores of their own; simulated ones for the model `simulated`. Of the
-    user's settings of `up` only `show_logs` counts.
+    """Workers with so many threads each (0: the cores are shared out), pinned to cores of their own; simulated ones for
+    the model `simulated`. Of the user's settings of `up` only `show_logs` counts.
 
     `place`: where the gateway finds a worker, given its name and port. `key`: of clusters that trust each other.
     `neighbours`: workers of other clusters that the gateway knows too. Raises WorkerError when one cannot start.
@@ -50,7 +51,7 @@ async def local_cluster(
         simulated=layout.prefill + layout.decode + layout.mixed if model == SIMULATED_MODEL else 0,
         model=model,
         port=free_port(),
-        threads=1,
+        threads=threads,
         pin=True,
         show_logs=load_settings(UpConfig, {}).show_logs,
     )
@@ -58,6 +59,7 @@ async def local_cluster(
         settings, model, layout.options, _say, place, key, neighbours, gateway_arguments=layout.gateway_options
     )
     ready, stop = asyncio.Event(), asyncio.Event()
+    began_s = asyncio.get_running_loop().time()
     running = asyncio.create_task(supervisor.run(stop, ready.set), name="cluster")
     waiting = asyncio.create_task(ready.wait())
     try:
@@ -65,7 +67,7 @@ async def local_cluster(
         if running.done():
             await running
         processes = tuple(
-            LocalProcess(child.name, child.process.pid, child.cores, child.port)
+            LocalProcess(child.name, child.process.pid, child.cores, child.port, child.ready_s - began_s)
             for child in supervisor.children
             if child.process is not None
         )

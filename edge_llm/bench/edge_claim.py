@@ -1,0 +1,79 @@
+"""The Edge paper's claim, and whether a measured row bears it out. Pure.
+
+Owns the claim's numbers and the verdict with its figures. Refuses to know rows and how anything was measured.
+
+"Generative AI on the Edge: Architecture and Performance Evaluation" (arXiv 2411.17712) says in its abstract that
+lightweight models generate 5 to 12 tokens per second with less than 50 % of CPU and RAM, on Raspberry Pi 5. Whether
+"usage" is raw or above an idle board it does not say there: the verdict is on raw loads, the other stands beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, Literal
+
+import msgspec
+
+CLAIMED_TOKENS_PER_S: Final = (5.0, 12.0)
+CLAIMED_SHARE: Final = 0.5
+CLAIMED_BOARD: Final = "Raspberry Pi 5"
+Speed = Literal["slower", "within", "faster", "unknown"]
+
+
+class Claim(msgspec.Struct, frozen=True):
+    """The verdict. None: a figure that it needs could not be read."""
+
+    holds: bool | None
+    holds_above_idle: bool | None
+    speed: Speed
+    is_cpu_below_half: bool | None
+    is_ram_below_half: bool | None
+    words: str
+
+
+class Load(msgspec.Struct, frozen=True):
+    """Of all cores, or of all memory: raw, and above an idle board."""
+
+    raw: float | None = None
+    above_idle: float | None = None
+
+    def __str__(self) -> str:
+        if self.raw is None:
+            return "unknown"
+        return f"{self.raw:.0%}" + (f" ({self.above_idle:+.0%} above idle)" if self.above_idle is not None else "")
+
+
+def claim_of(tokens_per_s: float | None, cpu: Load, ram: Load) -> Claim:
+    """More than 12 tokens/s is more than was claimed: no reason to refuse."""
+    speed = _speed(tokens_per_s)
+    is_fast = None if speed == "unknown" else speed != "slower"
+    is_cpu_below, is_ram_below = _below(cpu.raw), _below(ram.raw)
+    holds = _all((is_fast, is_cpu_below, is_ram_below))
+    word = {True: "holds", False: "does not hold", None: "cannot be told"}[holds]
+    rate = "unknown" if tokens_per_s is None else f"{tokens_per_s:.1f}"
+    claimed = "{:g} to {:g}".format(*CLAIMED_TOKENS_PER_S)
+    return Claim(
+        holds=holds,
+        holds_above_idle=_all((is_fast, _below(cpu.above_idle), _below(ram.above_idle))),
+        speed=speed,
+        is_cpu_below_half=is_cpu_below,
+        is_ram_below_half=is_ram_below,
+        words=f"{word}: {rate} tokens/s ({claimed} claimed), CPU {cpu}, RAM {ram} (less than {CLAIMED_SHARE:.0%} "
+        "claimed)",
+    )
+
+
+def _speed(tokens_per_s: float | None) -> Speed:
+    least, most = CLAIMED_TOKENS_PER_S
+    if tokens_per_s is None:
+        return "unknown"
+    return "slower" if tokens_per_s < least else "within" if tokens_per_s <= most else "faster"
+
+
+def _below(share: float | None) -> bool | None:
+    return None if share is None else share < CLAIMED_SHARE
+
+
+def _all(parts: Sequence[bool | None]) -> bool | None:
+    """One that is false decides, whatever the unknown ones are."""
+    return False if False in parts else None if None in parts else True
