@@ -50,7 +50,7 @@ def serve_tables(record: Record) -> list[Table]:
         for goal, found in (one.get("goodput") or {}).items():
             goodputs[f"{name}, {goal.replace('goodput_', '')} %"] = {
                 ("requests/s",): _between(found, "per_s", ""),
-                ("a node", "per_s"): found.get("per_node_per_s"),
+                ("per_node_per_s",): found.get("per_node_per_s"),
                 ("bound",): found.get("bound"),
                 ("requests per rate",): found.get("requests_per_rate"),
             }
@@ -146,7 +146,7 @@ def goodput_tables(record: Record) -> list[Table]:
             rows: dict[str, Row] = {
                 name: {
                     ("requests/s at 90 %",): _between(row["goodput_90"], "per_s", ""),
-                    ("a node", "per_s"): inner(row, "goodput_90", "per_node_per_s"),
+                    ("per_node_per_s",): inner(row, "goodput_90", "per_node_per_s"),
                     ("bound",): inner(row, "goodput_90", "bound"),
                     ("requests/s at 99 %",): _between(row["goodput_99"], "per_s", ""),
                     ("is_cut_short",): row.get("is_cut_short"),

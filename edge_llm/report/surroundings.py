@@ -20,6 +20,7 @@ _SYSTEM: Final = ("kernel",)
 _SAME_RAM: Final = 0.05
 _LOADS_APART: Final = 1.0
 _HASH_CHARS: Final = 12
+_LONG: Final = 60
 
 
 class Difference(msgspec.Struct, frozen=True):
@@ -38,7 +39,7 @@ def differences(a: Record, b: Record) -> list[Difference]:
         *_nodes(a, b),
         *_models(a, b),
         *_engines(a, b),
-        *_trees("workload", a.workload, b.workload, is_loud=True),
+        *_workloads(a.workload, b.workload),
         *_trees("settings", a.config, b.config),
         *_code(a, b),
         *_runs(a, b),
@@ -81,7 +82,25 @@ def _models(a: Record, b: Record) -> Iterator[Difference]:
 def _engines(a: Record, b: Record) -> Iterator[Difference]:
     one = {f"{engine.name}: {name}": value for engine in a.engines for name, value in engine.facts.items()}
     other = {f"{engine.name}: {name}": value for engine in b.engines for name, value in engine.facts.items()}
-    yield from _trees("engine", one, other, is_loud=True)
+    for found in _trees("engine", one, other, is_loud=True):
+        yield msgspec.structs.replace(found, a=_apart(found.a, found.b), b=_apart(found.b, found.a))
+
+
+def _apart(mine: str | None, others: str | None) -> str | None:
+    """Of a long list of flags or features, those that the other side has not."""
+    if mine is None or others is None or len(mine) <= _LONG:
+        return mine
+    mark = " | " if " | " in mine else " "
+    known = {word.strip() for word in others.split(mark)}
+    return mark.join(word.strip() for word in mine.split(mark) if word.strip() not in known) or "nothing more"
+
+
+def _workloads(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[Difference]:
+    """Older records do not say it, which is no difference of what was asked."""
+    if one and other:
+        yield from _trees("workload", one, other, is_loud=True)
+    elif one or other:
+        yield Difference("workload", "said in one record only", _said("", bool(one)), _said("", bool(other)))
 
 
 def _trees(

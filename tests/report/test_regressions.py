@@ -173,7 +173,6 @@ def test_records_of_two_kinds_or_with_nothing_in_common_are_refused() -> None:
         ({"nodes": []}, "DIFFERENT MACHINES"),
         ({"models": [msgspec.structs.replace(MODEL, sha256="0" * 64)]}, "DIFFERENT MODEL FILES"),
         ({"engines": [EngineBuild("ours", {"flags": "-DGGML_LLAMAFILE=ON"})]}, "DIFFERENT BUILDS"),
-        ({"workload": {"rate_per_s": 2}}, "DIFFERENT WORKLOADS"),
         ({"is_complete": False}, "NOT BOTH RUNS ARE WHOLE"),
     ],
 )
@@ -181,6 +180,20 @@ def test_what_makes_it_a_comparison_of_something_else_is_said_first(change: dict
     text = written(compared({}, change), only_changed=False)
     assert said in text
     assert text.index(said) < text.index("B/A")
+
+
+def test_what_was_asked_differs_only_where_both_say_it() -> None:
+    asked = {"workload": {"rate_per_s": 1}}
+    assert "DIFFERENT WORKLOADS" in written(compared(asked, {"workload": {"rate_per_s": 2}}), only_changed=False)
+    older = compared({}, asked)
+    assert [(one.area, one.is_loud) for one in older.differences] == [("workload", False)]
+
+
+def test_of_long_flags_only_those_that_differ_are_said() -> None:
+    flags = " ".join(f"-DOPTION_{n}=ON" for n in range(20))
+    a, b = ({"engines": [EngineBuild("ours", {"flags": text})]} for text in (flags, f"{flags} -DNEW=ON"))
+    (found,) = compared(a, b).differences
+    assert (found.a, found.b) == ("nothing more", "-DNEW=ON")
 
 
 def test_other_settings_code_and_kernels_are_said_quietly() -> None:
