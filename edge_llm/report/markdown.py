@@ -55,11 +55,11 @@ def _part(part: Part) -> Iterator[str]:
 
 
 def _table(table: Table, *, links: bool = False) -> Iterator[str]:
-    """Numbers to the right. `links`: the last column is a file."""
+    """Numbers to the right. `links`: it is words, and the last column is a file."""
     if table.title:
         yield from (f"**{_text(table.title)}**", "")
     yield _row([_text(column) for column in table.columns])
-    yield _row(["---" if number == 0 else "---:" for number, _ in enumerate(table.columns)])
+    yield _row(["---" if number == 0 or links else "---:" for number, _ in enumerate(table.columns)])
     for cells in table.rows:
         texts = [_text(cell) for cell in cells]
         if links:
