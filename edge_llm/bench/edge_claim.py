@@ -40,7 +40,9 @@ class Load(msgspec.Struct, frozen=True):
     def __str__(self) -> str:
         if self.raw is None:
             return "unknown"
-        return f"{self.raw:.0%}" + (f" ({self.above_idle:+.0%} above idle)" if self.above_idle is not None else "")
+        if self.above_idle is None:
+            return f"{self.raw:.0%}"
+        return f"{self.raw:.0%} ({round(self.above_idle, 2) + 0.0:+.0%} above idle)"  # adding 0 makes -0 to 0
 
 
 def claim_of(tokens_per_s: float | None, cpu: Load, ram: Load) -> Claim:

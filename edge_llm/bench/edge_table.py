@@ -196,7 +196,7 @@ def rows_of(trial: Trial, cases: Sequence[Mapping[str, Any]] = ()) -> list[Row]:
     done = [answer for answer in trial.answers if answer.is_complete]
     samples = samples_of(done)
     medians = {name: median(values) if values else None for name, values in samples.items()}
-    intervals = {name: Interval(*bootstrap(values), len(values)) for name, values in samples.items() if len(values) > 1}
+    intervals = {name: _interval(samples[name]) for name in _WITH_INTERVAL if len(samples[name]) > 1}
     joules = _joules(trial, done)
     scores = scores_of(cases)
     if scores.interval is not None:
@@ -262,6 +262,12 @@ _REQUEST_COLUMNS: Final = (
     *("prompt_tokens_per_s", "generation_tokens_per_s", "ttft_s", "tpot_ms", "total_s"),
     *("queue_ms", "prefill_ms", "transfer_ms", "decode_ms"),
 )
+# The record's statistics have them of all.
+_WITH_INTERVAL: Final = ("prompt_tokens_per_s", "generation_tokens_per_s", "ttft_s", "tpot_ms")
+
+
+def _interval(samples: Sequence[float]) -> Interval:
+    return Interval(*bootstrap(samples), len(samples))
 
 
 def _figures(answer: Answer) -> dict[str, float | None]:

@@ -19,6 +19,7 @@ from edge_llm.bench.resources import LOCAL
 
 _MIB: Final = 1 << 20
 _NONE: Final = "-"
+_BUSY: Final = 0.1
 
 DEFINITIONS: Final[Mapping[str, str]] = {
     "row": "a model file, a placement and a board; throughput, latency and accuracy are those of the placement, CPU, "
@@ -43,14 +44,14 @@ DEFINITIONS: Final[Mapping[str, str]] = {
     "parts": "of the total, by our gateway's report: in its queue / prefill (until the prompt's KV was computed, "
     "waiting for the worker too) / transfer (what handing the KV over adds after that) / decode (from then to the end)",
     "CPU": "of all cores of the board, mean over the requests, sampled once a second; above idle: less the mean before",
-    "RAM": "of the board's memory, the highest sample; above idle: less the mean before. Before: the board without the "
-    "cluster where it was started here (the model is in it), the loaded cluster at rest where it was running already",
+    "RAM": "of the board's memory, the highest sample; above idle: less the mean before. Before is, for clusters "
+    "started here, the board without any (so the model counts); for one that runs already, that cluster at rest",
     "peak RSS": "of each worker at its most (here since it started, elsewhere the highest sample), added up; above "
     "idle: less what it was when it was ready. A mapped model file counts in it, in each of several workers",
     "heat": "the highest temperature of the board, and what held it back during the requests",
     "accuracy": "right items over all items with choices, of all tasks together (`models` has each task), with a 95 % "
     "interval (Wilson); chance: the mean of 1 / choices; p: exact binomial test, below 0.05 is different from chance. "
-    "It is the file's under this policy, so the same for all placements: a split answers token for token as a whole",
+    "It is the file's, measured once: under policy exact a split answers token for token as a whole does",
     "perplexity": "of the first text among the tasks, as llama-perplexity counts",
     "tokens/J": "answer tokens over the energy of all watched boards during the requests (mean power times seconds); "
     "above idle: less the power before. What is measured differs by board, and it is less than at the plug",
@@ -71,12 +72,23 @@ def sentences(rows: Sequence[Row], board: str | None) -> list[str]:
             kinds = ", ".join(f"{count} {kind}" for kind, count in row.failed.items())
             count = f"{row.requests - row.completed} of {row.requests}"
             found.append(f"{row.model}, {row.placement}: {count} requests failed: {kinds}")
+    found += [
+        f"{node} was {idle:.0%} busy before the first request: its loads and speeds are not those of the cluster alone"
+        for node, idle in _idle(rows).items()
+        if idle > _BUSY
+    ]
     if rows and CLAIMED_BOARD not in (board or ""):
         found.append(
             f"the paper measured on {CLAIMED_BOARD}, and this is {board or 'another board'}: a verdict is about the "
             "board of its row, it neither confirms nor refutes the paper"
         )
     return found
+
+
+def _idle(rows: Sequence[Row]) -> dict[str, float]:
+    """CPU of each board before."""
+    known = ((row.node, row.cpu_share, row.above_idle_cpu_share) for row in rows)
+    return {node: raw - above for node, raw, above in known if raw is not None and above is not None}
 
 
 def chance_words(row: Row) -> str:
@@ -158,7 +170,7 @@ def _parts(row: Row) -> str:
 def _percents(raw: float | None, above: float | None) -> str:
     if raw is None:
         return _NONE
-    return f"{100 * raw:.1f}" + (f" ({100 * above:+.1f})" if above is not None else "")
+    return f"{100 * raw:.1f}" + (f" ({round(100 * above, 1) + 0.0:+.1f})" if above is not None else "")
 
 
 def _rss(row: Row) -> str:

@@ -228,6 +228,14 @@ def test_a_verdict_on_another_board_says_that_it_is_one() -> None:
     assert not any("neither confirms nor refutes" in line for line in sentences([row()], PI))
 
 
+def test_a_board_that_was_busy_before_is_named() -> None:
+    busy = rows_of(trial(answer(), boards=[board(cpu_share=0.7, above_idle_cpu_share=0.3)]))
+    assert any("local was 40% busy before" in line for line in sentences(busy, PI))
+    assert not any(
+        "busy before" in line for line in sentences([row(above_idle_cpu_share=at) for at in (0.35, None)], PI)
+    )
+
+
 # -- accuracy
 
 
