@@ -21,7 +21,6 @@ DOORS = {
     "psutil": r"machine\.py",
     "kubernetes": r"cluster/kubernetes\.py",
     "onnxruntime": r"bench/accuracy/similarity\.py",
-    "matplotlib": r"report/.*",
     "aiohttp": r"(worker|cluster|bench(/serve)?|gateway|commands)/\w+\.py",
     "click": r"(cli\.py|commands/.*)",
     "rich": r"commands/.*",
