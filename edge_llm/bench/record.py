@@ -31,6 +31,8 @@ from edge_llm.machine import NodeFacts
 SCHEMA_VERSION: Final = 1
 RESULTS_DIR: Final = "bench_results"
 _GIT_S: Final = 10.0
+# A run before this one left its record there: that is no change of what measures.
+_CODE: Final = (":(top)", f":(top,exclude){RESULTS_DIR}")
 # A word that starts with / or ~/ and has at least two parts: a path, not a fraction, a unit or an URL's middle.
 _PATH: Final = re.compile(r"(?<![\w./])(?:~|\.{1,2})?(?:/[\w.@+-]+){2,}/?")
 _UNSAFE: Final = re.compile(r"[^A-Za-z0-9._-]+")
@@ -161,7 +163,7 @@ def new_run_id() -> str:
 
 def read_source(folder: Path = Path(edge_llm.__file__).parent) -> Source:
     """The git commit of the running code, if it is a checkout."""
-    commit, status = _git(folder, "rev-parse", "HEAD"), _git(folder, "status", "--porcelain")
+    commit, status = _git(folder, "rev-parse", "HEAD"), _git(folder, "status", "--porcelain", "--", *_CODE)
     return Source(commit, None if status is None else bool(status))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -168,3 +169,22 @@ def test_a_record_from_before_resources_and_cases_has_none_of_them() -> None:
 
 def test_outside_a_checkout_the_source_is_unknown(tmp_path: Path) -> None:
     assert read_source(tmp_path) == Source(None, None)
+
+
+def test_a_record_of_the_run_before_is_no_change_of_the_code(tmp_path: Path) -> None:
+    def git(*words: str) -> None:
+        who = ("-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false")
+        subprocess.run(["git", "-C", tmp_path, *who, *words], check=True, capture_output=True)
+
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "a.py").write_text("a = 1\n")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "first")
+    assert read_source(package).is_dirty is False
+    (tmp_path / "bench_results").mkdir()
+    (tmp_path / "bench_results" / "old.json").write_text("{}")
+    assert read_source(package).is_dirty is False
+    (package / "b.py").write_text("b = 1\n")
+    assert read_source(package).is_dirty is True
