@@ -238,15 +238,16 @@ def _models(
     """All models, and the one that the others are compared with, if any."""
     from edge_llm.bench.models import local_model, requantized
 
-    found = [local_model(name, report) for name in names]
-    found += [requantized(found[0], kind, report) for kind in kinds]
-    if reference is None:
-        return found, found[0] if len(found) > 1 else None
-    base = local_model(reference, report)
-    same = next((model for model in found if model.facts.name == base.facts.name), None)
-    if same is not None:
-        return found, same if len(found) > 1 else None
-    return [base, *found], base
+    found = [local_model(name, report) for name in dict.fromkeys(names)]
+    found += [requantized(found[0], kind, report) for kind in dict.fromkeys(kinds)]
+    base = found[0] if reference is None else local_model(reference, report)
+    same = next((model for model in found if model.facts.sha256 == base.facts.sha256), None)
+    if same is None:
+        found, same = [base, *found], base
+    by_name = {model.facts.name: model for model in found}
+    if len(by_name) < len(found):
+        raise ConfigError("two of these files have the same name: figures are kept by it, so rename one")
+    return found, same if len(found) > 1 else None
 
 
 def _partial(found: Any, base: Any | None) -> dict[str, Any]:

@@ -101,6 +101,18 @@ def test_a_model_is_compared_with_itself_in_another_format(tiny: Path, tmp_path:
     assert found["against_reference"][other]["own_choice"]["n"] == 3
 
 
+def test_two_files_of_one_name_are_refused_and_the_same_file_twice_is_one_model(tiny: Path, tmp_path: Path) -> None:
+    copy = tmp_path / tiny.name
+    copy.write_bytes(tiny.read_bytes() + b" ")
+    arguments = ["--tasks", "own_choice", "--limit", "1", "--json"]
+    status, _, err = run(["--model", str(tiny), "--model", str(copy), *arguments], tmp_path)
+    assert status == 1
+    assert "same name" in err
+    status, out, err = run(["--model", str(tiny), "--model", str(tiny), *arguments], tmp_path)
+    assert status == 0, err
+    assert json.loads(out)["models"][tiny.stem]["own_choice"]["n"] == 1
+
+
 def test_ctrl_c_leaves_a_record_that_can_be_read_and_lines_to_go_on_from(tiny: Path, tmp_path: Path) -> None:
     with start(
         ["--model", str(tiny), "--tasks", "own_instructions", "--limit", "0", "--slots", "1"], tmp_path

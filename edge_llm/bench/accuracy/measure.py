@@ -83,6 +83,11 @@ class Plan:
             words += f", {'chat' if is_chat else 'plain'}, {task.max_tokens} tokens"
         return words
 
+    @property
+    def batch(self) -> int:
+        """Answers at once: in policy `exact` they do not depend on each other, elsewhere each is written alone."""
+        return self.slots if self.policy == "exact" else 1
+
     def window_of(self, task: Task) -> int:
         """Our own page has three windows of 256."""
         return min(self.window, 256) if task.name in OWN else self.window
@@ -181,6 +186,8 @@ def check_data(plan: Plan) -> dict[str, Path]:
             raise ConfigError(f"{task.name} has no examples with answers: leave it out, or use --shots 0")
         if task.kind != "text":
             items_of(plan, task)
+        elif plan.window_of(task) > plan.n_ctx:
+            raise ConfigError(f"a window of {plan.window_of(task)} tokens does not fit into a context of {plan.n_ctx}")
     return found
 
 
@@ -274,8 +281,9 @@ def _answers(one: _Asked, found: Measured, progress: Progress) -> None:
     items, pool = items_of(one.plan, one.task)
     left = [item for item in items if not found.taken_over(one.head(item.id))]
     done = len(items) - len(left)
-    for at in range(0, len(left), one.plan.slots):
-        batch = left[at : at + one.plan.slots]
+    size = one.plan.batch
+    for at in range(0, len(left), size):
+        batch = left[at : at + size]
         progress(f"{one.model.facts.name}: {one.task.name}", done + at, len(items))
         for item, answer in zip(batch, _generated(one, batch, pool), strict=True):
             found.add(one.head(item.id) | _answered(one.task, item, answer))

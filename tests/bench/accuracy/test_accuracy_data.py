@@ -127,6 +127,8 @@ def test_data_that_is_missing_is_named_before_anything_starts(tmp_path: Path) ->
         check_data(Plan((TASKS["piqa"],), data=tmp_path))
     with pytest.raises(ConfigError, match="--data"):
         check_data(Plan((TASKS["piqa"],)))
+    with pytest.raises(ConfigError, match="256 tokens does not fit into a context of 128"):
+        check_data(Plan((TASKS["own_prose"],), n_ctx=128))
     with pytest.raises(ConfigError, match="--shots 0"):
         check_data(Plan((TASKS["own_instructions"],), shots=1))
     assert set(check_data(Plan(tuple(TASKS[name] for name in OWN)))) == set(OWN)

@@ -162,6 +162,13 @@ def test_answers_are_asked_for_by_the_chat_template_where_there_is_one(tmp_path:
     assert {case["setup"].split(", ")[3] for case in found.cases} == {"chat", "plain"}
 
 
+def test_answers_are_written_together_only_where_that_changes_none(tmp_path: Path) -> None:
+    for policy, sizes in (("exact", [4, 2]), ("fast", [1] * 6)):
+        child = Scripted()
+        go(plan("own_arithmetic", policy=policy), Starting(one=child), Measured(run_of()), tmp_path)
+        assert [len(arguments["prompts"]) for _, arguments in child.asked] == sizes
+
+
 def test_what_is_known_is_not_asked_again_and_is_a_case_of_this_run(tmp_path: Path) -> None:
     before = Measured(run_of(tmp_path))
     tasks = plan("own_choice", "own_arithmetic", "own_prose")
