@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from edge_llm.commands.accuracy import accuracy
+from edge_llm.commands.bench_cluster import cluster
 from edge_llm.commands.bench_serve import serve
 from edge_llm.commands.compare import compare
 from edge_llm.commands.faults import faults
@@ -169,7 +170,7 @@ def _last_core() -> int:
     return max(os.sched_getaffinity(0))
 
 
-_SPEED = (node, net, serve, goodput)
+_SPEED = (node, net, serve, goodput, cluster)
 _CLAIMS = (theorem, faults, gateway_load, turns, pools, overload)
 _RECORDS = (report_of_records, compare)
 for command in (*_SPEED, accuracy, *_CLAIMS, *_RECORDS):
