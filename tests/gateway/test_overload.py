@@ -291,7 +291,9 @@ LONG_ANSWER: Final = 6000
 
 
 async def _roomy(service: Service) -> Node:
-    return await service.start("mixed", "m1", SimulatedSettings(n_ctx=8192, slots=SLOTS, chunk_tokens=CHUNK))
+    """Slow enough that a long answer is not over before anybody is found not to read it."""
+    settings = SimulatedSettings(n_ctx=8192, slots=SLOTS, chunk_tokens=CHUNK, decode_run_s=0.0005)
+    return await service.start("mixed", "m1", settings)
 
 
 @pytest.mark.parametrize(
