@@ -27,12 +27,12 @@ DOORS = {
     "prometheus_client": r"(exposition|(gateway|worker)/metrics)\.py",
     "gguf": r"(catalogue/gguf|engine/(quantize|random_model))\.py",  # reads, requantizes, writes
     "huggingface_hub": r"catalogue/fetch\.py",
-    "yaml": r"(config|catalogue/manifest|cluster/static|commands/supervisor|doctor/k3s|gateway/keys)\.py",
+    "yaml": r"(config|catalogue/manifest|cluster/static|doctor/k3s|gateway/keys)\.py",
 }
 # Who reads the environment: settings, what runs before settings, and the door to the library that is set up by it.
 ENVIRONMENT_READERS = r"(config|bootstrap|engine/native|bench/\w+|commands/\w+)\.py"
 # serving announces readiness to `up`; measure and score are processes of their own whose answer is their output
-PRINTERS = r"(cli|commands/\w+|bootstrap|serving|engine/(measure|measure_node|score)|bench/bandwidth)\.py"
+PRINTERS = r"(cli|commands/\w+|bootstrap|serving|engine/asked|bench/bandwidth)\.py"
 
 
 def below(path: Path) -> str:

@@ -4,16 +4,12 @@ Owns what is timed and how: through the real sequencer, sampling and text includ
 exists because benches must not load llama.cpp themselves (import contract) and because a measured process is pinned
 to a core by whoever starts it. Refuses to know records, ratios and llama.cpp's tools.
 
-Protocol: after loading it prints {"event": "ready", ...facts}. Each request line is {"op": NAME, ...arguments}; each
-reply is {"event": "result", ...} or {"event": "error", "message": ...}. End of input ends the process.
-Invariant: between two requests it computes nothing, so that another process can be measured on the same core.
+Protocol: engine/asked.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
-import json
 import os
 import random
 import resource
@@ -25,13 +21,14 @@ from typing import Any, Final
 
 import numpy as np
 
+from edge_llm.engine.asked import serve
 from edge_llm.engine.backend import Logits
 from edge_llm.engine.engine import ServedPrompt, Step
 from edge_llm.engine.llama import LlamaBackend
 from edge_llm.engine.load import LlamaSettings, load_backend
 from edge_llm.engine.sampling import sample
 from edge_llm.engine.sequencer import Sequencer
-from edge_llm.errors import EdgeLLMError, EngineFailed
+from edge_llm.errors import EngineFailed
 from edge_llm.kv.codec import StateBlob
 from edge_llm.machine import available_memory_bytes, process_usage
 from edge_llm.request import Generation, SamplingParams
@@ -69,6 +66,9 @@ class Bench:
             "is_flash_attention": facts.is_flash_attention,
             "build": facts.build,
         }
+
+    def close(self) -> None:
+        self._backend.close()
 
     def answer(self, request: Mapping[str, Any]) -> Result:
         """Run one request; the clock of every figure is this process's."""
@@ -238,27 +238,10 @@ def _settings(arguments: Sequence[str]) -> LlamaSettings:
     )
 
 
-def _say(message: Mapping[str, Any]) -> None:
-    print(json.dumps(message), flush=True)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve requests from stdin until it ends."""
-    try:
-        backend = load_backend(_settings(sys.argv[1:] if arguments is None else arguments))
-    except EdgeLLMError as error:
-        _say({"event": "error", "message": error.message})
-        return 1
-    bench = Bench(backend)
-    gc.freeze()  # as workers do (worker/serve.py)
-    _say(bench.ready())
-    for line in sys.stdin:
-        try:
-            _say(bench.answer(json.loads(line)))
-        except EdgeLLMError as error:
-            _say({"event": "error", "message": error.message})
-    backend.close()
-    return 0
+    settings = _settings(sys.argv[1:] if arguments is None else arguments)
+    return serve(lambda: Bench(load_backend(settings)))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ sampling; the clock around whole prompts and decode steps; what the process used
 that one times the engine as workers run it, with sampling and text. Refuses to know sweeps, records and llama.cpp's
 tools.
 
-Protocol: that of measure.py. After loading: {"event": "ready", ...facts}. `open` makes a context for one test and
+Protocol: that of asked.py. After loading: {"event": "ready", ...facts}. `open` makes a context for one test and
 warms it up, `run` is one repetition, `shut` frees the context; `curve` is a point of peak memory against context. An
 operation that fails leaves no context open. End of input ends the process.
 
@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
-import json
 import os
 import random
 import sys
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from edge_llm.catalogue.gguf import read_card
+from edge_llm.engine.asked import serve
 from edge_llm.engine.level import LevelRecord
 from edge_llm.engine.load import LlamaSettings, identity_of, model_memory, recorded_level, repacked_tensors
 from edge_llm.engine.memory import check_fits
@@ -284,26 +284,10 @@ def _settings(arguments: Sequence[str]) -> LlamaSettings:
     )
 
 
-def _say(message: Mapping[str, Any]) -> None:
-    print(json.dumps(message), flush=True)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve requests from stdin until it ends."""
-    try:
-        bench = NodeBench(_settings(sys.argv[1:] if arguments is None else arguments))
-    except EdgeLLMError as error:
-        _say({"event": "error", "message": error.message})
-        return 1
-    gc.freeze()
-    _say(bench.ready())
-    for line in sys.stdin:
-        try:
-            _say(bench.answer(json.loads(line)))
-        except EdgeLLMError as error:
-            _say({"event": "error", "message": error.message})
-    bench.close()
-    return 0
+    settings = _settings(sys.argv[1:] if arguments is None else arguments)
+    return serve(lambda: NodeBench(settings))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Owns what a figure of accuracy is computed from: log-likelihoods of continuations, the second half of windows of a long
 text (llama-perplexity's method) and its divergence from another model's, and greedy answers. Refuses to know tasks,
-data sets, prompts and what is right. The protocol is that of engine/measure.py.
+data sets, prompts and what is right. The protocol is that of engine/asked.py.
 
 A beginning that one request shares with the one before is not computed again: its KV stays, the rest is cut off. In
 policy `exact` that changes no bit (prefill does not depend on its pieces); recurrent models, which cannot give back a
@@ -15,9 +15,7 @@ from itself is exactly 0.
 from __future__ import annotations
 
 import argparse
-import gc
 import hashlib
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,11 +26,12 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_llm.catalogue.gguf import read_card
+from edge_llm.engine.asked import serve
 from edge_llm.engine.load import LlamaSettings, model_memory, repacked_tensors
 from edge_llm.engine.memory import check_fits
 from edge_llm.engine.native import ContextSettings, NativeContext, NativeModel, build_facts, use_tiled_kernels
 from edge_llm.engine.vocabulary import LlamaVocabulary
-from edge_llm.errors import ContextTooLong, EdgeLLMError, InvalidRequest
+from edge_llm.errors import ContextTooLong, InvalidRequest
 from edge_llm.machine import available_memory_bytes, cpu_kind
 
 Result = dict[str, Any]
@@ -63,6 +62,9 @@ class Scorer:
 
     def ready(self) -> Result:
         return {"event": "ready", **self._facts}
+
+    def close(self) -> None:
+        self._context.close()
 
     def answer(self, request: Mapping[str, Any]) -> Result:
         """Run one request."""
@@ -401,25 +403,10 @@ def _settings(arguments: Sequence[str]) -> LlamaSettings:
     )
 
 
-def _say(message: Mapping[str, Any]) -> None:
-    print(json.dumps(message), flush=True)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve requests from stdin until it ends."""
-    try:
-        scorer = load_scorer(_settings(sys.argv[1:] if arguments is None else arguments))
-    except EdgeLLMError as error:
-        _say({"event": "error", "message": error.message})
-        return 1
-    gc.freeze()
-    _say(scorer.ready())
-    for line in sys.stdin:
-        try:
-            _say(scorer.answer(json.loads(line)))
-        except EdgeLLMError as error:
-            _say({"event": "error", "message": error.message})
-    return 0
+    settings = _settings(sys.argv[1:] if arguments is None else arguments)
+    return serve(lambda: load_scorer(settings))
 
 
 if __name__ == "__main__":
