@@ -8,6 +8,7 @@ that a board can be added while the gateway runs. Owns the format and its errors
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Final
@@ -43,6 +44,11 @@ class StaticFile:
         except UnicodeDecodeError as error:
             raise ConfigError(f"the workers file {self._path} is not text in UTF-8") from error
         return self._places
+
+
+def text_of(workers: Iterable[tuple[str, str]]) -> str:
+    """The file of these names and addresses."""
+    return yaml.safe_dump([{"name": name, "address": address} for name, address in workers])
 
 
 def parse_places(text: str, where: str) -> tuple[Place, ...]:

@@ -158,15 +158,14 @@ async def _running(started: Any) -> AsyncIterator[Any]:
 @asynccontextmanager
 async def gateway_for(workers: Mapping[str, str], key: bytes) -> AsyncIterator[Any]:
     """A gateway on this machine for workers elsewhere, for a block. Raises WorkerError when none of them answers it."""
-    import yaml
-
     from edge_llm.bench.layout import LocalProcess, Started
+    from edge_llm.cluster.static import text_of
     from edge_llm.commands.child import Child
     from edge_llm.commands.supervisor import BESIDE_DRAIN_S, LOOPBACK, free_port
 
     with tempfile.TemporaryDirectory(prefix="edge-llm-bench-") as folder:
         file, port = Path(folder) / "workers.yaml", free_port()
-        file.write_text(yaml.safe_dump([{"name": name, "address": at} for name, at in workers.items()]))
+        file.write_text(text_of(workers.items()))
         place = ["--host", LOOPBACK, "--port", str(port), "--name", f"bench-cluster-{secrets.token_hex(4)}"]
         arguments = ["serve", "gateway", *place, "--no-auth", "--workers-file", str(file), "--drain-s", str(_DRAIN_S)]
         gateway = Child("gateway", arguments, port, stop_s=_DRAIN_S + BESIDE_DRAIN_S)

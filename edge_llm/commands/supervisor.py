@@ -23,8 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-import yaml
-
+from edge_llm.cluster.static import text_of
 from edge_llm.commands.child import Child, Say
 from edge_llm.config import UpConfig, WorkerConfig, load_settings
 from edge_llm.errors import ConfigError, WorkerError
@@ -129,7 +128,7 @@ class Supervisor:
         """The gateway's list of workers."""
         file = folder / "workers.yaml"
         mine = [(child.name, self._place(child.name, child.port)) for child in self.workers]
-        file.write_text(yaml.safe_dump([{"name": name, "address": at} for name, at in (*mine, *self._neighbours)]))
+        file.write_text(text_of((*mine, *self._neighbours)))
         return file
 
     # -- start

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_llm.cluster.static import StaticFile, parse_places
+from edge_llm.cluster.static import StaticFile, parse_places, text_of
 from edge_llm.cluster.view import Place
 from edge_llm.errors import ConfigError
 
@@ -117,3 +117,8 @@ def test_a_file_that_is_not_there_or_not_text_is_an_error_that_names_it(tmp_path
     path.write_bytes(b"- \xff\xfe")
     with pytest.raises(ConfigError, match="UTF-8"):
         StaticFile(path).places()
+
+
+def test_what_is_written_is_read_again() -> None:
+    workers = [("pi-a", "10.0.0.11:9001"), ("b.c", "[fe80::1]:1"), ("123", "10.0.0.12:9001")]
+    assert parse_places(text_of(workers), "w") == tuple(Place(name, address) for name, address in workers)
