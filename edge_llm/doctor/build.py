@@ -19,6 +19,7 @@ from edge_llm.doctor.finding import Finding, fail, ok, unknown, warn
 OLDEST_PYTHON: Final = (3, 11)
 _REBUILD: Final = "compile it for this CPU, with the flags that exactness needs (minutes, once)"
 _MAKE: Final = ("make setup",)
+_LOAD: Final = "edge-llm doctor --load"
 _TINYBLAS: Final = re.compile(r"\bLLAMAFILE = 1\b")
 _IS_ON: Final = re.compile(r"(\w+) = 1\b")
 # What the kernel calls a feature, and what ggml's list of build features calls it (ggml-cpu.cpp).
@@ -184,8 +185,7 @@ def read_levels(folder: Path) -> tuple[Level, ...]:
 
 
 def check_levels(levels: Sequence[Level], built_s: float | None, model: str, policy: str) -> Finding:
-    """A level is of one model, build and policy. Which ones a record is of is known only to who loads them; the records
-    that are older than the build cannot be of it."""
+    """A level is of one model, build and policy. Which ones a record is of is known only to who loads them."""
     check, commands = "build.level", [f"edge-llm verify --model {model}"]
     why = (
         "workers publish what was measured here; unverified ones promise nothing, and KV between boards gets level none"
@@ -196,10 +196,13 @@ def check_levels(levels: Sequence[Level], built_s: float | None, model: str, pol
         return warn(check, "nothing was verified on this board", why=why, do="measure it, minutes", commands=commands)
     current = [level for level in levels if built_s is None or level.recorded_s >= built_s]
     if not current:
-        found = f"{len(levels)} records, none since this build"
-        return warn(check, found, why=why, do="measure it again", commands=commands)
+        # the same wheel may have been installed again: then a record is still of this build
+        found = f"{len(levels)} records, all older than this installation"
+        return unknown(check, found, why=why, do="see which level a worker would publish", commands=[_LOAD])
     newest = max(current, key=lambda level: level.recorded_s)
-    words = f"{newest.level} in the newest of {len(current)} records since this build (--load says of which model)"
+    words = (
+        f"{newest.level} in the newest of {len(current)} records since this installation (--load says of which model)"
+    )
     return ok(check, words)
 
 

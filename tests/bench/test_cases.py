@@ -201,8 +201,10 @@ def test_every_line_is_what_the_published_schema_says(tmp_path: Path) -> None:
 
 def test_a_log_may_be_closed_twice(tmp_path: Path) -> None:
     log = CaseLog(tmp_path, "x", "abcdef")
+    log.add({"case": "one"})
     log.close()
     log.close()
+    assert only_lines(tmp_path).read_text().count("\n") == 1
 
 
 def test_what_a_step_measured_is_one_case(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def test_a_level_older_than_the_build_is_not_believed(tmp_path: Path) -> None:
     assert levels == (Level("exact", 100.0),)
     assert check_levels(levels, 99.0, "m", "exact").status == "ok"
     old = check_levels(levels, 101.0, "m", "exact")
-    assert (old.status, old.commands) == ("warn", ("edge-llm verify --model m",))
+    assert (old.status, old.commands) == ("unknown", ("edge-llm doctor --load",))
 
 
 def test_what_a_loaded_model_would_publish_is_judged() -> None:
