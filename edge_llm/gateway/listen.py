@@ -26,6 +26,9 @@ from edge_llm.worker.messages import ErrorReply, EventBatch
 
 RECONNECT_S: Final = 0.5
 MAX_STRAYS: Final = 1024
+# A step of many sequences wakes as many streams: all at once they would hold up whoever comes in meanwhile, several
+# times on its way. So many tokens, and then whoever else is ready gets the loop.
+TOKENS_AT_ONCE: Final = 8
 log = structlog.get_logger()
 
 
@@ -105,7 +108,7 @@ class Listener:
         """Read a worker's events until it is gone; then its requests are replanned."""
         try:
             async for batch in self._client.events(Peer(node.worker, node.place.address)):
-                self._on_batch(batch)
+                await self._on_batch(batch)
                 self._end_strays(batch, node)
         except EdgeLLMError as error:
             log.warning("event connection lost", worker=node.worker, message=error.message)
@@ -133,7 +136,7 @@ class Listener:
                     self._strays.popitem(last=False)
                 self._outcomes.stray(node, *stray)
 
-    def _on_batch(self, batch: EventBatch) -> None:
+    async def _on_batch(self, batch: EventBatch) -> None:
         for prompted in batch.prompted:
             self._on_prompted(prompted)
         for progress in batch.progress:
@@ -141,8 +144,10 @@ class Listener:
             if running is not None and running.session.state is State.PREFILLING:
                 running.tell(Progress(progress.done, progress.total))
                 self._outcomes.progressed(running, progress.done)
-        for token in batch.tokens:
+        for number, token in enumerate(batch.tokens, 1):
             self._on_token(token)
+            if number % TOKENS_AT_ONCE == 0:
+                await asyncio.sleep(0)
         for failed in batch.failed:
             self._on_failed(failed)
 
