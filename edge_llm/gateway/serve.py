@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 from edge_llm.cluster.static import StaticFile
 from edge_llm.config import GatewayConfig
 from edge_llm.errors import ConfigError
@@ -29,6 +31,9 @@ def run_gateway(config: GatewayConfig) -> None:
         log_level=config.log_level,
         http=bounded(config.max_head_bytes, config.read_s),
     )
+    # what is loaded stays: a full collection that walks it would hold up every stream and every newcomer
+    gc.collect()
+    gc.freeze()
     server.run(config.announce, {"gateway": gateway.name})
 
 
