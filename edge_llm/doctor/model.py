@@ -1,7 +1,7 @@
 """The configured model: there, whole, verified, and small enough for this board.
 
 Owns finding it without fetching, without hashing gigabytes and without llama.cpp, and judging what is found. The sum of
-memory is the worker's own (edge_llm/engine/load.py): what is said to fit here is what will start.
+memory is the worker's own (edge_llm/catalogue/memory.py): what is said to fit here is what will start.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Final, Literal
 from edge_llm.catalogue.fetch import installed_path, models_dir, noted_sha256
 from edge_llm.catalogue.gguf import ModelCard, read_card
 from edge_llm.catalogue.manifest import ModelEntry
+from edge_llm.catalogue.memory import repacked_tensors
 from edge_llm.catalogue.resolve import find, is_path
 from edge_llm.config import WorkerConfig, cache_dir
 from edge_llm.doctor.files import gib
@@ -135,7 +136,7 @@ def read_memory(
     card: ModelCard, config: WorkerConfig, machine: str, available_bytes: int, most_bytes: int | None
 ) -> MemoryFacts:
     """`machine`: the architecture that the worker would run on, which decides what is repacked."""
-    from edge_llm.engine.load import LlamaSettings, model_memory, repacked_tensors
+    from edge_llm.engine.load import LlamaSettings, model_memory
 
     def plan(slots: int, serves_prompts: bool) -> tuple[int, str]:
         settings = LlamaSettings(

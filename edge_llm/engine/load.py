@@ -1,7 +1,6 @@
 """Loading a model: from a file and settings to a ready engine.
 
-Owns the settings, the kernel policy (which weights may be repacked), the memory sum, and the probe that gives a node
-its exactness class. Refuses to know what is done with the engine.
+Owns the settings, and the probe that gives a node its exactness class. Refuses to know what is done with the engine.
 
 Life of a load: header read -> memory sum checked -> weights loaded by policy -> probe (class) -> recorded level
 looked up, slots capped to what it covers -> contexts -> `LlamaBackend.start`.
@@ -18,10 +17,10 @@ from typing import Final
 import numpy as np
 
 from edge_llm.catalogue.gguf import ModelCard, read_card
+from edge_llm.catalogue.memory import MemoryPlan, check_fits, plan_memory, repacked_tensors, sizes_of
 from edge_llm.engine.engine import EngineFacts
 from edge_llm.engine.level import LevelRecord, capped, read_level
 from edge_llm.engine.llama import LlamaBackend, known_ids
-from edge_llm.engine.memory import MemoryPlan, ModelSizes, check_fits, plan_memory
 from edge_llm.engine.native import (
     ContextSettings,
     FlashAttention,
@@ -39,13 +38,6 @@ from edge_llm.kv.codec import UnaccountedState, learn
 from edge_llm.kv.snapshot import Compatibility, ExactnessClass, Identity, Level, Policy
 from edge_llm.machine import cpu_kind
 
-# Formats whose repacked kernels round a row the same way whatever batch it is in (blueprint section 4, measured
-# per machine kind by `edge-llm verify`). Anything else is loaded plain.
-EXACT_WHEN_REPACKED: Final = {
-    "x86_64": frozenset({"Q4_0", "IQ4_NL"}),
-    "aarch64": frozenset({"Q4_0", "IQ4_NL", "Q4_K", "Q5_K"}),
-}
-_REPACK_COLUMNS: Final = 8  # ggml-cpu/repack.cpp interleaves up to 8 rows of a weight matrix
 _PROBE_TOKENS: Final = 33
 
 
@@ -96,36 +88,9 @@ class LlamaSettings:
         )
 
 
-def repacked_tensors(card: ModelCard, machine: str) -> list[str]:
-    """Names of the tensors that policy exact may repack on this machine kind.
-
-    Never the token embedding: llama.cpp reads single rows of it, which a repacked buffer cannot give (it aborts).
-    """
-    good = EXACT_WHEN_REPACKED.get(machine, frozenset())
-    return [
-        tensor.name
-        for tensor in card.tensors
-        if tensor.type in good
-        and tensor.name.endswith(".weight")
-        and tensor.name != "token_embd.weight"
-        and len(tensor.shape) == 2
-        and tensor.shape[1] % _REPACK_COLUMNS == 0
-    ]
-
-
 def model_memory(card: ModelCard, settings: LlamaSettings, repacked: Sequence[str]) -> MemoryPlan:
-    """The memory sum of this model under these settings. Under policy `fast` llama.cpp repacks whatever it can: all
-    matrices are counted, which is the most it can be."""
-    names = set(repacked) if settings.policy == "exact" else {t.name for t in card.tensors if len(t.shape) == 2}
-    sizes = ModelSizes(
-        weights_bytes=card.weights_bytes,
-        repacked_bytes=sum(tensor.n_bytes for tensor in card.tensors if tensor.name in names),
-        kv_bytes_per_token=card.kv_bytes_per_token(settings.k_type, settings.v_type),
-        vocab_size=card.vocab_size,
-        n_head=card.n_head,
-        n_embd=card.n_embd,
-        n_ff=card.n_ff,
-    )
+    """The memory sum of this model under these settings."""
+    sizes = sizes_of(card, policy=settings.policy, repacked=repacked, k_type=settings.k_type, v_type=settings.v_type)
     return plan_memory(
         sizes,
         n_ctx=settings.n_ctx,

@@ -29,10 +29,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from edge_llm.catalogue.gguf import read_card
+from edge_llm.catalogue.memory import check_fits, repacked_tensors
 from edge_llm.engine.asked import serve
 from edge_llm.engine.level import LevelRecord
-from edge_llm.engine.load import LlamaSettings, identity_of, model_memory, recorded_level, repacked_tensors
-from edge_llm.engine.memory import check_fits
+from edge_llm.engine.load import LlamaSettings, identity_of, model_memory, recorded_level
 from edge_llm.engine.native import (
     FlashAttention,
     KVType,

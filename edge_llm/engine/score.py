@@ -26,9 +26,9 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_llm.catalogue.gguf import read_card
+from edge_llm.catalogue.memory import check_fits, repacked_tensors
 from edge_llm.engine.asked import serve
-from edge_llm.engine.load import LlamaSettings, model_memory, repacked_tensors
-from edge_llm.engine.memory import check_fits
+from edge_llm.engine.load import LlamaSettings, model_memory
 from edge_llm.engine.native import ContextSettings, NativeContext, NativeModel, build_facts, use_tiled_kernels
 from edge_llm.engine.vocabulary import LlamaVocabulary
 from edge_llm.errors import ContextTooLong, InvalidRequest

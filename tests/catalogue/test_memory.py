@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from edge_llm.engine.memory import ModelSizes, check_fits, plan_memory
+from edge_llm.catalogue.memory import ModelSizes, check_fits, plan_memory
 from edge_llm.errors import ConfigError
 
 SMALL = ModelSizes(

@@ -1,18 +1,30 @@
-"""How much memory a worker needs, as a sum a person can check, before anything is loaded.
+"""How much memory a worker needs for a model, as a sum a person can check, before anything is loaded.
 
-Pure. Owns the arithmetic of blueprint section 6; refuses to know GGUF files and boards: sizes come in, a
-`MemoryPlan` comes out. The compute buffer is an upper estimate from llama.cpp's graph: attention scores of one
-micro-batch without flash attention, the feed-forward activations, and logits.
+Pure. Owns the arithmetic of blueprint section 6, and which weights are copied (repacked) on which machine; refuses to
+know boards: a header or sizes come in, a `MemoryPlan` comes out. The compute buffer is an upper estimate from
+llama.cpp's graph: attention scores of one micro-batch without flash attention, the feed-forward activations, and
+logits. A worker that starts, `doctor` and `cluster render` all ask here: what is said to fit is what starts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Final
 
+from edge_llm.catalogue.gguf import ModelCard
 from edge_llm.errors import ConfigError
+from edge_llm.kv.snapshot import Policy
 
 # Interpreter, FastAPI, numpy and the vocabulary's Python side, resident before a model is loaded.
-PYTHON_BYTES = 160 << 20
+PYTHON_BYTES: Final = 160 << 20
+# Formats whose repacked kernels round a row the same way whatever batch it is in (blueprint section 4, measured
+# per machine kind by `edge-llm verify`). Anything else is loaded plain.
+EXACT_WHEN_REPACKED: Final = {
+    "x86_64": frozenset({"Q4_0", "IQ4_NL"}),
+    "aarch64": frozenset({"Q4_0", "IQ4_NL", "Q4_K", "Q5_K"}),
+}
+_REPACK_COLUMNS: Final = 8  # ggml-cpu/repack.cpp interleaves up to 8 rows of a weight matrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +54,40 @@ class MemoryPlan:
         """One line per part and the sum, in MiB."""
         rows = [*self.parts.items(), ("sum", self.total_bytes)]
         return "\n".join(f"  {name:<28} {size / (1 << 20):>10,.0f} MiB" for name, size in rows)
+
+
+def repacked_tensors(card: ModelCard, machine: str) -> list[str]:
+    """Names of the tensors that policy exact may repack on this machine kind.
+
+    Never the token embedding: llama.cpp reads single rows of it, which a repacked buffer cannot give (it aborts).
+    """
+    good = EXACT_WHEN_REPACKED.get(machine, frozenset())
+    return [
+        tensor.name
+        for tensor in card.tensors
+        if tensor.type in good
+        and tensor.name.endswith(".weight")
+        and tensor.name != "token_embd.weight"
+        and len(tensor.shape) == 2
+        and tensor.shape[1] % _REPACK_COLUMNS == 0
+    ]
+
+
+def sizes_of(
+    card: ModelCard, *, policy: Policy, repacked: Collection[str], k_type: str = "f16", v_type: str = "f16"
+) -> ModelSizes:
+    """What of a header counts in the sum. Under policy `fast` llama.cpp repacks whatever it can: all matrices are
+    counted, which is the most it can be."""
+    names = set(repacked) if policy == "exact" else {t.name for t in card.tensors if len(t.shape) == 2}
+    return ModelSizes(
+        weights_bytes=card.weights_bytes,
+        repacked_bytes=sum(tensor.n_bytes for tensor in card.tensors if tensor.name in names),
+        kv_bytes_per_token=card.kv_bytes_per_token(k_type, v_type),
+        vocab_size=card.vocab_size,
+        n_head=card.n_head,
+        n_embd=card.n_embd,
+        n_ff=card.n_ff,
+    )
 
 
 def plan_memory(
