@@ -46,10 +46,12 @@ from edge_llm.worker.messages import (
     CancelRequest,
     DecodeReply,
     DecodeRequest,
+    DrainRequest,
     KeepRequest,
     Load,
     PrefillRequest,
     Role,
+    RoleRequest,
     TokenizeReply,
     TokenizeRequest,
     WorkerStatus,
@@ -62,6 +64,7 @@ from edge_llm.worker.prefill import PrefillRole
 from edge_llm.worker.prefixes import Prefixes
 from edge_llm.worker.pull import PATIENCE, Patience, Puller
 from edge_llm.worker.readings import board, rates
+from edge_llm.worker.standing import Standing
 from edge_llm.worker.stream import ClosingStream
 from edge_llm.worker.tickets import Claims, KeyRing, Operation, ReplayGuard, body_digest, ticket_of
 
@@ -103,7 +106,7 @@ class Worker:
         self.outboxes = Outboxes(monotonic, config.gateway_lease_s, self.metrics.prompted)
         self.decode: DecodeRole | None = None
         self.keeper: Keeper | None = None
-        self.is_draining = False
+        self.standing = Standing(config.name, config.role, lambda: self.facts)
         self.on_death: Callable[[], None] = lambda: None
 
     @property
@@ -112,11 +115,11 @@ class Worker:
 
     @property
     def role(self) -> Role:
-        """What this worker was started as, unless its model cannot do that. What it can do is another matter: slots and
-        serves_prompts in its status say it."""
-        if not self.facts.slots:
-            return "prefill"
-        return self.config.role if self.facts.serves_prompts else "decode"
+        return self.standing.role
+
+    @property
+    def is_draining(self) -> bool:
+        return self.standing.is_draining
 
     @property
     def is_ready(self) -> bool:
@@ -141,6 +144,7 @@ class Worker:
                     self.config.name,
                     self._monotonic,
                 )
+                self.standing.sequences = self.decode
                 self.prefill.on_given = self.decode.given
                 running = RunningKV(self.loop, lambda: self.facts, self.decode.adopting, self.decode.slot_of)
                 self.prefill.read_running = running.read
@@ -156,6 +160,7 @@ class Worker:
 
     async def _stop(self) -> None:
         self.outboxes.close()
+        await self.standing.close()
         if self.decode is not None:
             await self.decode.close()
         is_idle = await self.loop.stop()
@@ -166,13 +171,11 @@ class Worker:
             log.error("the engine is stuck in a call; the process ends without freeing it")
 
     async def drain(self) -> None:
-        """Not ready from now on. Running sequences leave: the gateway is told, other workers fetch their KV from here.
+        """The end of this worker. Running sequences leave: the gateway is told, other workers fetch their KV from here.
         Waits, bounded, until all that is done and said."""
-        self.is_draining = True
         with suppress(TimeoutError):
             async with asyncio.timeout(self.config.drain_s):
-                if self.decode is not None:
-                    await self.decode.hand_over()
+                await self.standing.end()
                 while self._is_busy:  # noqa: ASYNC110 - once per process: no need for an event in every role
                     await asyncio.sleep(_DRAIN_POLL_S)
         self.outboxes.close()
@@ -412,6 +415,17 @@ def create_app(worker: Worker) -> FastAPI:
         _refuse_unless_ready(worker)
         assert worker.keeper is not None  # the app serves only while the worker runs
         return reply_of(await worker.keeper.keep(decode(KeepRequest, admitted.body), admitted.claims))
+
+    @app.post("/drain")
+    async def drain(request: Request) -> Response:
+        is_begin = decode(DrainRequest, _admitted(request).body).is_draining
+        (worker.standing.drain if is_begin else worker.standing.resume)()
+        return reply_of(worker.status())
+
+    @app.post("/role")
+    async def role(request: Request) -> Response:
+        worker.standing.take_role(decode(RoleRequest, _admitted(request).body).role)
+        return reply_of(worker.status())
 
     @app.post("/prefill")
     async def prefill(request: Request) -> Response:

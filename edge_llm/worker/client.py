@@ -35,12 +35,15 @@ from edge_llm.worker.messages import (
     CancelRequest,
     DecodeReply,
     DecodeRequest,
+    DrainRequest,
     ErrorReply,
     EventBatch,
     KeepReply,
     KeepRequest,
     Message,
     MessageType,
+    Role,
+    RoleRequest,
     TokenizeReply,
     TokenizeRequest,
     WorkerStatus,
@@ -108,6 +111,14 @@ class WorkerClient:
         """Let a worker fetch and keep KV of a sequence that runs elsewhere."""
         peers = {request.source.worker: request.source.address}
         return await self._post(peer, "keep", request, KeepReply, request.request_id, peers)
+
+    async def drain(self, peer: Peer, is_draining: bool) -> WorkerStatus:
+        """Take a worker out, or in again; returns how it is then."""
+        return await self._post(peer, "drain", DrainRequest(is_draining=is_draining), WorkerStatus)
+
+    async def role(self, peer: Peer, role: Role) -> WorkerStatus:
+        """Let a worker stand for another role."""
+        return await self._post(peer, "role", RoleRequest(role=role), WorkerStatus)
 
     async def status(self, peer: Peer) -> WorkerStatus:
         ticket = self._ticket(peer, "status", "", b"")

@@ -198,13 +198,14 @@ class DecodeRole:
             self._fail(running, error)
         self._outboxes.flush()
 
-    async def hand_over(self) -> None:
-        """Stop all sequences and let the gateway plan them elsewhere. Their KV stays here until another worker has it,
-        LEASE_S at most. One after the other: each needs a copy in host memory."""
+    async def hand_over(self, goes_on: Callable[[], bool]) -> None:
+        """Stop all sequences, while it `goes_on`, and let the gateway plan them elsewhere. Their KV stays here until
+        another worker has it, LEASE_S at most. One after the other: each needs a copy in host memory."""
         for running in list(self._running.values()):
-            if self._running.get(running.request_id) is running:
+            if self._running.get(running.request_id) is running and goes_on():
                 await self._fetched(self._prefixes.limit_bytes - self._kv_bytes(running))
-                await self._move_away(running)
+                if goes_on():
+                    await self._move_away(running)
         await self._fetched(0)
 
     def given(self, request_id: str) -> None:

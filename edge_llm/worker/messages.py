@@ -13,6 +13,8 @@ with a word or with numbers about the worker as a whole):
   POST /prefill   PrefillRequest  -> KV frames               op "prefill" (called by other workers)
   POST /keep      KeepRequest     -> KeepReply               op "keep"
   GET  /status    -> WorkerStatus                            op "status"
+  POST /drain     DrainRequest    -> WorkerStatus            op "drain" (what an operator asked a gateway for)
+  POST /role      RoleRequest     -> WorkerStatus            op "role"  (the same)
 Errors: HTTP status of the EdgeLLMError class and a body ErrorReply.
 """
 
@@ -183,6 +185,20 @@ class KeepReply(Message, frozen=True, kw_only=True):
     fetched_bytes: Count
 
 
+class DrainRequest(Message, frozen=True, kw_only=True):
+    """Take nothing new and hand over what runs; False: take work again."""
+
+    protocol: Literal[1] = 1
+    is_draining: bool
+
+
+class RoleRequest(Message, frozen=True, kw_only=True):
+    """Stand for this role from now on."""
+
+    protocol: Literal[1] = 1
+    role: Role
+
+
 class PromptReport(Message, frozen=True, kw_only=True):
     """How the prompt's KV came to be; durations on the decode worker's monotonic clock, in ms.
 
@@ -331,8 +347,9 @@ class Load(Message, frozen=True, kw_only=True):
 class WorkerStatus(Message, frozen=True, kw_only=True):
     """What a worker is and how busy it is.
 
-    role is what it was started as; what it can do is said by slots (> 0: decodes) and serves_prompts (computes prompts
-    for others). pid and started_at (seconds since the epoch) together name one life of it.
+    role is what it was started as or told to be since; what it can do is said by slots (> 0: decodes) and
+    serves_prompts (computes prompts for others). pid and started_at (seconds since the epoch) together name one life
+    of it.
     """
 
     protocol: Literal[1] = 1

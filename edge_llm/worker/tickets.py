@@ -33,7 +33,7 @@ MAX_NONCES: Final = 1 << 16
 MAX_TICKET_CHARS: Final = 8192
 SCHEME: Final = "EdgeLLM"
 
-Operation = Literal["tokenize", "decode", "cancel", "events", "prefill", "keep", "status"]
+Operation = Literal["tokenize", "decode", "cancel", "events", "prefill", "keep", "status", "drain", "role"]
 
 
 class Claims(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -335,7 +335,7 @@ async def test_a_draining_worker_finishes_what_it_has_and_gets_nothing_new(servi
     leaving = await service.start("decode", "d1", SLOW)
     async with service.streaming(COMPLETIONS, asking(PROMPT, max_tokens=TOKENS)) as streamed:
         await streamed.heard(after(2))
-        leaving.worker.is_draining = True
+        leaving.worker.standing.is_draining = True
         await until(lambda: not service.gateway.dispatcher.view.ready())
         refused = await service.post(CHAT, HELLO)
         assert (refused.status, refused.headers["retry-after"]) == (503, "2")

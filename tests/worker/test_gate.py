@@ -22,11 +22,13 @@ from edge_llm.worker.messages import (
     CancelRequest,
     ChatMessage,
     DecodeRequest,
+    DrainRequest,
     ErrorReply,
     KeepRequest,
     Message,
     PrefillCandidate,
     PrefillRequest,
+    RoleRequest,
     Sampling,
     TokenizeRequest,
     decode,
@@ -115,6 +117,15 @@ def _status(_node: Node) -> Call:
     return Call("status", "GET", "/status", b"")
 
 
+def _drain(_node: Node) -> Call:
+    """Taking back what never began: the worker goes on."""
+    return Call("drain", "POST", "/drain", encode(DrainRequest(is_draining=False)))
+
+
+def _role(_node: Node) -> Call:
+    return Call("role", "POST", "/role", encode(RoleRequest(role="mixed")))
+
+
 ROUTES: Final[dict[str, Callable[[Node], Call]]] = {
     "tokenize": _tokenize,
     "decode": _decode,
@@ -123,6 +134,8 @@ ROUTES: Final[dict[str, Callable[[Node], Call]]] = {
     "keep": _keep,
     "events": _events,
     "status": _status,
+    "drain": _drain,
+    "role": _role,
 }
 Headers = dict[str, str]
 
