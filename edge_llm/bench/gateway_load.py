@@ -1,11 +1,10 @@
 """`edge-llm bench gateway`: what one gateway process costs per token and per request, at a thousand streams.
 
 Owns the experiment. The gateway has one core for itself; the workers (simulated, many slots each, so that a step brings
-many tokens) and the client share another, the loaded workers at a lower priority than the client and the probed one.
-While the streams run, probes ask a further worker that is idle and as fast as it goes, by turns through the gateway
-(text: it is tokenized) and directly (token ids, the worker's own protocol): the difference of the medians is what the
-gateway adds to the time to the first token. CPU is the process's own accounting over the steady part, divided by the
-tokens it passed on in it.
+many tokens) and the client share another. While the streams run, probes ask a further worker that is idle and as fast
+as it goes, by turns through the gateway (text: it is tokenized) and directly (token ids, the worker's own protocol):
+the difference of the medians is what the gateway adds to the time to the first token. CPU is the process's own
+accounting over the steady part, divided by the tokens it passed on in it.
 Refuses to know how clusters are started, and the gateway's code.
 """
 
@@ -47,7 +46,6 @@ _PROBE_TOKENS: Final = 4
 _PARTS: Final = ("queue_ms", "wait_ms", "prefill_ms", "first_decode_ms", "ttft_ms")
 # A worker begins about one prompt per decode step: faster, and they would queue there.
 _PER_S: Final = 40.0
-_BEHIND: Final = 10
 Neighbours = tuple[tuple[str, str], ...]
 LoadLaunch = Callable[[Layout, Neighbours], AbstractAsyncContextManager[Started]]
 Progress = Callable[[str, int, int], None]
@@ -93,9 +91,6 @@ async def measure(plan: Plan, launch: LoadLaunch, keys: KeyRing, run: Run, progr
         async with launch(load, (("mixed-1", place),)) as cluster:
             gateway = next(process for process in cluster.processes if process.name == "gateway")
             move(gateway.pid, plan.gateway_core)
-            for process in cluster.processes:
-                if process is not gateway:
-                    give_way(process.pid)
             await _loaded(plan, cluster.url, gateway, Peer("mixed-1", place), keys, run, progress)
     return figures(run)
 
@@ -104,13 +99,6 @@ def move(pid: int, core: int) -> None:
     """All threads of a process to one core."""
     for thread in os.listdir(f"/proc/{pid}/task"):
         os.sched_setaffinity(int(thread), {core})
-
-
-def give_way(pid: int) -> None:
-    """All threads of a process behind those of usual niceness. Workers under load have a board of their own in life:
-    here they share a core with the probed one, and its wait for that core is not the gateway's doing."""
-    for thread in os.listdir(f"/proc/{pid}/task"):
-        os.setpriority(os.PRIO_PROCESS, int(thread), _BEHIND)
 
 
 async def _loaded(
