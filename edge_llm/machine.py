@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -20,8 +21,9 @@ import psutil
 _UNLIMITED = 1 << 60
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
-_TUNABLES = "GLIBC_TUNABLES"
-_HUGE_PAGES = "glibc.malloc.hugetlb"
+_AT_HWCAP = 16
+# Bits of AT_HWCAP on ARM (Linux, asm/hwcap.h): the ones that a build may need.
+_ARM_FEATURES = {"asimd": 1, "atomics": 8, "fphp": 9, "asimdhp": 10, "asimddp": 20, "sve": 22}
 # Bits of the Raspberry Pi firmware's get_throttled that say what happens now; from bit 16 on: what happened since boot.
 _THROTTLE_BITS = {"under_voltage": 0, "frequency_capped": 1, "throttled": 2, "soft_temperature_limit": 3}
 
@@ -268,21 +270,6 @@ def usable_cores(root: Path = Path("/")) -> int:
     return max(1, min(cores, int(quota / period))) if quota and period else cores
 
 
-def huge_page_environment(environ: Mapping[str, str], root: Path = Path("/")) -> dict[str, str]:
-    """What to add to a process's environment before it starts, so that glibc asks for huge pages for large buffers.
-
-    The KV cache of 4,096 cells is walked in strides: on 4 KiB pages a decode step of 4 or 8 sequences spent a tenth of
-    its time in page walks. glibc reads the tunable (glibc.malloc.hugetlb, since 2.35) at exec only. Empty where the
-    kernel never gives huge pages, or where whoever started us has set the tunable.
-    """
-    tunables = environ.get(_TUNABLES, "")
-    if _HUGE_PAGES in tunables or "[never]" in (
-        file_text(root / "sys/kernel/mm/transparent_hugepage/enabled") or "[never]"
-    ):
-        return {}
-    return {_TUNABLES: ":".join(filter(None, (tunables, f"{_HUGE_PAGES}=1")))}
-
-
 def process_usage(pid: int) -> ProcessUsage | None:
     """None when the process is gone."""
     try:
@@ -331,6 +318,26 @@ def _kilobytes(path: Path) -> dict[str, int]:
         if len(words) == 2 and words[1] == "kB" and words[0].isdigit():
             found[name] = int(words[0]) * 1024
     return found
+
+
+def cpu_features(root: Path = Path("/"), machine: str | None = None) -> frozenset[str]:
+    """As the kernel names them in /proc/cpuinfo. On ARM out of the bits that it gives to every process: those are right
+    for this process under an emulator too, where /proc/cpuinfo is the host's."""
+    if (machine or platform.machine()) == "aarch64" and (bits := _hardware_bits(root)):
+        return frozenset(name for name, bit in _ARM_FEATURES.items() if bits >> bit & 1)
+    for line in (file_text(root / "proc/cpuinfo") or "").splitlines():
+        if line.lower().startswith(("flags", "features")):
+            return frozenset(line.partition(":")[2].split())
+    return frozenset()
+
+
+def _hardware_bits(root: Path) -> int:
+    """AT_HWCAP of this process's auxiliary vector; 0 when it cannot be read."""
+    try:
+        pairs = struct.iter_unpack("@LL", (root / "proc/self/auxv").read_bytes())
+        return next((value for kind, value in pairs if kind == _AT_HWCAP), 0)
+    except (OSError, struct.error):
+        return 0
 
 
 @cache

@@ -12,7 +12,6 @@ of exactness, `default_*`). Refuses to know llama.cpp: everything runs in child 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -35,7 +34,6 @@ from edge_llm.bench.reference_tools import ToolTree, Tree
 from edge_llm.bench.run import Run
 from edge_llm.bench.stats import median, ratios
 from edge_llm.errors import EdgeLLMError
-from edge_llm.machine import huge_page_environment
 
 MEASURE: Final = "edge_llm.engine.measure"
 RATIO_BAR: Final = 0.97
@@ -202,14 +200,9 @@ def _side(kernels: Kernels) -> str:
     return "default" if kernels.is_default else "llama.cpp"
 
 
-def _environment(kernels: Kernels) -> dict[str, str]:
-    """Same kernels means the same pages too: our workers ask for huge ones, llama.cpp as it ships does not."""
-    return kernels.environment if kernels.is_default else kernels.environment | huge_page_environment(os.environ)
-
-
 def _llama_bench(plan: Plan, model: BenchModel, tree: ToolTree, kernels: Kernels, run: Run) -> None:
     command = bench_command(tree.tool("llama-bench"), model.path, kernels, plan.prompt_tokens, plan.decode_tokens)
-    output, used = run_tool(command, _environment(kernels), [plan.core], plan.deadline_s)
+    output, used = run_tool(command, kernels.environment, [plan.core], plan.deadline_s)
     run.used(used)
     prefill, decode = parse_bench(output, kernels)
     run.add(f"{model.facts.name}: {_side(kernels)}: prefill_tokens_per_s", prefill)
@@ -218,7 +211,7 @@ def _llama_bench(plan: Plan, model: BenchModel, tree: ToolTree, kernels: Kernels
 
 def _llama_decode(plan: Plan, model: BenchModel, tree: ToolTree, kernels: Kernels, run: Run) -> None:
     command = bench_command(tree.tool("llama-bench"), model.path, kernels, 0, plan.decode_tokens)
-    output, used = run_tool(command, _environment(kernels), [plan.core], plan.deadline_s)
+    output, used = run_tool(command, kernels.environment, [plan.core], plan.deadline_s)
     run.used(used)
     run.add(f"{model.facts.name}: {_side(kernels)}: decode_tokens_per_s", parse_decode(output, kernels))
 
@@ -229,7 +222,7 @@ def _llama_batched(plan: Plan, model: BenchModel, tree: ToolTree, kernels: Kerne
     command = batched_command(
         tool, model.path, kernels, rows, plan.batch_prompt_tokens, plan.decode_tokens, plan.decode_cells
     )
-    output, used = run_tool(command, _environment(kernels), [plan.core], plan.deadline_s)
+    output, used = run_tool(command, kernels.environment, [plan.core], plan.deadline_s)
     run.used(used)
     for line in parse_batched(output, kernels, rows):
         run.add(f"{model.facts.name}: {_side(kernels)}: batch{line.rows}_tokens_per_s", line.decode_tokens_per_s)

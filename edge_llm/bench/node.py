@@ -12,7 +12,6 @@ is a failure of its row only; Ctrl-C keeps the repetitions there are, as a row t
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,7 +39,6 @@ from edge_llm.bench.run import Run
 from edge_llm.catalogue.gguf import read_card
 from edge_llm.errors import EdgeLLMError
 from edge_llm.kv.snapshot import Policy
-from edge_llm.machine import huge_page_environment
 
 MEASURE: Final = "edge_llm.engine.measure_node"
 BANDWIDTH: Final = "edge_llm.bench.bandwidth"
@@ -181,7 +179,7 @@ class NodeBench:
     def _their_turn(self, model: BenchModel, found: Measured, loaded: Loaded, tree: ToolTree) -> None:
         test, plan = found.test, self.plan
         command = command_of(tree.tool("llama-bench"), model.path, test, loaded.is_repacked, plan.is_warm)
-        environment = environment_of(test) | huge_page_environment(os.environ)
+        environment = environment_of(test)
         output, used = run_tool(command, environment, plan.cores, plan.deadline_s)
         self.run.used(used)
         speed = speed_of(output, test, loaded.is_repacked)
@@ -215,7 +213,7 @@ class NodeBench:
         if self.plan.levels_dir is not None:
             arguments += ["--levels-dir", str(self.plan.levels_dir)]
         name = f"engine {model.facts.name}, policy {policy}"
-        with Measurer(name, MEASURE, arguments, self.plan.cores) as engine:
+        with Measurer(name, MEASURE, arguments, self.plan.cores, ordinary_pages=True) as engine:
             said = engine.facts
             self.run.engine(f"edge_llm on {model.facts.name}, policy {policy}", said["build"])
             card = read_card(model.path)

@@ -21,7 +21,8 @@ from typing import IO, Any, Final, Self
 
 from edge_llm.bench.record import Process
 from edge_llm.errors import EdgeLLMError
-from edge_llm.machine import huge_page_environment, peak_memory_bytes, process_usage
+from edge_llm.machine import peak_memory_bytes, process_usage
+from edge_llm.pages import huge_page_environment
 
 _END_S: Final = 10.0
 # Loading the largest model that a board of ours holds, from an SD card.
@@ -78,9 +79,12 @@ def run_tool(
 
 
 class Measurer:
-    """A process that measures on request: one JSON line to it, one back (edge_llm/engine/measure.py)."""
+    """A process that measures on request: one JSON line to it, one back (edge_llm/engine/measure.py). It runs on the
+    pages that workers have, or on `ordinary_pages` throughout, as programs that ask for nothing do."""
 
-    def __init__(self, name: str, module: str, arguments: Sequence[str], cores: Sequence[int]) -> None:
+    def __init__(
+        self, name: str, module: str, arguments: Sequence[str], cores: Sequence[int], *, ordinary_pages: bool = False
+    ) -> None:
         self.name, self.cores = name, tuple(cores)
         self._errors = tempfile.TemporaryFile()
         self._started_s = time.monotonic()
@@ -91,7 +95,7 @@ class Measurer:
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
                 text=True,
-                env={**os.environ, **huge_page_environment(os.environ)},  # as workers run
+                env={**os.environ, **({} if ordinary_pages else huge_page_environment(os.environ))},
             )
         try:
             self.facts = self._answer(_READY_S)

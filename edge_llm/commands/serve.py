@@ -13,7 +13,7 @@ from typing import Any, Final, get_args
 import click
 
 from edge_llm.config import GatewayConfig, PolicyName, WorkerConfig, load_settings
-from edge_llm.machine import huge_page_environment
+from edge_llm.pages import huge_page_environment
 
 
 def _share(_context: click.Context, _option: click.Parameter, file: Path | None) -> Path | None:

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from edge_llm.errors import EngineFailed, RestoreRefused
 from edge_llm.kv.snapshot import Policy
+from edge_llm.pages import ordinary_pages
 
 FlashAttention = Literal["on", "off", "auto"]
 KVType = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
@@ -141,7 +142,8 @@ class NativeModel:
         self._table = _overrides(repacked) if policy == "exact" else None
         if self._table is not None:
             params.tensor_buft_overrides = ctypes.cast(self._table, ctypes.c_void_p)
-        self.pointer = lib.llama_model_load_from_file(os.fsencode(path), params)
+        with ordinary_pages():
+            self.pointer = lib.llama_model_load_from_file(os.fsencode(path), params)
         if not self.pointer:
             raise EngineFailed(
                 f"llama.cpp cannot load {path}: the file is damaged or its architecture is unknown to this build"
