@@ -277,6 +277,8 @@ class Worker:
             prefix_limit_bytes=self.prefixes.limit_bytes,
             prefix_query_tokens=self.prefixes.query_tokens,
             prefix_hit_tokens=self.prefixes.hit_tokens,
+            generated_tokens=self.metrics.generated_tokens,
+            computed_tokens=self.metrics.computed_tokens,
             rates=rates(self._engine),
             links=self.links.published,
         )

@@ -324,7 +324,7 @@ WIDE_ROWS: Final = 8
 class Load(Message, frozen=True, kw_only=True):
     """What changes while a worker runs. Since start: widest_decode_rows shared one decode call, wide_decode_calls had
     WIDE_ROWS rows or more; prompts_met found another prompt being computed when they came; of prefix_query_tokens
-    looked up, prefix_hit_tokens were kept here."""
+    looked up, prefix_hit_tokens were kept here; generated_tokens were made and computed_tokens of prompts read."""
 
     slots_free: int
     sequences_running: int
@@ -340,6 +340,8 @@ class Load(Message, frozen=True, kw_only=True):
     prefix_limit_bytes: int = 0
     prefix_query_tokens: int = 0
     prefix_hit_tokens: int = 0
+    generated_tokens: int = 0
+    computed_tokens: int = 0
     rates: Rates = Rates()
     links: list[Link] = []
 

@@ -43,6 +43,8 @@ class WorkerMetrics:
 
     def __init__(self, registry: CollectorRegistry, readings: Readings) -> None:
         self._readings = readings
+        # the same as two of the counters, whatever the role was meanwhile
+        self.generated_tokens = self.computed_tokens = 0
 
         def counter(name: str, what: str, *labels: str) -> Counter:
             return Counter(f"edge_llm_{name}", what, (*LABELS, *labels), registry=registry)
@@ -77,10 +79,12 @@ class WorkerMetrics:
     def step(self, step: Step) -> None:
         """One engine step. Prefill and decode are never added up: one of them may fall while the other holds."""
         labels = self._readings.labels()
+        self.computed_tokens += step.prompt_tokens
         if step.prompt_tokens:
             self._prompt_tokens.labels(*labels).inc(step.prompt_tokens)
             self._prompt_seconds.labels(*labels).inc(step.prompt_s)
         if step.decoded_rows:
+            self.generated_tokens += len(step.events)
             self._generation_tokens.labels(*labels).inc(len(step.events))
             self._decode_seconds.labels(*labels).inc(step.decode_s)
             self._decode_steps.labels(*labels).inc()
