@@ -17,6 +17,7 @@ from edge_llm.catalogue.resolve import find, resolve
 from edge_llm.commands.progress import progress
 from edge_llm.config import DEFAULT_MODEL
 from edge_llm.errors import CatalogueError, ChecksumMismatch
+from edge_llm.plan.sizes import facts_of
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
@@ -166,6 +167,7 @@ def _facts(card: ModelCard) -> dict[str, Any]:
         "kv_bytes_per_token": card.kv_bytes_per_token(),
         "context": card.n_ctx_train,
         "vocabulary": card.vocab_size,
+        **facts_of(card),
         "chat_template": card.has_chat_template,
         "licence": card.licence,
     }

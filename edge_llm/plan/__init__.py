@@ -1,0 +1,1 @@
+"""What a cluster will need, before it is there."""

@@ -1,0 +1,162 @@
+"""A described cluster: YAML in, boards, settings and a model's name out.
+
+  model: qwen3-0.6b-q4_0        # name in models.yaml, as workers are told it
+  boards:
+    - {name: pi-a, ram: 8GB, k3s: server}
+    - {name: pi-b, ram: 8GB}                       # role: prefill|decode|mixed|auto (auto: chosen)
+    - {name: pi-c, ram: 4GB, role: prefill}        # arch: arm64|amd64, cpu: a word, cores: 4
+  slots: 4                      # all from here on: optional, of all workers; without: edge_llm/config.py's own
+  n_ctx: 4096
+
+`name` is the node's name in Kubernetes. `ram` is what the board is sold with. Owns the format and its errors: it is
+closed, unknown and repeated keys are errors that name the place. Refuses to know whether anything fits (fit.py).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from edge_llm.config import ClosedLoader, WorkerConfig, WorkerRole
+from edge_llm.errors import ConfigError
+from edge_llm.kv.snapshot import Policy
+from edge_llm.plan.fit import Arch, Board, Settings
+
+_UNITS: Final = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_UNITS_OF_1024: Final = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40}
+_SIZE: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?(|[KMGT]i?)B?")
+# A name of a Kubernetes node, and of a file in a models folder.
+_NODE: Final = r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$"
+_WORKER: Final = WorkerConfig.model_construct()
+
+
+def bytes_of(value: object) -> int:
+    """8GB, 7.8GiB, 512Mi or a number of bytes. Raises ValueError."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    found = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
+    if found is None:
+        raise ValueError("a size is a number of bytes, or like 8GB, 7.8GiB, 512Mi")
+    return int(float(found[1]) * (_UNITS | _UNITS_OF_1024)[found[2]])
+
+
+Size = Annotated[int, BeforeValidator(bytes_of), Field(ge=0, le=1 << 50)]
+
+
+def _role(value: object) -> object:
+    return None if value == "auto" else value
+
+
+class _Closed(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class _Board(_Closed):
+    name: Annotated[str, Field(pattern=_NODE)]
+    ram: Size
+    arch: Arch = "arm64"
+    cpu: Annotated[str, Field(max_length=64)] = ""
+    cores: Annotated[int, Field(ge=1, le=1024)] = 4
+    role: Annotated[WorkerRole | None, BeforeValidator(_role)] = None
+    k3s: Literal["server", "agent"] = "agent"
+    reserve: Size | None = None
+
+
+class _Cluster(_Closed):
+    model: Annotated[str, Field(pattern=r"^[A-Za-z0-9./_-]{1,256}$")]
+    gguf: str | None = None
+    facts: str | None = None
+    boards: Annotated[tuple[_Board, ...], Field(min_length=1, max_length=1000)]
+    policy: Policy = _WORKER.policy
+    slots: Annotated[int, Field(ge=1, le=64)] = _WORKER.slots
+    spare_slots: Annotated[int, Field(ge=0, le=64)] = _WORKER.spare_slots
+    spare_prompts: bool = _WORKER.spare_prompts
+    n_ctx: Annotated[int, Field(ge=64, le=1 << 20)] = _WORKER.n_ctx
+    chunk_tokens: Annotated[int, Field(ge=1, le=4096)] = _WORKER.chunk_tokens
+    k_type: Literal["f16", "f32", "bf16", "q8_0", "q4_0"] = _WORKER.k_type
+    v_type: Literal["f16", "f32", "bf16"] = "f16"
+    prefix_cache: Size = _WORKER.prefix_cache_bytes
+    components: tuple[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")], ...] = ()
+    image: Annotated[str, Field(pattern=r"^[a-z0-9][A-Za-z0-9._/:@-]*$")] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What was described. `gguf`: the model's file on this machine; `facts`: what `models show --json` printed where it
+    lies; None: to be looked for in the cache. `components`: None: those that fit what is described."""
+
+    model: str
+    gguf: Path | None
+    facts: Path | None
+    boards: tuple[Board, ...]
+    policy: Policy
+    settings: Settings
+    components: tuple[str, ...] | None
+    image: str | None
+
+
+def read_description(path: Path) -> Description:
+    """Raises ConfigError that names file, place and what is allowed there. Paths in it are relative to it."""
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    return parse_description(text, str(path), path.parent)
+
+
+def parse_description(text: str, where: str, folder: Path = Path()) -> Description:
+    try:
+        content: Any = yaml.load(text, Loader=ClosedLoader)
+        cluster = _Cluster.model_validate(content)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        place = ".".join(map(str, problem["loc"])) or "the file"
+        raise ConfigError(f"{where}: {place}: {problem['msg']}; {_known(problem['loc'])}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{where} is not YAML: {getattr(error, 'problem', None) or error}") from None
+    names = [board.name for board in cluster.boards]
+    if len(names) != len(set(names)):
+        raise ConfigError(f"{where}: boards: {max(names, key=names.count)} is there twice")
+    return Description(
+        model=cluster.model,
+        gguf=folder / Path(cluster.gguf).expanduser() if cluster.gguf else None,
+        facts=folder / Path(cluster.facts).expanduser() if cluster.facts else None,
+        boards=tuple(map(_board, cluster.boards)),
+        policy=cluster.policy,
+        settings=Settings(
+            slots=cluster.slots,
+            spare_slots=cluster.spare_slots,
+            spare_prompts=cluster.spare_prompts,
+            n_ctx=cluster.n_ctx,
+            chunk_tokens=cluster.chunk_tokens,
+            k_type=cluster.k_type,
+            v_type=cluster.v_type,
+            prefix_cache_bytes=cluster.prefix_cache,
+        ),
+        components=cluster.components if "components" in cluster.model_fields_set else None,
+        image=cluster.image,
+    )
+
+
+def _board(board: _Board) -> Board:
+    return Board(
+        name=board.name,
+        ram_bytes=board.ram,
+        arch=board.arch,
+        cpu=board.cpu,
+        cores=board.cores,
+        role=board.role,
+        is_server=board.k3s == "server",
+        reserve_bytes=board.reserve,
+    )
+
+
+def _known(place: tuple[int | str, ...]) -> str:
+    """The keys that are allowed there."""
+    kind: type[_Closed] = _Board if len(place) > 1 and place[0] == "boards" else _Cluster
+    return f"the keys are {', '.join(kind.model_fields)}"

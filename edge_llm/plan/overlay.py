@@ -1,0 +1,189 @@
+"""A cluster that fits, as a kustomize overlay on the shipped manifests.
+
+Pure. Owns what differs from k3s_manifests/overlays: replicas, settings and sizes, and the labels of nodes. Refuses to
+read and write files (manifests.py) and to render what kubectl renders.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import yaml
+
+from edge_llm.errors import ConfigError
+from edge_llm.plan.description import Description
+from edge_llm.plan.fit import MIB, Fitted, Group
+
+# The copy of the shipped manifests, beside the overlay.
+SHIPPED: Final = "edge-llm"
+# The container that measures a worker's level before it starts.
+VERIFY: Final = "verify"
+HEADER: Final = "# Rendered by `edge-llm cluster render`"
+_GIB: Final = 1 << 30
+# With it a worker's volume holds the model; else it comes from elsewhere.
+_DOWNLOAD: Final = "model-download"
+_PI5: Final = frozenset({"cortex-a76", "pi5"})
+
+
+@dataclass(frozen=True, slots=True)
+class Shipped:
+    """What is read of the shipped manifests. `verifies`: whether `edge-llm verify` runs before a worker;
+    `storage_bytes`: of a worker's volume, 0 where it has none."""
+
+    components: frozenset[str]
+    gateway_bytes: int
+    verifies: bool
+    storage_bytes: int
+
+
+def kustomization(described: Description, fit: Fitted, shipped: Shipped, file_bytes: int) -> str:
+    """The overlay's one file. Raises ConfigError for a component that is not shipped."""
+    components = _components(described, fit, shipped)
+    content: dict[str, Any] = {
+        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+        "kind": "Kustomization",
+        "resources": [f"{SHIPPED}/base", *(f"{SHIPPED}/workers/{group.role}" for group in fit.groups)],
+        "replicas": [{"name": f"edge-llm-{group.role}", "count": len(group.boards)} for group in fit.groups],
+        "configMapGenerator": [
+            {
+                "name": "edge-llm-worker",
+                "namespace": "edge-llm",
+                "behavior": "merge",
+                "literals": [f"{key}={value}" for key, value in settings(described).items()],
+            }
+        ],
+        "components": [f"{SHIPPED}/components/{name}" for name in components],
+        "patches": [
+            patch
+            for group in fit.groups
+            for patch in _patches(group, shipped, file_bytes if _DOWNLOAD in components else 0, len(described.boards))
+        ],
+    }
+    if described.image:
+        content["images"] = [_image(described.image)]
+    return "\n".join([*_comment(described, fit), yaml.safe_dump(content, sort_keys=False, width=120)])
+
+
+def settings(described: Description) -> dict[str, str]:
+    """What every worker is told, by environment variable."""
+    values: dict[str, object] = {
+        "model": described.model,
+        "policy": described.policy,
+        "slots": described.settings.slots,
+        "spare_slots": described.settings.spare_slots,
+        "spare_prompts": str(described.settings.spare_prompts).lower(),
+        "n_ctx": described.settings.n_ctx,
+        "chunk_tokens": described.settings.chunk_tokens,
+        "k_type": described.settings.k_type,
+        "v_type": described.settings.v_type,
+        "prefix_cache_bytes": described.settings.prefix_cache_bytes,
+    }
+    return {f"EDGE_LLM_WORKER_{key.upper()}": str(value) for key, value in values.items()}
+
+
+def labels(fit: Fitted) -> list[str]:
+    """The commands that say which board does what; none where one board does all."""
+    if sum(len(group.boards) for group in fit.groups) == 1:
+        return []
+    return [
+        f"kubectl label node --overwrite {' '.join(board.name for board in group.boards)} edge-llm/role={group.role}"
+        for group in fit.groups
+    ]
+
+
+def table(fit: Fitted) -> list[dict[str, object]]:
+    """A line for each board: what it does, what its pod gets, and what is left."""
+    return [
+        {
+            "board": board.name,
+            "role": group.role,
+            "ram_bytes": board.ram_bytes,
+            "room_bytes": board.room_bytes,
+            "sum_bytes": group.sum.total_bytes,
+            "limit_bytes": group.limit_bytes,
+            "left_bytes": board.room_bytes - group.limit_bytes,
+        }
+        for group in fit.groups
+        for board in group.boards
+    ]
+
+
+def _components(described: Description, fit: Fitted, shipped: Shipped) -> Sequence[str]:
+    """Those asked for, or those that fit what is described; `release` comes last, it reaches what others add."""
+    if described.components is not None:
+        unknown = set(described.components) - shipped.components
+        if unknown:
+            raise ConfigError(
+                f"components: {', '.join(sorted(unknown))}: not shipped; there are "
+                f"{', '.join(sorted(shipped.components))}"
+            )
+        wanted = [name for name in described.components if name != "release"]
+    else:
+        wanted = ["network-policy", _DOWNLOAD]
+        if all(board.cpu.lower() in _PI5 for board in described.boards):
+            wanted.append("pi5")
+        if len(described.boards) > 1:
+            wanted.append("high-availability")
+    return [name for name in [*wanted, "release"] if name in shipped.components]
+
+
+def _patches(group: Group, shipped: Shipped, file_bytes: int, boards: int) -> Iterable[Mapping[str, Any]]:
+    name = f"edge-llm-{group.role}"
+    spec: dict[str, Any] = {"containers": [{"name": "worker", "resources": _memory(group.limit_bytes)}]}
+    if shipped.verifies:
+        spec["initContainers"] = [_verify(group)]
+    if boards == 1:
+        spec["nodeSelector"] = None  # one board needs no label
+    whole = {
+        "apiVersion": "apps/v1",
+        "kind": "StatefulSet",
+        "metadata": {"name": name},
+        "spec": {"template": {"spec": spec}},
+    }
+    target = {"kind": "StatefulSet", "name": name}
+    yield {"target": target, "patch": yaml.safe_dump(whole, sort_keys=False)}
+    # a wheel or a partial download lies beside the file for a while; the rest is what `verify` leaves
+    needed = 2 * file_bytes + _GIB
+    if shipped.storage_bytes and needed > shipped.storage_bytes:
+        path = "/spec/volumeClaimTemplates/0/spec/resources/requests/storage"
+        change = [{"op": "replace", "path": path, "value": f"{math.ceil(needed / _GIB)}Gi"}]
+        yield {"target": target, "patch": yaml.safe_dump(change, sort_keys=False)}
+
+
+def _memory(size: int) -> dict[str, dict[str, str]]:
+    """Request and limit are the same: a board's memory is promised once."""
+    memory = {"memory": f"{size // MIB}Mi"}
+    return {"requests": memory, "limits": dict(memory)}
+
+
+def _verify(group: Group) -> dict[str, Any]:
+    """It runs before the worker, never beside it."""
+    limit = group.verify_limit_bytes
+    if limit is None:
+        return {"name": VERIFY, "env": [{"name": "EDGE_LLM_VERIFY_FIRST", "value": "no"}]}
+    return {"name": VERIFY, "resources": _memory(limit)}
+
+
+def _image(image: str) -> dict[str, str]:
+    """NAME[:TAG] or NAME@DIGEST in the words of kustomize."""
+    name, _, digest = image.partition("@")
+    if digest:
+        return {"name": "localhost/edge-llm", "newName": name, "digest": digest}
+    head, _, last = name.rpartition("/")
+    short, _, tag = last.partition(":")
+    new = {"name": "localhost/edge-llm", "newName": f"{head}/{short}" if head else short}
+    return new | ({"newTag": tag} if tag else {})
+
+
+def _comment(described: Description, fit: Fitted) -> Iterable[str]:
+    yield f"{HEADER}: {described.model}, {described.settings.slots} slots of {described.settings.n_ctx} tokens."
+    yield "# Rendering again replaces this folder. Put changes of your own into an overlay that has it as a resource."
+    for line in labels(fit):
+        yield f"#   {line}"
+    for group in fit.groups:
+        parts = ", ".join(f"{name} {size // MIB:,}" for name, size in group.sum.parts.items() if size)
+        limit = f"with head room {group.limit_bytes // MIB:,}"
+        yield f"# {group.role}: {group.sum.total_bytes // MIB:,} MiB ({parts}), {limit}"

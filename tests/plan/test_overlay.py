@@ -1,0 +1,201 @@
+"""The rendered overlay as a cluster gets it: by kubectl, against the shipped manifests, valid and with the sizes."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+import edge_llm
+from edge_llm.catalogue.memory import ModelSizes
+from edge_llm.commands.kubectl import rendered
+from edge_llm.errors import ConfigError
+from edge_llm.plan.description import Description, parse_description
+from edge_llm.plan.fit import MIB, Fitted, fitted
+from edge_llm.plan.manifests import manifests_folder, read_shipped, write_overlay
+from edge_llm.plan.overlay import Shipped, kustomization, labels, settings
+
+# About Llama 3.2 1B in Q4_0.
+SIZES = ModelSizes(740 * MIB, 530 * MIB, 32 << 10, 128_256, 32, 2048, 8192)
+FILE_BYTES = 750 * MIB
+FOUR = """
+model: llama-3.2-1b-instruct-q4_0
+boards:
+  - {name: pi-a, ram: 8GB, k3s: server, cpu: cortex-a76}
+  - {name: pi-b, ram: 8GB, cpu: cortex-a76}
+  - {name: pi-c, ram: 8GB, cpu: cortex-a76}
+  - {name: pi-d, ram: 8GB, cpu: cortex-a76}
+slots: 2
+n_ctx: 2048
+"""
+ONE = "{model: llama-3.2-1b-instruct-q4_0, boards: [{name: pi, ram: 8GB}], slots: 2, n_ctx: 2048}"
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Shipped:
+    return read_shipped(manifests_folder())
+
+
+def fit(described: Description, shipped: Shipped) -> Fitted:
+    return fitted(
+        described.boards, described.settings, lambda *_: SIZES, splits=True, gateway_bytes=shipped.gateway_bytes
+    )
+
+
+def applied(text: str, shipped: Shipped, target: Path, file_bytes: int = FILE_BYTES) -> list[dict[str, Any]]:
+    """What `kubectl apply -k` would send for a description."""
+    described = parse_description(text, "test")
+    overlay = kustomization(described, fit(described, shipped), shipped, file_bytes)
+    write_overlay(target, overlay, manifests_folder())
+    return [item for item in yaml.safe_load_all(rendered(target)) if item]
+
+
+def one(items: list[dict[str, Any]], kind: str, name: str) -> dict[str, Any]:
+    (found,) = [
+        item
+        for item in items
+        if item["kind"] == kind and re.fullmatch(rf"{name}(-[a-z0-9]{{10}})?", item["metadata"]["name"])
+    ]
+    return found
+
+
+def test_four_boards_get_replicas_settings_and_limits(shipped: Shipped, tmp_path: Path) -> None:
+    items = applied(FOUR, shipped, tmp_path / "cluster")
+    described = parse_description(FOUR, "test")
+    groups = {group.role: group for group in fit(described, shipped).groups}
+    assert (len(groups["prefill"].boards), len(groups["decode"].boards)) == (1, 3)
+    for role, group in groups.items():
+        workload = one(items, "StatefulSet", f"edge-llm-{role}")
+        pod = workload["spec"]["template"]["spec"]
+        assert group.verify_limit_bytes is not None
+        assert workload["spec"]["replicas"] == len(group.boards)
+        assert pod["nodeSelector"] == {"edge-llm/role": role}
+        verify = next(container for container in pod["initContainers"] if container["name"] == "verify")
+        for container, limit in ((pod["containers"][0], group.limit_bytes), (verify, group.verify_limit_bytes)):
+            assert container["resources"]["limits"]["memory"] == f"{limit // MIB}Mi"
+            assert container["resources"]["requests"]["memory"] == f"{limit // MIB}Mi"
+            assert container["resources"]["requests"]["cpu"], "what the manifests say of CPU stays"
+    told = one(items, "ConfigMap", "edge-llm-worker")["data"]
+    assert told.items() >= settings(described).items()
+    assert told["EDGE_LLM_WORKER_PORT"] == "9001", "what is not described stays as shipped"
+    assert (told["EDGE_LLM_WORKER_THREADS"], told["EDGE_LLM_WORKER_THREADS_BATCH"]) == ("2", "4"), "boards are Pi 5"
+
+
+def test_what_is_applied_is_valid_in_the_newest_kubernetes(shipped: Shipped, tmp_path: Path) -> None:
+    for text in (FOUR, ONE):
+        for item in applied(text, shipped, tmp_path / str(len(text))):
+            kubernetes_validate.validate(item, kubernetes_validate.latest_version(), strict=True)
+
+
+def test_verify_is_left_out_where_it_does_not_fit_and_that_is_said(shipped: Shipped, tmp_path: Path) -> None:
+    small = FOUR.replace("ram: 8GB, cpu", "ram: 3.4GB, role: decode, cpu").replace("n_ctx: 2048", "n_ctx: 512")
+    items = applied(small, shipped, tmp_path / "cluster")
+    pod = one(items, "StatefulSet", "edge-llm-decode")["spec"]["template"]["spec"]
+    verify = next(container for container in pod["initContainers"] if container["name"] == "verify")
+    assert verify["env"] == [{"name": "EDGE_LLM_VERIFY_FIRST", "value": "no"}]
+    notes = fit(parse_description(small, "x"), shipped).notes
+    assert any("`edge-llm verify` (8 sequences of 2048 tokens)" in note for note in notes)
+
+
+def test_one_board_needs_no_label_and_no_second_one(shipped: Shipped, tmp_path: Path) -> None:
+    items = applied(ONE, shipped, tmp_path / "cluster")
+    workload = one(items, "StatefulSet", "edge-llm-mixed")
+    assert "nodeSelector" not in workload["spec"]["template"]["spec"]
+    assert labels(fit(parse_description(ONE, "x"), shipped)) == []
+    assert [item["metadata"]["name"] for item in items if item["kind"] == "StatefulSet"] == ["edge-llm-mixed"]
+
+
+def test_the_labels_name_every_board_once(shipped: Shipped) -> None:
+    found = labels(fit(parse_description(FOUR, "x"), shipped))
+    assert found == [
+        "kubectl label node --overwrite pi-a edge-llm/role=prefill",
+        "kubectl label node --overwrite pi-b pi-c pi-d edge-llm/role=decode",
+    ]
+
+
+def test_a_large_model_gets_a_volume_that_holds_it_twice(shipped: Shipped, tmp_path: Path) -> None:
+    items = applied(FOUR, shipped, tmp_path / "cluster", file_bytes=8 << 30)
+    claims = one(items, "StatefulSet", "edge-llm-decode")["spec"]["volumeClaimTemplates"]
+    assert claims[0]["spec"]["resources"]["requests"]["storage"] == "17Gi"
+
+
+def test_an_image_of_ones_own_replaces_the_shipped_name_everywhere(shipped: Shipped, tmp_path: Path) -> None:
+    text = FOUR + "image: registry.lan:5000/me/edge-llm:test\n"
+    items = applied(text, shipped, tmp_path / "cluster")
+    images = {
+        container["image"]
+        for item in items
+        if item["kind"] in ("StatefulSet", "Deployment")
+        for container in (
+            *item["spec"]["template"]["spec"]["containers"],
+            *item["spec"]["template"]["spec"].get("initContainers", ()),
+        )
+    }
+    assert images == {"registry.lan:5000/me/edge-llm:test"}
+
+
+def test_components_can_be_chosen_and_what_is_not_shipped_is_refused(shipped: Shipped, tmp_path: Path) -> None:
+    items = applied(FOUR + "components: [model-download]\n", shipped, tmp_path / "cluster")
+    assert f":{edge_llm.__version__}" in json.dumps(items), "the version is always named"
+    policies = [item["metadata"]["name"] for item in items if item["kind"] == "NetworkPolicy"]
+    assert policies == ["edge-llm-model-download"]
+    described = parse_description(FOUR + "components: [telepathy]\n", "x")
+    with pytest.raises(ConfigError, match=r"telepathy: not shipped; there are .*network-policy"):
+        kustomization(described, fit(described, shipped), shipped, FILE_BYTES)
+
+
+def test_rendering_again_replaces_what_was_rendered_and_nothing_else(shipped: Shipped, tmp_path: Path) -> None:
+    target = tmp_path / "cluster"
+    applied(FOUR, shipped, target)
+    stale = target / "edge-llm" / "base" / "stale.yaml"
+    stale.write_text("")
+    applied(ONE, shipped, target)
+    assert not stale.exists()
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "kustomization.yaml").write_text("resources: []\n")
+    with pytest.raises(ConfigError, match="was not rendered by this command"):
+        applied(ONE, shipped, foreign)
+    assert (foreign / "kustomization.yaml").read_text() == "resources: []\n"
+    (tmp_path / "other" / "edge-llm").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="in the way"):
+        applied(ONE, shipped, tmp_path / "other")
+
+
+def test_the_folder_needs_nothing_outside_of_it(shipped: Shipped, tmp_path: Path) -> None:
+    target = tmp_path / "cluster"
+    applied(FOUR, shipped, target)
+    moved = tmp_path / "elsewhere" / "deep"
+    moved.parent.mkdir()
+    target.rename(moved)
+    assert rendered(moved)
+
+
+def test_the_manifests_are_found_in_an_installed_package(tmp_path: Path) -> None:
+    """As a wheel lays it out: k3s_manifests inside the package, no pyproject.toml above it."""
+    package = Path(edge_llm.__file__).parent
+    (tmp_path / "edge_llm").mkdir()
+    for item in package.iterdir():
+        if item.name != "__pycache__":
+            (tmp_path / "edge_llm" / item.name).symlink_to(item)
+    (tmp_path / "edge_llm" / "plan").unlink()
+    (tmp_path / "edge_llm" / "plan").mkdir()
+    for item in (package / "plan").glob("*.py"):
+        (tmp_path / "edge_llm" / "plan" / item.name).write_text(item.read_text())
+    (tmp_path / "edge_llm" / "k3s_manifests").symlink_to(manifests_folder())
+    said = subprocess.run(
+        [sys.executable, "-c", "from edge_llm.plan.manifests import manifests_folder; print(manifests_folder())"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin"},
+    )
+    assert said.stdout.strip() == str(tmp_path / "edge_llm" / "k3s_manifests")
