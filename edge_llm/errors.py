@@ -39,6 +39,13 @@ class UnknownModel(ClientError):
     code = "model_not_found"
 
 
+class UnknownWorker(ClientError):
+    """No worker of this name answers."""
+
+    status = 404
+    code = "worker_not_found"
+
+
 class ContextTooLong(ClientError):
     """Prompt and requested tokens do not fit the context; the message has both numbers."""
 

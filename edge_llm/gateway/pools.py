@@ -84,6 +84,9 @@ class Pools:
         self._average(nodes, now_s)
         for gone in self.lent.keys() - self._smooth.keys():
             del self.lent[gone]
+        for node in self._smooth.values():
+            if node.worker in self.lent and _BORN[node.role] != _OTHER[self.lent[node.worker]]:
+                del self.lent[node.worker]  # an operator has given it another role since
         for pool in _OTHER:
             made = self._give_back(pool, now_s) or self._lend(pool, now_s)
             if made is not None:

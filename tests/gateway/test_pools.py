@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -156,3 +157,14 @@ def test_how_often_one_looks_does_not_matter(seconds: float) -> None:
     pools = Pools()
     events = [event for at in range(int(40 / seconds)) for event in pools.observe(BUSY_PROMPTS, at * seconds)]
     assert [event.at_s for event in events] == [pytest.approx(pools.sustained_s)]
+
+
+@pytest.mark.parametrize("role", ["prefill", "mixed"])
+def test_a_node_that_was_given_another_role_is_lent_no_longer(role: Role) -> None:
+    pools = Pools()
+    watched(pools, BUSY_PROMPTS, 60)
+    assert pools.lent == {"d1": "prompt"}
+    changed = [replace(node, role=role) if node.worker == "d1" else node for node in BUSY_PROMPTS]
+    pools.observe(changed, 60.0)
+    assert pools.lent == {}
+    assert pools.of("d1", role) == {"prefill": "prompt", "mixed": "mixed"}[role]
