@@ -19,6 +19,7 @@ from edge_llm.errors import EdgeLLMError
 _COMMANDS: Final = {
     "bench": "edge_llm.commands.bench:bench",
     "chat": "edge_llm.commands.chat:chat",
+    "cluster": "edge_llm.commands.cluster:cluster",
     "doctor": "edge_llm.commands.doctor:doctor",
     "down": "edge_llm.commands.up:down",
     "models": "edge_llm.commands.models:models",

@@ -1,0 +1,58 @@
+"""The steps by which a board gets a worker of another role for good, on Kubernetes.
+
+Pure. Owns the order and why: a StatefulSet's volume holds its pod on its board, and a smaller StatefulSet gives up its
+last pod, wherever that is. So the board gets its new label first (labels move nobody), then the workloads their new
+sizes, and then the pod on this board is deleted, with its claim where that binds it, unless it was the last one and
+went by itself. What its StatefulSet makes again finds the board that the last pod left; the new role's pod finds this
+one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from edge_llm.errors import ConfigError
+
+_POD: Final = re.compile(r"edge-llm-(prefill|decode|mixed)-([0-9]+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Moves:
+    """Words of kubectl, in order, and the workers that they stop: the one on the board, and one that takes its place in
+    the smaller workload."""
+
+    steps: tuple[tuple[str, ...], ...]
+    stopped: tuple[str, ...]
+
+
+def moves(pod: str, role: str, board: str, replicas: Mapping[str, int], *, is_bound: bool = True) -> Moves:
+    """`replicas`: of each StatefulSet now. `is_bound`: whether the pod's volume is on this board alone. Raises
+    ConfigError for what is no worker's pod of these manifests, or stands in the role already."""
+    matched = _POD.fullmatch(pod)
+    if matched is None:
+        raise ConfigError(f"{pod} is no pod of edge-llm's manifests (edge-llm-ROLE-NUMBER): move it as it was made")
+    was, ordinal = matched[1], int(matched[2])
+    if was == role:
+        raise ConfigError(f"{pod} is a worker of role {role} by its workload already")
+    old, new = f"edge-llm-{was}", f"edge-llm-{role}"
+    missing = [name for name in (old, new) if name not in replicas]
+    if missing:
+        raise ConfigError(
+            f"there is no StatefulSet {missing[0]} in this namespace: render the cluster with a board of that role "
+            "(`edge-llm cluster render`) and apply it"
+        )
+    left = replicas[old] - 1
+    steps: list[tuple[str, ...]] = [
+        ("label", "node", board, "--overwrite", f"edge-llm/role={role}"),
+        ("scale", "statefulset", old, f"--replicas={left}"),
+        ("scale", "statefulset", new, f"--replicas={replicas[new] + 1}"),
+    ]
+    if ordinal >= left:
+        return Moves(tuple(steps), (pod,))
+    if is_bound:
+        steps.append(("delete", "pvc", f"data-{pod}", "--wait=false"))
+    steps.append(("delete", "pod", pod, "--wait=false"))
+    return Moves(tuple(steps), (pod, f"{old}-{left}"))

@@ -1,0 +1,211 @@
+"""`edge-llm cluster drain|role`: take a worker out and in again, and let it stand for another role.
+
+Both go to the gateway, which passes them on with a ticket of the cluster key: they need an operator's API key, and no
+way to the workers. The worker itself keeps what it was told and reports it to every gateway; started again, it takes
+work in the role of its settings. On Kubernetes a role for good is where a worker runs: with --kubeconfig the board
+gets the other label and the workloads other sizes (cluster_moves.py), and the worker is replaced.
+
+Owns the two commands, waiting, and what is refused to keep a model served. Refuses to know tickets.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+from edge_llm.commands.cluster_gateway import Gateway, gateway_options
+from edge_llm.errors import ConfigError, WorkerUnreachable
+
+POLL_S: Final = 0.5
+INTERRUPTED: Final = 130
+_force = click.option("--force", is_flag=True, help="Even if nobody else serves its model.")
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@click.command()
+@click.argument("node")
+@click.option("--undo", is_flag=True, help="Let it take work again.")
+@click.option("--wait/--no-wait", default=True, show_default=True, help="Until nothing runs there any more.")
+@click.option("--timeout-s", type=click.FloatRange(min=0), default=180.0, show_default=True, help="How long to wait.")
+@_force
+@gateway_options
+@_json
+def drain(
+    node: str,
+    undo: bool,
+    wait: bool,
+    timeout_s: float,
+    force: bool,
+    url: str,
+    api_key_file: Path | None,
+    as_json: bool,
+) -> None:
+    """Take worker NODE out: it takes nothing new and hands what runs, KV and all, to other workers."""
+    gateway = Gateway.of(url, api_key_file)
+    now = found(gateway.overview(), node)
+    if undo:
+        now = gateway.order(node, "drain", {"is_draining": False})
+        _tell(now, as_json, f"{node} takes work again")
+        return
+    if not force:
+        _refuse_to_strand(gateway.overview(), [node])
+    now = gateway.order(node, "drain", {"is_draining": True})
+    if wait:
+        now = _drained(gateway, node, timeout_s)
+    left = left_of(now)
+    back = f"`edge-llm cluster drain --undo {node}` takes it back"
+    _tell(now, as_json, f"{node} takes nothing new, {left} left there; {back}" if left else f"{node} is empty; {back}")
+    if wait and left:
+        sys.exit(1)
+
+
+@click.command()
+@click.argument("node")
+@click.argument("role", type=click.Choice(["prefill", "decode", "mixed"]))
+@click.option(
+    "--kubeconfig",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="For good, on Kubernetes: move the board to the other workload; its worker is replaced.",
+)
+@click.option("--namespace", default="edge-llm", show_default=True, help="Of the workloads, with --kubeconfig.")
+@_force
+@gateway_options
+@_json
+def role(
+    node: str,
+    role: str,
+    kubeconfig: Path | None,
+    namespace: str,
+    force: bool,
+    url: str,
+    api_key_file: Path | None,
+    as_json: bool,
+) -> None:
+    """Let worker NODE stand for another ROLE: at once and without a restart, until it starts again."""
+    gateway = Gateway.of(url, api_key_file)
+    before = gateway.overview()
+    was = found(before, node)
+    if kubeconfig is not None:
+        _move(gateway, before, node, role, kubeconfig, namespace, force)
+        return
+    now = gateway.order(node, "role", {"role": role})
+    lines = [f"{node}: {was['role']} -> {now['role']}, until it starts again"]
+    lines += remarks({**before, "nodes": [*_others(before, node), now]}, now)
+    _tell(now, as_json, "\n".join(lines))
+
+
+def found(overview: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The node of that name. Raises ConfigError that says who is there, or why this one is not."""
+    for node in overview["nodes"]:
+        if node["worker"] == name:
+            return dict(node)
+    for silent in (overview.get("discovery") or {}).get("silent_workers", ()):
+        if silent["worker"] == name:
+            raise WorkerUnreachable(f"{name} at {silent['address']} does not answer the gateway: {silent['message']}")
+    known = ", ".join(sorted(node["worker"] for node in overview["nodes"])) or "none"
+    raise ConfigError(f"the gateway knows no worker {name}; it knows {known}")
+
+
+def stranded(overview: Mapping[str, Any], names: Collection[str]) -> str | None:
+    """The model that nobody would decode without these workers."""
+    serving = [node for node in overview["nodes"] if node["is_ready"] and node["slots"]]
+    left = {node["model"] for node in serving if node["worker"] not in names}
+    return next((str(node["model"]) for node in serving if node["model"] not in left), None)
+
+
+def left_of(node: Mapping[str, Any]) -> str:
+    """What still runs there, for people; empty: nothing."""
+    load = node["load"]
+    sequences, tokens = load["sequences_running"], load["pending_prompt_tokens"]
+    words = [f"{sequences} sequences"] if sequences else []
+    if tokens or load["sequences_waiting"]:
+        words.append(f"{tokens} prompt tokens to read for others")
+    return ", ".join(words)
+
+
+def remarks(overview: Mapping[str, Any], node: Mapping[str, Any]) -> list[str]:
+    """What is worth knowing of a node in its new role."""
+    nodes = [other for other in overview["nodes"] if other["model"] == node["model"]]
+    lines = []
+    most = max(other["slots"] for other in nodes)
+    if node["role"] != "prefill" and node["slots"] < most:
+        lines.append(
+            f"it was loaded with {node['slots']} slots, others have {most}: started again with role {node['role']} it "
+            "gets all (on Kubernetes: --kubeconfig)"
+        )
+    for wanted, does in (("prefill", "reads prompts for others"), ("decode", "decodes")):
+        if not any(other["role"] in (wanted, "mixed") for other in nodes):
+            lines.append(f"no worker of {node['model']} has role {wanted} or mixed now: who {does} does it as a helper")
+    return lines
+
+
+def _others(overview: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    return [node for node in overview["nodes"] if node["worker"] != name]
+
+
+def _refuse_to_strand(overview: Mapping[str, Any], names: Collection[str]) -> None:
+    if (model := stranded(overview, names)) is not None:
+        raise ConfigError(
+            f"without {' and '.join(names)} no ready worker decodes {model}: requests would wait, and those that run "
+            "would stop, until another one comes; --force does it all the same"
+        )
+
+
+def _drained(gateway: Gateway, name: str, timeout_s: float) -> dict[str, Any]:
+    """Wait until it is empty, or for so long; how it is then. What was ordered stays so when this is interrupted."""
+    until_s = time.monotonic() + timeout_s
+    said, now = "", found(gateway.overview(), name)
+    try:
+        while left_of(now) and time.monotonic() < until_s:
+            if left_of(now) != said:
+                said = left_of(now)
+                click.echo(f"{name}: {said} left", err=True)
+            time.sleep(POLL_S)
+            # while it says goodbye to its sequences the gateway may take it for gone, for one question
+            now = next((node for node in gateway.overview()["nodes"] if node["worker"] == name), now)
+    except KeyboardInterrupt:
+        click.echo(f"{name} goes on draining; `edge-llm cluster drain --undo {name}` takes it back", err=True)
+        sys.exit(INTERRUPTED)
+    return now
+
+
+def _move(
+    gateway: Gateway,
+    overview: Mapping[str, Any],
+    name: str,
+    role: str,
+    kubeconfig: Path,
+    namespace: str,
+    force: bool,
+) -> None:
+    """Replace a worker by one of another role on the same board, after everything that stops has been handed over."""
+    from edge_llm.commands.cluster_moves import moves
+    from edge_llm.commands.kubectl import Kubectl
+
+    kubectl = Kubectl(kubeconfig, namespace)
+    board = str(kubectl.get("pod", name)["spec"]["nodeName"])
+    workloads = {one["metadata"]["name"]: one["spec"] for one in kubectl.get("statefulset")["items"]}
+    replicas = {workload: int(spec["replicas"]) for workload, spec in workloads.items()}
+    # the manifests give a claim back with its pod where it binds the pod to a board
+    kept = workloads.get(name.rpartition("-")[0], {}).get("persistentVolumeClaimRetentionPolicy", {})
+    plan = moves(name, role, board, replicas, is_bound=kept.get("whenScaled") == "Delete")
+    if not force:
+        _refuse_to_strand(overview, plan.stopped)
+    for stopped in plan.stopped:
+        gateway.order(stopped, "drain", {"is_draining": True})
+    for stopped in plan.stopped:
+        _drained(gateway, stopped, timeout_s=180.0)
+    for step in plan.steps:
+        click.echo(f"kubectl -n {namespace} {' '.join(step)}", err=True)
+        kubectl.run(*step)
+    click.echo(f"{board} starts a worker of role {role}; `edge-llm cluster status` shows it when its model is loaded")
+
+
+def _tell(node: Mapping[str, Any], as_json: bool, words: str) -> None:
+    click.echo(json.dumps(node) if as_json else words)

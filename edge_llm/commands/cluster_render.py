@@ -1,0 +1,152 @@
+"""`edge-llm cluster render`: a described cluster as manifests with sizes that fit, or the sum that does not.
+
+Owns finding the model's sizes and the output: a folder for `kubectl apply -k`, or one YAML on stdout for `kubectl apply
+-f -`. What fits and what differs from the shipped manifests is edge_llm/plan's.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edge_llm.errors import CatalogueError, ConfigError
+
+if TYPE_CHECKING:
+    from edge_llm.plan.description import Description
+    from edge_llm.plan.fit import Fitted
+    from edge_llm.plan.sizes import KnownModel
+
+_MIB = 1 << 20
+
+
+@click.command()
+@click.argument("description", type=click.Path(path_type=Path, dir_okay=False, exists=True))
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for `kubectl apply -k`, with all it needs; without: one YAML on stdout (needs kubectl).",
+)
+@click.option("--check", is_flag=True, help="Only say what fits; render nothing.")
+@click.option("--json", "as_json", is_flag=True, help="With --check or -o: print JSON.")
+def render(description: Path, output: Path | None, check: bool, as_json: bool) -> None:
+    """Manifests for the boards and the model in DESCRIPTION (YAML; `edge_llm/plan/description.py` shows one).
+
+    \b
+    model: smollm2-135m-instruct-q4_1
+    boards:
+      - {name: pi-a, ram: 8GB, k3s: server}
+      - {name: pi-b, ram: 8GB}
+    """
+    from edge_llm.plan.description import read_description
+    from edge_llm.plan.fit import fitted
+    from edge_llm.plan.manifests import manifests_folder, read_shipped, write_overlay
+    from edge_llm.plan.overlay import kustomization
+
+    described = read_description(description)
+    folder = manifests_folder()
+    shipped = read_shipped(folder)
+    model = _known(described)
+    fit = fitted(
+        described.boards,
+        described.settings,
+        model.sizes,
+        splits=model.splits,
+        gateway_bytes=shipped.gateway_bytes,
+    )
+    overlay = kustomization(described, fit, shipped, model.file_bytes)
+    if check or output is not None:
+        if output is not None and not check:
+            write_overlay(output, overlay, folder)
+        _tell(described, fit, model, None if check else output, as_json)
+        return
+    from edge_llm.commands.kubectl import rendered
+
+    with tempfile.TemporaryDirectory(prefix="edge-llm-render-") as scratch:
+        target = Path(scratch) / "cluster"
+        write_overlay(target, overlay, folder)
+        click.echo(rendered(target), nl=False)
+    _summary(described, fit, model, to_stderr=True)
+
+
+def _known(described: Description) -> KnownModel:
+    """The model's sizes: of the file named, of what a board said, or of the file in the cache. Raises ConfigError."""
+    from edge_llm.catalogue.fetch import installed_path
+    from edge_llm.catalogue.gguf import read_card
+    from edge_llm.catalogue.resolve import find, is_path
+    from edge_llm.plan.sizes import from_card, from_facts
+
+    if described.gguf is not None:
+        return from_card(read_card(described.gguf), described.policy)
+    if described.facts is not None:
+        return from_facts(_facts(described.facts), described.policy, str(described.facts))
+    if is_path(described.model):
+        raise ConfigError(
+            f"{described.model} is where the model lies on the boards: say with gguf: FILE where it lies here, or with "
+            f"facts: FILE.json what `edge-llm models show {described.model} --json` says there"
+        )
+    entry = find(described.model)
+    path = installed_path(entry)
+    if path.is_file():
+        return from_card(read_card(path), described.policy)
+    size = f"Known is its file's size, {entry.size / _MIB:,.0f} MiB. " if entry.size else ""
+    get = "pull" if entry.sha256 else "pin"
+    raise CatalogueError(
+        f"{entry.name} is not on this machine, and how much KV a token takes stands only in the file's header. {size}"
+        f"Make it known: `edge-llm models {get} {entry.name}` here; or, where it is already, `edge-llm models show "
+        f"{entry.name} --json > model.json`, and facts: model.json in the description"
+    )
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read the facts {path}: {error}") from error
+    if not isinstance(facts, dict):
+        raise ConfigError(f"{path} is not what `edge-llm models show MODEL --json` prints")
+    return facts
+
+
+def _tell(described: Description, fit: Fitted, model: KnownModel, output: Path | None, as_json: bool) -> None:
+    from edge_llm.plan.overlay import labels, table
+
+    if as_json:
+        found = {
+            "model": described.model,
+            "kv_bytes_per_token": model.kv_bytes_per_token,
+            "boards": table(fit),
+            "sums": {group.role: group.sum.parts for group in fit.groups},
+            "labels": labels(fit),
+            "notes": list(fit.notes),
+            "output": None if output is None else str(output),
+        }
+        click.echo(json.dumps(found))
+        return
+    _summary(described, fit, model)
+    if output is not None:
+        for line in (*labels(fit), f"kubectl apply -k {output}"):
+            click.echo(f"  {line}")
+
+
+def _summary(described: Description, fit: Fitted, model: KnownModel, to_stderr: bool = False) -> None:
+    """Who does what with how much memory, and what is worth knowing."""
+    from edge_llm.plan.overlay import labels, table
+
+    settings = described.settings
+    head = f"{described.model}: {model.kv_bytes_per_token / 1024:,.1f} KiB of KV a token, {settings.slots} slots of"
+    click.echo(f"{head} {settings.n_ctx:,} tokens", err=to_stderr)
+    for row in table(fit):
+        sizes = {key: int(str(row[key])) >> 20 for key in ("sum_bytes", "limit_bytes", "room_bytes", "left_bytes")}
+        gets = f"gets {sizes['limit_bytes']:>6,} of {sizes['room_bytes']:>6,}; {sizes['left_bytes']:>6,} left"
+        click.echo(f"  {row['board']:<20} {row['role']:<8} needs {sizes['sum_bytes']:>6,} MiB, {gets}", err=to_stderr)
+    for note in fit.notes:
+        click.echo(f"note: {note}", err=to_stderr)
+    if to_stderr and sys.stderr.isatty():
+        for line in labels(fit):
+            click.echo(f"  {line}", err=True)

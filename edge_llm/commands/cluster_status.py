@@ -1,0 +1,160 @@
+"""`edge-llm cluster status`: who is there, what each does, and who can exchange KV with whom.
+
+Owns the layout and the exit code: 0 when somebody serves, else 1. Refuses to judge exchange (cluster_exchange.py).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+from edge_llm.commands.cluster_exchange import SHORT, exchange, sentences, serves
+from edge_llm.commands.cluster_gateway import Gateway, gateway_options
+
+# Of tables that go into a file.
+WIDTH: Final = 160
+_SHOWN: Final = {
+    "node": "left",
+    "role": "left",
+    "state": "left",
+    "model": "left",
+    "level": "left",
+    "class": "left",
+    "build": "left",
+    "slots": "right",
+    "KV": "right",
+    "prefill t/s": "right",
+    "step ms": "right",
+    "CPU": "right",
+    "RAM": "right",
+    "temp": "right",
+}
+
+
+@click.command()
+@gateway_options
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def status(url: str, api_key_file: Path | None, as_json: bool) -> None:
+    """Nodes, their roles, state and load, and who can exchange KV. Exit code 1 when nobody serves."""
+    found = Gateway.of(url, api_key_file).overview()
+    nodes = sorted(found["nodes"], key=lambda node: str(node["worker"]))
+    is_served = serves(nodes)
+    if as_json:
+        click.echo(json.dumps({"serves": is_served, "exchange": exchange(nodes), **found}))
+    else:
+        _show(found, nodes, is_served)
+    sys.exit(0 if is_served else 1)
+
+
+def _show(found: Mapping[str, Any], nodes: list[dict[str, Any]], is_served: bool) -> None:
+    requests = ", ".join(f"{count} {state}" for state, count in found["requests"].items() if count) or "no requests"
+    click.echo(f"{found['gateway']}: {len(nodes)} nodes, {requests}")
+    if nodes:
+        _table(nodes)
+    for line in (*_links(nodes), *_limits(nodes), *sentences(nodes), *_unanswered(found.get("discovery") or {})):
+        click.echo(line)
+    if not is_served:
+        click.echo("nobody serves: no worker that decodes is ready", err=True)
+
+
+def _table(nodes: Iterable[Mapping[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for name, justify in _SHOWN.items():
+        table.add_column(name, justify="right" if justify == "right" else "left", no_wrap=name == "node")
+    for node in nodes:
+        # Text, because names of workers and models are not markup
+        table.add_row(*(Text(str(cell)) for cell in row_of(node).values()))
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    console.print(table)
+
+
+def row_of(node: Mapping[str, Any]) -> dict[str, str]:
+    """The cells of one node."""
+    load, board = node["load"], node["board"] or {}
+    taken = node["slots"] - load["slots_free"]
+    cells = node["slots"] * node["n_ctx"]
+    return {
+        "node": node["worker"],
+        "role": role_of(node),
+        "state": state_of(node),
+        "model": node["model"],
+        "level": node["level"],
+        "class": node["exactness_class"][:SHORT],
+        "build": f"{node['version']}, llama-cpp {node['build'].get('llama_cpp_python', '?')}",
+        "slots": f"{taken}/{node['slots']}" if node["slots"] else "-",
+        "KV": share(1 - load["kv_cells_free"] / cells if cells else None),
+        "prefill t/s": f"{rate:.0f}" if (rate := prefill_rate(load)) else "-",
+        "step ms": f"{1e3 * step_s:.1f}" if (step_s := step_of(load)) else "-",
+        "CPU": share(board.get("cpu_share")),
+        "RAM": share(board.get("ram_share")),
+        "temp": f"{degrees:.0f} C" if (degrees := board.get("temperature_c")) is not None else "-",
+    }
+
+
+def role_of(node: Mapping[str, Any]) -> str:
+    """Its role, and the pool that it helps out in."""
+    home = {"prefill": "prompt", "decode": "token"}.get(node["role"], "mixed")
+    pool = node.get("pool", home)
+    return str(node["role"]) if pool in (home, node["role"]) else f"{node['role']}, helps {pool}"
+
+
+def state_of(node: Mapping[str, Any]) -> str:
+    if node["is_draining"]:
+        left = node["load"]["sequences_running"]
+        return f"draining, {left} left" if left else "drained"
+    return "ready" if node["is_ready"] else "not ready"
+
+
+def share(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.0f}%"
+
+
+def prefill_rate(load: Mapping[str, Any]) -> float:
+    """Prompt tokens a second, as measured on its work; 0: not known."""
+    token_s = load["rates"]["token_s"]
+    return float(load["prefill_tokens_per_s"] or (1 / token_s if token_s else 0.0))
+
+
+def step_of(load: Mapping[str, Any]) -> float:
+    """Seconds of a decode step; 0: not known."""
+    return float(load["decode_step_s"] or load["rates"]["run_s"] + load["rates"]["row_s"])
+
+
+def _links(nodes: Iterable[Mapping[str, Any]]) -> Iterable[str]:
+    for node in nodes:
+        ways = [
+            f"{link['peer']} {_speed(link['bytes_per_s'])}, {1e3 * link['round_trip_s']:.1f} ms"
+            for link in sorted(node["load"]["links"], key=lambda link: str(link["peer"]))
+        ]
+        if ways:
+            yield f"KV to {node['worker']} came from {'; '.join(ways)}"
+
+
+def _speed(bytes_per_s: float) -> str:
+    return f"{bytes_per_s / 1e6:.0f} MB/s" if bytes_per_s else "at a speed not known yet"
+
+
+def _limits(nodes: Iterable[Mapping[str, Any]]) -> Iterable[str]:
+    """What holds boards back, and why a level is lower than it could be."""
+    for node in nodes:
+        held = [kind for kind, is_so in (node["board"] or {}).get("throttled", {}).items() if is_so]
+        if held:
+            yield f"{node['worker']} is held back: {', '.join(held).replace('_', ' ')}"
+        if node["level"] != "exact" and node["level_reason"]:
+            yield f"{node['worker']} has level {node['level']}: {node['level_reason']}"
+
+
+def _unanswered(discovery: Mapping[str, Any]) -> Iterable[str]:
+    if discovery.get("problem"):
+        yield f"where workers are is not known for sure: {discovery['problem']}"
+    for silent in discovery.get("silent_workers", ()):
+        yield f"{silent['worker']} at {silent['address']} does not answer: {silent['message'] or 'not asked yet'}"

@@ -1,0 +1,107 @@
+"""`edge-llm cluster render` as a user runs it: files in, a folder or one YAML out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+from edge_llm.cli import cli
+from edge_llm.engine.random_model import make_model
+
+TWO = """
+model: tiny
+{source}
+boards:
+  - {{name: pi-a, ram: {ram}}}
+  - {{name: pi-b, ram: {ram}}}
+slots: 2
+n_ctx: 1024
+"""
+
+
+def run(*arguments: str | Path) -> Result:
+    """Standard output and standard error apart."""
+    return CliRunner().invoke(cli, ["cluster", "render", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("models"))
+
+
+def described(folder: Path, source: str, ram: str = "8GB") -> Path:
+    file = folder / "cluster.yaml"
+    file.write_text(TWO.format(source=source, ram=ram))
+    return file
+
+
+def test_a_folder_is_written_with_the_commands_that_use_it(gguf: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    done = run(described(tmp_path, f"gguf: {gguf}"), "-o", target)
+    assert done.exit_code == 0, done.output
+    assert (target / "kustomization.yaml").is_file()
+    assert f"kubectl apply -k {target}" in done.stdout
+    assert "kubectl label node --overwrite pi-a edge-llm/role=prefill" in done.stdout
+
+
+def test_one_yaml_goes_to_standard_output_and_the_rest_to_standard_error(gguf: Path, tmp_path: Path) -> None:
+    done = run(described(tmp_path, f"gguf: {gguf}"))
+    assert done.exit_code == 0, done.stderr
+    kinds = [item["kind"] for item in yaml.safe_load_all(done.stdout) if item]
+    assert kinds.count("StatefulSet") == 2
+    assert "KV a token" in done.stderr
+
+
+def test_check_renders_nothing(gguf: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    done = run(described(tmp_path, f"gguf: {gguf}"), "-o", target, "--check", "--json")
+    found = json.loads(done.stdout)
+    assert [row["role"] for row in found["boards"]] == ["prefill", "decode"]
+    assert found["output"] is None
+    assert not target.exists()
+
+
+def test_what_a_board_said_of_a_model_is_as_good_as_its_file(gguf: Path, tmp_path: Path) -> None:
+    said = CliRunner().invoke(cli, ["models", "show", str(gguf), "--json"])
+    (tmp_path / "model.json").write_text(said.stdout)
+    by_facts = json.loads(run(described(tmp_path, "facts: model.json"), "--check", "--json").stdout)
+    by_file = json.loads(run(described(tmp_path, f"gguf: {gguf}"), "--check", "--json").stdout)
+    assert by_facts == by_file
+    (tmp_path / "model.json").write_text("{}")
+    done = run(described(tmp_path, "facts: model.json"), "--check")
+    assert done.exit_code == 1
+    assert "weights_bytes" in done.stderr
+
+
+def test_what_does_not_fit_is_refused_with_the_sum(gguf: Path, tmp_path: Path) -> None:
+    done = run(described(tmp_path, f"gguf: {gguf}", ram="1GB"), "-o", tmp_path / "out")
+    assert done.exit_code == 1
+    assert "does not fit on pi-" in done.stderr
+    assert "weights" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("tmp_cache")
+def test_a_model_that_is_not_here_is_refused_with_how_to_make_its_kv_known(tmp_path: Path) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text("{model: qwen3-0.6b-q4_0, boards: [{name: a, ram: 8GB}]}")
+    done = run(file)
+    assert done.exit_code == 1
+    assert "how much KV a token takes stands only in the file's header" in done.stderr
+    assert "edge-llm models pin qwen3-0.6b-q4_0" in done.stderr
+    file.write_text("{model: smollm2-135m-instruct-q4_1, boards: [{name: a, ram: 8GB}]}")
+    done = run(file)
+    assert "Known is its file's size, 94 MiB" in done.stderr
+    assert "edge-llm models pull smollm2-135m-instruct-q4_1" in done.stderr
+
+
+def test_a_place_on_the_boards_needs_a_file_here(tmp_path: Path) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text("{model: /var/lib/edge-llm/models/x.gguf, boards: [{name: a, ram: 8GB}]}")
+    done = run(file)
+    assert done.exit_code == 1
+    assert "gguf: FILE" in done.stderr
