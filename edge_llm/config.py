@@ -131,7 +131,11 @@ class GatewayConfig(_Settings):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{0,64}$")] = ""
     """Its name towards workers; empty: a random one."""
     workers_file: UserPath | None = None
-    """Who the workers are; read again when it changes."""
+    """Who the workers are; read again when it changes. Either this or `kubernetes_namespace`."""
+    kubernetes_namespace: Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")] | None = None
+    """Find the workers by the EndpointSlices of this namespace."""
+    kubeconfig: UserPath | None = None
+    """How to reach the Kubernetes API server; None: by the pod's service account, else as kubectl does."""
     key_file: UserPath | None = None
     """The cluster key (`edge-llm serve key`)."""
     key_fd: int | None = None

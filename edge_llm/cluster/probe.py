@@ -5,6 +5,10 @@ meanwhile and holds up nobody. An answer makes or renews a node. A node leaves t
 its place or its connection is reset, after `LEASE_S` without an answer, and after `MISSES` answers in a row that are
 none. Refuses to know scheduling.
 
+Places that have not answered for `FORGOTTEN_S` or ever share `SILENT_A_ROUND` questions a round: a board that is off is
+still asked every round, of hundreds that are gone each has its turn, and what they cost does not grow with their
+number. What discovery has news of is asked at once.
+
 Silence: a question is given up after 1.5 s (worker/client.py). Last answer at 0 s, asked again at 1 s and, after that
 was given up, at 2.5 to 3.5 s, given up at 5 s at the latest: a silent worker is out of the view within 6 s.
 """
@@ -14,26 +18,40 @@ from __future__ import annotations
 import asyncio
 import errno
 import time
-from collections.abc import Callable
-from typing import Final, Protocol
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Final
 
 import aiohttp
 import structlog
 
+from edge_llm.cluster.discovery import Discovery
 from edge_llm.cluster.view import ClusterView, Node, Place
 from edge_llm.errors import ConfigError, EdgeLLMError, RemoteProtocolError
 from edge_llm.worker.client import Peer, WorkerClient
 
 MISSES: Final = 3
 LEASE_S: Final = 4.0
+FORGOTTEN_S: Final = 60.0
+SILENT_A_ROUND: Final = 20
 _GONE: Final = frozenset({errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.EPIPE})
 log = structlog.get_logger()
 
 
-class Discovery(Protocol):
-    """Where workers may be. Implementations: StaticFile; Kubernetes comes with the manifests."""
+@dataclass(slots=True)
+class _Known:
+    """What came of asking at one place."""
 
-    def places(self) -> tuple[Place, ...]: ...
+    turn: int = 0
+    """When it was asked last, as a number that grows with every question; 0: never."""
+    misses: int = 0
+    """In a row."""
+    answered_s: float | None = None
+    problem: EdgeLLMError | None = None
+    """Why it did not answer the last time."""
+    said: type[EdgeLLMError] | None = None
+    """What kind of problem the log has of it."""
 
 
 class Prober:
@@ -49,45 +67,95 @@ class Prober:
     ) -> None:
         self._discovery, self._client, self._interval_s = discovery, client, interval_s
         self._on_change, self._clock = on_change, clock
-        self._misses: dict[str, int] = {}
-        self._answered_s: dict[str, float] = {}
+        self._known: dict[Place, _Known] = {}
         self._asking: dict[Place, asyncio.Task[None]] = {}
-        self._places: tuple[Place, ...] = ()
+        self._turn = 0
+        self._news: set[str] = set()
+        self._woken = asyncio.Event()
         self.view = ClusterView()
 
     async def run(self) -> None:
         try:
             while True:
-                try:
-                    self._look_up()
-                    for place in self._places:
-                        self._ask(place)
-                except Exception as error:  # top of the task: a view that nobody renews would be believed for ever
-                    log.error("probing failed", error=repr(error), exc_info=True)
-                await asyncio.sleep(self._interval_s)
+                self._guarded(self._due)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(self._interval_s):
+                        while True:
+                            await self._woken.wait()
+                            self._woken.clear()
+                            self._guarded(self._new)
         finally:
             for task in self._asking.values():
                 task.cancel()
 
     async def probe_all(self) -> None:
-        """One round, to its end. Places that cannot be read are those of the last time."""
+        """One round at all places, to its end. Places that cannot be read are those of the last time."""
         self._look_up()
-        await asyncio.gather(*(self._ask(place) for place in self._places))
+        await asyncio.gather(*(self._ask(place) for place in self._known))
+
+    def news(self, workers: Collection[str]) -> None:
+        """Discovery has these or has them no longer: ask now, and as if they had never been asked."""
+        self._news.update(workers)
+        self._woken.set()
+
+    @property
+    def places(self) -> int:
+        """How many are known."""
+        return len(self._known)
+
+    @property
+    def silent(self) -> tuple[tuple[Place, str], ...]:
+        """Places that are not in the view, and why; empty where nobody has failed to answer yet."""
+        seen = {node.place for node in self.view.nodes}
+        return tuple(
+            (place, known.problem.message if known.problem else "")
+            for place, known in self._known.items()
+            if place not in seen
+        )
+
+    def _guarded(self, choice: Callable[[], Collection[Place]]) -> None:
+        """Look where workers may be, and ask those of the choice."""
+        try:
+            self._look_up()
+            for place in choice():
+                self._ask(place)
+        except Exception as error:  # top of the task: a view that nobody renews would be believed for ever
+            log.error("probing failed", error=repr(error), exc_info=True)
 
     def _look_up(self) -> None:
         """Where workers may be now; who is not named any more is gone."""
         try:
-            self._places = self._discovery.places()
+            places = self._discovery.places()
         except ConfigError as error:
             log.error("workers file", message=error.message)
-        self._set(
-            self.view.without({node.worker for node in self.view.nodes} - {place.worker for place in self._places})
-        )
+            return
+        self._known = {place: self._known.get(place) or _Known() for place in places}
+        for place, known in self._known.items():
+            if place.worker in self._news:
+                known.turn = 0
+        self._news.clear()
+        self._set(self.view.without(node.worker for node in self.view.nodes if node.place not in self._known))
+
+    def _new(self) -> list[Place]:
+        return [place for place, known in self._known.items() if not known.turn]
+
+    def _due(self) -> list[Place]:
+        """Whom a round asks."""
+        since_s = self._clock() - FORGOTTEN_S
+        lively: list[Place] = []
+        silent: list[Place] = []
+        for place, known in self._known.items():
+            is_lively = not known.turn or (known.answered_s is not None and known.answered_s >= since_s)
+            (lively if is_lively else silent).append(place)
+        silent.sort(key=lambda place: self._known[place].turn)
+        return lively + silent[:SILENT_A_ROUND]
 
     def _ask(self, place: Place) -> asyncio.Task[None]:
         """Ask, unless an answer is still awaited."""
         task = self._asking.get(place)
         if task is None:
+            self._turn += 1
+            self._known[place].turn = self._turn
             task = self._asking[place] = asyncio.create_task(self._probe(place), name=f"probe {place.worker}")
             task.add_done_callback(lambda done: self._asked(place, done))
         return task
@@ -111,18 +179,24 @@ class Prober:
         except EdgeLLMError as error:
             self._missed(place, error)
             return
-        self._misses.pop(place.worker, None)
-        if place not in self._places:
+        known = self._known.get(place)
+        if known is None:
             return  # not named any more since it was asked
-        self._answered_s[place.worker] = self._clock()
-        self._set(self.view.with_node(Node(place, status, self._clock())))
+        known.misses, known.problem, known.said, known.answered_s = 0, None, None, self._clock()
+        self._set(self.view.with_node(Node(place, status, known.answered_s)))
 
     def _missed(self, place: Place, error: EdgeLLMError) -> None:
-        misses = self._misses[place.worker] = self._misses.get(place.worker, 0) + 1
-        if misses == MISSES or (misses == 1 and self.view.node(place.worker) is not None):
+        known = self._known.get(place)
+        if known is None:
+            return
+        known.misses, known.problem = known.misses + 1, error
+        node = self.view.node(place.worker)
+        is_seen = node is not None and node.place == place
+        if (known.misses >= MISSES or is_seen) and known.said is not type(error):
+            known.said = type(error)
             log.warning("worker does not answer", worker=place.worker, message=error.message)
-        silent_s = self._clock() - self._answered_s.get(place.worker, self._clock())
-        if misses >= MISSES or silent_s >= LEASE_S or _is_gone(error):
+        silent_s = self._clock() - known.answered_s if known.answered_s is not None else 0.0
+        if is_seen and (known.misses >= MISSES or silent_s >= LEASE_S or _is_gone(error)):
             self.lost(place.worker)
 
     def _set(self, view: ClusterView) -> None:

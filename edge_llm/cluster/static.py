@@ -15,6 +15,7 @@ from typing import Final
 
 import yaml
 
+from edge_llm.cluster.discovery import Discovery
 from edge_llm.cluster.view import Place
 from edge_llm.errors import ConfigError
 
@@ -24,7 +25,7 @@ MAX_PORT: Final = 65_535
 _ADDRESS: Final = re.compile(r"(?:([0-9.]+)|\[([0-9A-Fa-f:.]+)\]):([0-9]{1,5})")
 
 
-class StaticFile:
+class StaticFile(Discovery):
     """Places out of one file."""
 
     def __init__(self, path: Path) -> None:

@@ -107,6 +107,8 @@ def worker(config: Path | None, allowed_peers: tuple[str, ...], **flags: Any) ->
 @click.option("--port", type=int, help="Port of the endpoint (default 8080).")
 @click.option("--name", help="Name of this gateway (default: a random one).")
 @click.option("--workers-file", type=click.Path(path_type=Path), help="Who the workers are (YAML, see README).")
+@click.option("--kubernetes-namespace", metavar="NAMESPACE", help="Find the workers in this namespace instead.")
+@click.option("--kubeconfig", type=click.Path(path_type=Path), help="For that, outside a pod (default: as kubectl).")
 @click.option("--key-file", type=click.Path(path_type=Path), help="Cluster key (`edge-llm serve key`).")
 @click.option("--key-fd", type=int, hidden=True)
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]))

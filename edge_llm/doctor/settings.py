@@ -77,7 +77,7 @@ def check_settings(settings: Settings) -> list[Finding]:
 def check_gateway(settings: Settings) -> list[Finding]:
     """Whether a gateway with these settings would open its door; nothing where none is set up on this board."""
     config = settings.gateway
-    if config.workers_file is None:
+    if config.workers_file is None and config.kubernetes_namespace is None:
         return []
     from edge_llm.gateway.serve import credentials_of
 
@@ -88,7 +88,8 @@ def check_gateway(settings: Settings) -> list[Finding]:
         error = "no cluster key (gateway.key_file), unless --key-file gives it"
     if error:
         return [fail(check, error, why="the gateway refuses to start", do="say it in the settings, or at its start")]
-    return [ok(check, f"{config.host} port {config.port}, workers of {config.workers_file}")]
+    workers = config.workers_file or f"the namespace {config.kubernetes_namespace}"
+    return [ok(check, f"{config.host} port {config.port}, workers of {workers}")]
 
 
 def _file_in_use(file: Path | None, environ: Mapping[str, str]) -> str | None:

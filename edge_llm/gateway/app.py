@@ -19,7 +19,8 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from edge_llm.cluster.probe import Discovery, Prober
+from edge_llm.cluster.discovery import Discovery, Heard
+from edge_llm.cluster.probe import Prober
 from edge_llm.config import GatewayConfig
 from edge_llm.errors import (
     EdgeLLMError,
@@ -35,7 +36,8 @@ from edge_llm.gateway.intake import Intake
 from edge_llm.gateway.keys import Credentials
 from edge_llm.gateway.metrics import GatewayMetrics
 from edge_llm.gateway.openai import Shape, error_body, error_headers, parse
-from edge_llm.gateway.overview import overview
+from edge_llm.gateway.operating import Operating, add_routes
+from edge_llm.gateway.overview import found_by, overview
 from edge_llm.gateway.planner import Decision, Planner
 from edge_llm.gateway.policies import policy_of
 from edge_llm.gateway.queue import Bounds
@@ -56,12 +58,13 @@ class Gateway:
         self.name = config.name or f"gateway-{secrets.token_hex(4)}"
         self.dispatcher: Dispatcher
         self.intake: Intake
+        self.operating: Operating
         self.credentials = credentials
         self.bodies = Bodies(config.max_body_bytes, config.queue_bytes, config.read_s)
         self.started = int(time.time())
         self.exposition = Exposition(config.metrics_alias)
         self.metrics = GatewayMetrics(self.exposition.registry, self.name)
-        self.metrics.watch(lambda: self.dispatcher.view, lambda: self.dispatcher.states)
+        self.metrics.watch(lambda: self.dispatcher.view, lambda: self.dispatcher.states, self._found)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -83,17 +86,19 @@ class Gateway:
                 checkpoint_tokens=config.checkpoint_tokens,
             )
             self.intake = Intake(config, self.dispatcher, time.monotonic)
+            self.operating = Operating(client, lambda worker: self.dispatcher.view.node(worker))
             prober = Prober(self._discovery, client, config.probe_s, self.dispatcher.on_view)
             self.dispatcher.prober = prober
-            await prober.probe_all()
-            probing = asyncio.create_task(prober.run(), name="prober")
-            try:
-                yield
-            finally:
-                probing.cancel()
-                with suppress(asyncio.CancelledError):
-                    await probing
-                await self.dispatcher.close()
+            async with self._discovery.watching(prober.news):
+                await prober.probe_all()
+                probing = asyncio.create_task(prober.run(), name="prober")
+                try:
+                    yield
+                finally:
+                    probing.cancel()
+                    with suppress(asyncio.CancelledError):
+                        await probing
+                    await self.dispatcher.close()
 
     async def drain(self) -> None:
         """Take nothing new and let answers finish, for `drain_s`; then end what is left with an error."""
@@ -104,6 +109,17 @@ class Gateway:
                 while self.dispatcher.requests:  # noqa: ASYNC110 - what is waited for has no event of its own
                     await asyncio.sleep(_DRAIN_POLL_S)
         self.dispatcher.end_all(ShuttingDown("this gateway stopped before the answer was complete"))
+
+    def _found(self) -> tuple[int, Heard]:
+        """How many places are known, and how fresh that is."""
+        prober = self.dispatcher.prober
+        return prober.places if prober else 0, self._discovery.heard()
+
+    def discovery(self) -> dict[str, object]:
+        """The same for people, with who does not answer and why."""
+        places, heard = self._found()
+        silent = self.dispatcher.prober.silent if self.dispatcher.prober else ()
+        return found_by(places, heard, silent)
 
     def _judge(self, decision: Decision) -> None:
         """A plan's first token came."""
@@ -177,8 +193,11 @@ def create_app(gateway: Gateway) -> FastAPI:
             {node.worker: planner.pool_of(node) for node in nodes},
             planner.decisions(None if key.is_operator else key.tenant),
             planner.pool_events,
+            gateway.discovery(),
         )
         return Response(body, media_type="application/json")
+
+    add_routes(app, lambda: gateway.operating, gateway.bodies)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:

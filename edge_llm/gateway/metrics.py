@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from edge_llm.cluster.discovery import Heard
 from edge_llm.cluster.view import ClusterView, Node
 from edge_llm.exposition import GAP_SECONDS, LABELS, RATIOS, SECONDS, TOKENS
 from edge_llm.gateway.running import Running
@@ -83,9 +84,11 @@ class GatewayMetrics:
         )
         ProcessCollector(registry=registry)
 
-    def watch(self, view: Callable[[], ClusterView], states: Callable[[], States]) -> None:
+    def watch(
+        self, view: Callable[[], ClusterView], states: Callable[[], States], found: Callable[[], tuple[int, Heard]]
+    ) -> None:
         """Read these at every scrape."""
-        self._registry.register(_Now(self._gateway, view, states))
+        self._registry.register(_Now(self._gateway, view, states, found))
 
     # -- per token
 
@@ -213,8 +216,14 @@ _REQUEST_HISTOGRAMS: Final = (
 class _Now(Collector):
     """What is read at a scrape."""
 
-    def __init__(self, gateway: str, view: Callable[[], ClusterView], states: Callable[[], States]) -> None:
-        self._gateway, self._view, self._states = gateway, view, states
+    def __init__(
+        self,
+        gateway: str,
+        view: Callable[[], ClusterView],
+        states: Callable[[], States],
+        found: Callable[[], tuple[int, Heard]],
+    ) -> None:
+        self._gateway, self._view, self._states, self._found = gateway, view, states, found
 
     def collect(self) -> Iterator[Metric]:
         view, states = self._view(), self._states()
@@ -229,7 +238,7 @@ class _Now(Collector):
             waiting.add_metric(labels, sum(states.get((model, state), 0) for state in _WAITING))
             if (ratio := _kv_usage(view, model)) is not None:
                 cells.add_metric(labels, ratio)
-        yield from (running, waiting, cells, _nodes(view))
+        yield from (running, waiting, cells, _nodes(view), *_discovered(self._gateway, *self._found()))
 
 
 def _kv_usage(view: ClusterView, model: str) -> float | None:
@@ -245,6 +254,18 @@ def _nodes(view: ClusterView) -> Metric:
     for (model, role, state), count in Tally(map(_kind, view.nodes)).items():
         family.add_metric((model, role, state), count)
     return family
+
+
+def _discovered(gateway: str, places: int, heard: Heard) -> Iterator[Metric]:
+    what = "Places where workers may be, whether they answer or not."
+    family = GaugeMetricFamily("edge_llm_discovery_places", what, labels=("role", "node"))
+    family.add_metric((ROLE, gateway), places)
+    yield family
+    if heard.age_s is not None:
+        what = "Since the Kubernetes API server was heard last; the places are as old."
+        family = GaugeMetricFamily("edge_llm_discovery_age_seconds", what, labels=("role", "node"))
+        family.add_metric((ROLE, gateway), heard.age_s)
+        yield family
 
 
 def _kind(node: Node) -> tuple[str, str, str]:

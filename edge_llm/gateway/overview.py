@@ -9,12 +9,15 @@ never one request by another, and of decisions those that its caller may see.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
 from edge_llm.cluster.cost import Work
-from edge_llm.cluster.view import Node
+from edge_llm.cluster.discovery import Heard
+from edge_llm.cluster.view import Node, Place
+
+SHOWN_SILENT: Final = 50
 
 
 def overview(
@@ -26,25 +29,43 @@ def overview(
     pools: Mapping[str, str] | None = None,
     decisions: Sequence[object] = (),
     pool_events: Sequence[object] = (),
+    discovery: Mapping[str, object] | None = None,
 ) -> bytes:
     """The JSON. `booked`: the work that this gateway believes each worker to have; `now_s` on the clock of
     `Node.seen_s`; `pools`: for which phase a worker stands now, where that is not what its role says; `decisions`:
-    those that the caller may see."""
+    those that the caller may see; `discovery`: `found_by`."""
     return msgspec.json.encode(
         {
             "gateway": gateway,
             "requests": requests,
             "nodes": [
-                _node(node, booked.get(node.worker), now_s) | {"pool": (pools or {}).get(node.worker, node.status.role)}
+                node_entry(node, booked.get(node.worker), now_s)
+                | {"pool": (pools or {}).get(node.worker, node.status.role)}
                 for node in nodes
             ],
             "decisions": decisions,
             "pool_events": pool_events,
+            "discovery": discovery,
         }
     )
 
 
-def _node(node: Node, booked: Work | None, now_s: float) -> dict[str, Any]:
+def found_by(places: int, heard: Heard, silent: Sequence[tuple[Place, str]]) -> dict[str, object]:
+    """Where workers may be: how many places, how fresh that is, and who of them does not answer for what reason."""
+    return {
+        "places": places,
+        "age_s": None if heard.age_s is None else round(heard.age_s, 1),
+        "problem": heard.problem,
+        "silent": len(silent),
+        "silent_workers": [
+            {"worker": place.worker, "address": place.address, "message": message}
+            for place, message in silent[:SHOWN_SILENT]
+        ],
+    }
+
+
+def node_entry(node: Node, booked: Work | None, now_s: float) -> dict[str, Any]:
+    """All about one node but its pool."""
     status = node.status
     return {
         "worker": node.worker,
@@ -56,6 +77,10 @@ def _node(node: Node, booked: Work | None, now_s: float) -> dict[str, Any]:
         "level": status.level,
         "level_reason": status.level_reason,
         "exactness_class": status.exactness_class,
+        "compatibility": status.compatibility,
+        "kv_bytes_per_token": status.kv_bytes_per_token,
+        "model_sha256": status.model_sha256,
+        "quantization": status.quantization,
         "slots": status.slots,
         "n_ctx": status.n_ctx,
         "chunk_tokens": status.chunk_tokens,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
+from functools import partial
 
+from edge_llm.cluster.discovery import Discovery
 from edge_llm.cluster.static import StaticFile
 from edge_llm.config import GatewayConfig
 from edge_llm.errors import ConfigError
@@ -16,10 +19,7 @@ from edge_llm.serving import Server, bind, read_keys
 
 def run_gateway(config: GatewayConfig) -> None:
     """Serve until SIGTERM or Ctrl-C. Raises ConfigError before the port answers."""
-    if config.workers_file is None:
-        raise ConfigError("no workers: name them in a file and give it with --workers-file (README shows one)")
-    discovery = StaticFile(config.workers_file)
-    discovery.places()
+    discovery = discovery_of(config)
     credentials = credentials_of(config)
     gateway = Gateway(config, read_keys(config.key_file, config.key_fd), discovery, credentials)
     bound = bind(config.host, config.port)
@@ -35,6 +35,27 @@ def run_gateway(config: GatewayConfig) -> None:
     gc.collect()
     gc.freeze()
     server.run(config.announce, {"gateway": gateway.name})
+
+
+def discovery_of(config: GatewayConfig) -> Discovery:
+    """A file or a namespace that says where workers are, one of the two. Raises ConfigError where it cannot be used."""
+    if (config.workers_file is None) == (config.kubernetes_namespace is None):
+        both = "not both" if config.workers_file else "this gateway was given neither"
+        raise ConfigError(
+            "say where the workers are, by --workers-file FILE (README shows one) or, in a cluster, by "
+            f"--kubernetes-namespace NAMESPACE; {both}"
+        )
+    if config.workers_file is not None:
+        file = StaticFile(config.workers_file)
+        file.places()
+        return file
+    assert config.kubernetes_namespace is not None
+    # a board without a cluster does not pay for the client's import
+    from edge_llm.cluster.kubernetes import Kubernetes, client_of
+
+    connect = partial(client_of, config.kubeconfig)
+    asyncio.run(connect())  # so that a file that cannot be used is said before the port answers
+    return Kubernetes(connect, config.kubernetes_namespace)
 
 
 def credentials_of(config: GatewayConfig) -> Credentials:

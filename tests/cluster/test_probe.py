@@ -11,6 +11,7 @@ import aiohttp
 import pytest
 from fastapi import FastAPI, Response
 
+from edge_llm.cluster.discovery import Discovery
 from edge_llm.cluster.probe import LEASE_S, MISSES, Prober
 from edge_llm.cluster.view import ClusterView, Node, Place
 from edge_llm.errors import ConfigError
@@ -50,7 +51,7 @@ class StatusOnly:
         return app
 
 
-class Written:
+class Written(Discovery):
     """Discovery of what the test wrote down; a problem is raised instead."""
 
     def __init__(self) -> None:

@@ -13,6 +13,7 @@ import aiohttp
 import pytest
 from fastapi import FastAPI
 
+from edge_llm.cluster.discovery import Discovery
 from edge_llm.cluster.view import Place
 from edge_llm.config import GatewayConfig
 from edge_llm.engine.simulated import SimulatedBackend, SimulatedSettings
@@ -28,7 +29,7 @@ PROBE_S: Final = 0.02
 NO_KEYS: Final = NoKeys()
 
 
-class Written:
+class Written(Discovery):
     """Discovery of what the test wrote down."""
 
     def __init__(self) -> None:

@@ -13,8 +13,10 @@ import pytest
 import yaml
 
 from edge_llm.exposition import Exposition
+from edge_llm.machine import CoreTime, NetworkBytes
 from edge_llm.worker.messages import Board
 from edge_llm.worker.metrics import Readings, WorkerMetrics
+from edge_llm.worker.readings import Consumed
 from tests.gateway.conftest import COMPLETIONS, asking, serving
 from tests.loopback import CHUNK, Node, prompt_of, running_cluster
 from tests.scrapes import Families, families_of, names_of, scrape
@@ -28,6 +30,7 @@ NAME: Final = re.compile(r"\b(?:edge_llm|process)_\w+")
 SELECTOR: Final = re.compile(r"((?:edge_llm|process)_\w+)\{([^}]*)\}")
 MATCHER: Final = re.compile(r"(\w+)\s*(?:=~|!=|!~|=)\s*\"")
 GROUPED: Final = re.compile(r"by \(([^)]*)\)")
+BOARD_SERIES: Final = ("edge_llm_node_", "edge_llm_worker_group_", "edge_llm_worker_anonymous_")
 CHOSEN: Final = re.compile(r"label_values\((\w+), (\w+)\)")
 
 
@@ -50,8 +53,19 @@ async def scrapes() -> AsyncIterator[list[Families]]:
 def _of_a_pi(node: Node) -> Families:
     board = Board(cpu_share=0.1, ram_share=0.2, temperature_c=50.0, frequency_hz=2.4e9, throttled={"throttled": False})
     status = msgspec.structs.replace(node.worker.status(), board=board)
+    used = Consumed(
+        cores={0: CoreTime(1.0, 2.0)},
+        network=NetworkBytes(1, 2, 3),
+        energy_j={"package-0": 1.0},
+        power_w={"VDD_CORE_A": 2.0},
+        ram_used_bytes=1,
+        group_bytes=1,
+        group_peak_bytes=1,
+        anonymous_bytes=1,
+    )
     exposition = Exposition()
-    WorkerMetrics(exposition.registry, Readings(lambda: ("simulated", "decode", "d1"), lambda: status, lambda: 0))
+    readings = Readings(lambda: ("simulated", "decode", "d1"), lambda: status, lambda: 0, lambda: used)
+    WorkerMetrics(exposition.registry, readings)
     return families_of(exposition.text().decode())
 
 
@@ -76,6 +90,12 @@ async def test_every_name_that_a_panel_asks_for_is_in_a_scrape(scrapes: list[Fam
     asked = {name for _, expr in queries() for name in NAME.findall(expr)}
     assert len(asked) > 40
     assert asked - known == set()
+
+
+async def test_every_series_of_a_board_is_on_a_panel(scrapes: list[Families]) -> None:
+    known = {name for name in set().union(*map(names_of, scrapes)) if name.startswith(BOARD_SERIES)}
+    asked = {name for _, expr in queries() for name in NAME.findall(expr)}
+    assert {name for name in known if not name.endswith("_created")} - asked == set()
 
 
 async def test_every_label_that_a_panel_asks_for_is_on_its_series(scrapes: list[Families]) -> None:
@@ -110,7 +130,7 @@ def test_it_is_a_dashboard_that_grafana_imports() -> None:
     assert "id" not in DASHBOARD, "an id belongs to one Grafana"
     assert len({panel["id"] for panel in PANELS}) == len(PANELS)
     rows = [panel["title"] for panel in PANELS if panel["type"] == "row"]
-    assert rows == ["Requests", "Phases", "Nodes", "Decisions", "Reliability"]
+    assert rows == ["Requests", "Phases", "Nodes", "Boards", "Decisions", "Reliability"]
     for panel in GRAPHS:
         assert panel["datasource"]["uid"] == "${datasource}"
         assert panel["title"]

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from prometheus_client import CollectorRegistry
 
+from edge_llm.cluster.discovery import Discovery
 from edge_llm.cluster.probe import Prober
 from edge_llm.cluster.view import ClusterView, Place
 from edge_llm.errors import Draining, EdgeLLMError, EngineFailed, Overloaded, WorkerUnreachable
@@ -291,7 +292,7 @@ class Wire(WorkerClient):
         return "a ticket"
 
 
-class Named:
+class Named(Discovery):
     """Discovery of all workers of the test."""
 
     def places(self) -> tuple[Place, ...]:
