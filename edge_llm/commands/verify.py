@@ -6,12 +6,15 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from edge_llm.commands.progress import progress
 from edge_llm.config import DEFAULT_MODEL, cache_dir, levels_dir
+
+if TYPE_CHECKING:
+    from edge_llm.engine.level import LevelRecord
 
 
 @click.command()
@@ -24,15 +27,21 @@ from edge_llm.config import DEFAULT_MODEL, cache_dir, levels_dir
 @click.option("--chunk-tokens", type=click.IntRange(8, 1024), default=128, show_default=True)
 @click.option("--quick", is_flag=True, help="Depths 0 and 200 only: a look, nothing is recorded.")
 @click.option("--no-write", is_flag=True, help="Do not record the level for workers.")
+@click.option("--if-unknown", is_flag=True, help="Do nothing when a level is recorded already.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def verify(as_json: bool, quick: bool, no_write: bool, **options: Any) -> None:
+def verify(as_json: bool, quick: bool, no_write: bool, if_unknown: bool, **options: Any) -> None:
     """Compare logits bit for bit and record the level that workers publish. Exits 1 when split differs from whole."""
-    from edge_llm.engine.level import write_level
+    from edge_llm.engine.level import UNVERIFIED, read_level, write_level
     from edge_llm.engine.load import load_backend
     from edge_llm.engine.verify import DEPTHS, Report, Verifier, thread_counts
 
     with progress("loading", is_bytes=True) as report:
         backend = load_backend(_settings(report, **options))
+    known = read_level(levels_dir(), backend.facts.identity)
+    if if_unknown and known != UNVERIFIED:
+        _print_known(known, backend.facts.model_name, as_json)
+        backend.close()
+        return
     depths = (0, 200) if quick else DEPTHS
     with progress("rows") as advance:
         found: Report = Verifier(backend, depths, threads=thread_counts(), on_progress=advance).run()
@@ -65,6 +74,13 @@ def _settings(report: Any, **options: Any) -> Any:
         policy=options["policy"],
         flash_attention=options["flash_attention"],
     )
+
+
+def _print_known(known: LevelRecord, model: str, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps({"model": model, **asdict(known), "is_recorded": True}))
+        return
+    click.echo(f"level {known.level} for {model}, recorded before: {known.reason}")
 
 
 def _print(found: Any, model: str, policy: str, as_json: bool) -> None:
