@@ -182,6 +182,9 @@ class GatewayConfig(_Settings):
     """A client that takes nothing for so long loses its connection."""
     drain_s: Annotated[float, Field(ge=0, le=3600)] = 30.0
     """How long running answers may go on after SIGTERM."""
+    leaving_s: Annotated[float, Field(ge=0, le=600)] = 0.0
+    """After SIGTERM, go on answering, each time for the last time on a connection, until nothing was asked for so long:
+    where clients are sent elsewhere once /readyz says 503 (Kubernetes), none is refused. Within `drain_s`."""
     default_max_tokens: Annotated[int, Field(ge=1)] = 512
     """Length of an answer when the request does not say one."""
     log_level: LogLevel = "info"

@@ -60,6 +60,7 @@ class Gateway:
         self.intake: Intake
         self.operating: Operating
         self.credentials = credentials
+        self.is_leaving = False
         self.bodies = Bodies(config.max_body_bytes, config.queue_bytes, config.read_s)
         self.started = int(time.time())
         self.exposition = Exposition(config.metrics_alias)
@@ -101,14 +102,27 @@ class Gateway:
                     await self.dispatcher.close()
 
     async def drain(self) -> None:
-        """Take nothing new and let answers finish, for `drain_s`; then end what is left with an error."""
-        self.intake.close(self.config.drain_s)
+        """Not ready from now on. Answer who still comes until all have gone elsewhere, then take nothing new and let
+        answers finish, for `drain_s` in all; then end what is left with an error."""
+        self.is_leaving = True
+        ends_s = time.monotonic() + self.config.drain_s
         log.info("draining", requests=self.dispatcher.requests, within_s=self.config.drain_s)
+        await self._left_alone(ends_s)
+        within_s = max(0.0, ends_s - time.monotonic())
+        self.intake.close(within_s)
         with suppress(TimeoutError):
-            async with asyncio.timeout(self.config.drain_s):
+            async with asyncio.timeout(within_s):
                 while self.dispatcher.requests:  # noqa: ASYNC110 - what is waited for has no event of its own
                     await asyncio.sleep(_DRAIN_POLL_S)
         self.dispatcher.end_all(ShuttingDown("this gateway stopped before the answer was complete"))
+
+    async def _left_alone(self, ends_s: float) -> None:
+        """Nothing was asked, and nothing ran, for `leaving_s`."""
+        asked_s = time.monotonic()
+        while (now_s := time.monotonic()) < min(asked_s + self.config.leaving_s, ends_s):
+            if self.dispatcher.requests:
+                asked_s = now_s
+            await asyncio.sleep(_DRAIN_POLL_S)
 
     def _found(self) -> tuple[int, Heard]:
         """How many places are known, and how fresh that is."""
@@ -136,7 +150,12 @@ def create_app(gateway: Gateway) -> FastAPI:
             yield
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(Edge, credentials=gateway.credentials, on_refusal=gateway.metrics.rejected)
+    app.add_middleware(
+        Edge,
+        credentials=gateway.credentials,
+        on_refusal=gateway.metrics.rejected,
+        is_leaving=lambda: gateway.is_leaving,
+    )
 
     @app.exception_handler(EdgeLLMError)
     async def on_error(request: Request, error: EdgeLLMError) -> Response:
@@ -160,7 +179,7 @@ def create_app(gateway: Gateway) -> FastAPI:
 
     @app.get("/readyz")
     async def readyz() -> Response:
-        if not gateway.intake.is_open:
+        if gateway.is_leaving:
             return Response("draining", 503)
         decoders = [node for node in gateway.dispatcher.view.ready() if node.decodes]
         return Response("ready" if decoders else "no decode worker is ready", 200 if decoders else 503)

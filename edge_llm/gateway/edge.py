@@ -58,10 +58,18 @@ log = structlog.get_logger()
 
 
 class Edge:
-    """ASGI middleware around the whole app. `on_refusal` hears the code of what it refuses."""
+    """ASGI middleware around the whole app. `on_refusal` hears the code of what it refuses; once `is_leaving`, every
+    answer is the last one of its connection, so that its client comes back to another gateway."""
 
-    def __init__(self, app: ASGIApp, credentials: Credentials, on_refusal: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        credentials: Credentials,
+        on_refusal: Callable[[str], None],
+        is_leaving: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._app, self._credentials, self._on_refusal = app, credentials, on_refusal
+        self._is_leaving = is_leaving
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -80,6 +88,8 @@ class Edge:
                     answer[name] = value
                 if trace:
                     answer["traceparent"] = trace
+                if self._is_leaving():
+                    answer["connection"] = "close"
             await send(message)
 
         try:
