@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
@@ -40,7 +40,7 @@ log = structlog.get_logger()
 
 
 @dataclass(slots=True)
-class _Known:
+class Known:
     """What came of asking at one place."""
 
     turn: int = 0
@@ -67,7 +67,7 @@ class Prober:
     ) -> None:
         self._discovery, self._client, self._interval_s = discovery, client, interval_s
         self._on_change, self._clock = on_change, clock
-        self._known: dict[Place, _Known] = {}
+        self._known: dict[Place, Known] = {}
         self._asking: dict[Place, asyncio.Task[None]] = {}
         self._turn = 0
         self._news: set[str] = set()
@@ -129,7 +129,7 @@ class Prober:
         except ConfigError as error:
             log.error("workers file", message=error.message)
             return
-        self._known = {place: self._known.get(place) or _Known() for place in places}
+        self._known = {place: self._known.get(place) or Known() for place in places}
         for place, known in self._known.items():
             if place.worker in self._news:
                 known.turn = 0
@@ -140,15 +140,7 @@ class Prober:
         return [place for place, known in self._known.items() if not known.turn]
 
     def _due(self) -> list[Place]:
-        """Whom a round asks."""
-        since_s = self._clock() - FORGOTTEN_S
-        lively: list[Place] = []
-        silent: list[Place] = []
-        for place, known in self._known.items():
-            is_lively = not known.turn or (known.answered_s is not None and known.answered_s >= since_s)
-            (lively if is_lively else silent).append(place)
-        silent.sort(key=lambda place: self._known[place].turn)
-        return lively + silent[:SILENT_A_ROUND]
+        return due(self._known, self._clock())
 
     def _ask(self, place: Place) -> asyncio.Task[None]:
         """Ask, unless an answer is still awaited."""
@@ -210,3 +202,14 @@ def _is_gone(error: EdgeLLMError) -> bool:
     next question."""
     cause = error.__cause__
     return isinstance(cause, aiohttp.ServerDisconnectedError) or (isinstance(cause, OSError) and cause.errno in _GONE)
+
+
+def due(known: Mapping[Place, Known], now_s: float) -> list[Place]:
+    """Whom a round asks: all that are new or have answered lately, and a share of the others in turn."""
+    lively: list[Place] = []
+    silent: list[Place] = []
+    for place, what in known.items():
+        is_lively = not what.turn or (what.answered_s is not None and now_s - what.answered_s <= FORGOTTEN_S)
+        (lively if is_lively else silent).append(place)
+    silent.sort(key=lambda place: known[place].turn)
+    return lively + silent[:SILENT_A_ROUND]

@@ -34,7 +34,7 @@ from edge_llm.errors import (
     WorkerError,
 )
 from edge_llm.exposition import CONTENT_TYPE, Exposition
-from edge_llm.worker.bodies import error_reply, read_body, reply_of
+from edge_llm.worker.bodies import error_reply, proven_reply_of, read_body, reply_of
 from edge_llm.worker.checkpoint import Keeper, RunningKV
 from edge_llm.worker.decode import DecodeRole
 from edge_llm.worker.holders import Holders
@@ -382,8 +382,8 @@ def create_app(worker: Worker) -> FastAPI:
         return Response(worker.exposition.text(), media_type=CONTENT_TYPE)
 
     @app.get("/status")
-    async def status() -> Response:
-        return reply_of(worker.status())
+    async def status(request: Request) -> Response:
+        return proven_reply_of(worker.status(), worker.keys, _admitted(request).ticket)
 
     @app.get("/events")
     async def events(gateway: str = "") -> Response:

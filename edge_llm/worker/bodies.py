@@ -12,6 +12,7 @@ from fastapi import Request, Response
 
 from edge_llm.errors import EdgeLLMError, InvalidRequest, Overloaded, PayloadTooLarge
 from edge_llm.worker.messages import ErrorReply, Message, encode
+from edge_llm.worker.tickets import PROOF_HEADER, KeyRing
 
 MAX_BODY_BYTES: Final = 16 << 20
 BODY_S: Final = 30.0
@@ -37,6 +38,13 @@ async def read_body(request: Request, limit: int = MAX_BODY_BYTES) -> bytes:
 def reply_of(message: Message, status: int = 200) -> Response:
     """A message as the wire has it."""
     return Response(encode(message), status, media_type="application/json")
+
+
+def proven_reply_of(message: Message, keys: KeyRing, ticket: str) -> Response:
+    """The same, with the proof that this worker has the cluster key: anything may listen at an address."""
+    reply = reply_of(message)
+    reply.headers[PROOF_HEADER] = keys.prove(ticket, bytes(reply.body))
+    return reply
 
 
 def error_reply(error: EdgeLLMError) -> Response:

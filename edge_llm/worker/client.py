@@ -50,7 +50,15 @@ from edge_llm.worker.messages import (
     decode,
     encode,
 )
-from edge_llm.worker.tickets import LIFETIME_S, Claims, KeyRing, Operation, authorization, body_digest
+from edge_llm.worker.tickets import (
+    LIFETIME_S,
+    PROOF_HEADER,
+    Claims,
+    KeyRing,
+    Operation,
+    authorization,
+    body_digest,
+)
 
 CONNECT_S: Final = 3.0
 CALL_S: Final = 30.0
@@ -121,6 +129,8 @@ class WorkerClient:
         return await self._post(peer, "role", RoleRequest(role=role), WorkerStatus)
 
     async def status(self, peer: Peer) -> WorkerStatus:
+        """How it is. Raises RemoteProtocolError where the answer is not proven to come from a worker of this cluster:
+        what is believed to be one gets prompts."""
         ticket = self._ticket(peer, "status", "", b"")
         async with (
             self._called(peer, STATUS_S),
@@ -131,7 +141,13 @@ class WorkerClient:
                 allow_redirects=False,
             ) as reply,
         ):
-            return decode(WorkerStatus, await _body(peer, reply))
+            body = await _body(peer, reply)
+            if not self._keys.is_proven(reply.headers.get(PROOF_HEADER, ""), ticket, body):
+                raise RemoteProtocolError(
+                    f"what answers at {peer.address} as worker {peer.worker} does not prove that it has the cluster "
+                    "key: another program, a forged worker, or one of an older version"
+                )
+            return decode(WorkerStatus, body)
 
     def prefill_ticket(
         self,

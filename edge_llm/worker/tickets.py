@@ -1,7 +1,8 @@
 """Tickets: the right to ask one worker for one thing, signed by the gateway with the cluster key.
 
-Pure: time and randomness are arguments. Owns the key file format, signing, verification, the replay memory and the
-derivation of a transfer's own key. Refuses to know HTTP and what an operation does.
+Pure: time and randomness are arguments. Owns the key file format, signing, verification, the replay memory, the
+derivation of a transfer's own key, and the proof that an answer comes from a holder of the key. Refuses to know HTTP
+and what an operation does.
 
 Key file: one `kid:hex` line per key (at least 32 bytes each), the first signs, all verify: for a rotation put the
 new key first, restart all, then remove the old one. Clocks of the boards may differ by MAX_SKEW_S.
@@ -32,6 +33,7 @@ MIN_KEY_BYTES: Final = 32
 MAX_NONCES: Final = 1 << 16
 MAX_TICKET_CHARS: Final = 8192
 SCHEME: Final = "EdgeLLM"
+PROOF_HEADER: Final = "x-edge-llm-proof"
 
 Operation = Literal["tokenize", "decode", "cancel", "events", "prefill", "keep", "status", "drain", "role"]
 
@@ -107,6 +109,15 @@ class KeyRing:
         """The key of the transfer that a prefill ticket allows: both ends hold the ticket and the cluster key."""
         kid, _ = self._authentic(ticket)
         return _mac(self.keys[kid], "transfer", ticket)
+
+    def prove(self, ticket: str, body: bytes) -> str:
+        """What shows to who signed the ticket that this answer to it comes from a holder of its key."""
+        kid, _ = self._authentic(ticket)
+        return _mac(self.keys[kid], "answer", f"{ticket}\0{body_digest(body)}").hex()
+
+    def is_proven(self, proof: str, ticket: str, body: bytes) -> bool:
+        """Whether an answer to this ticket, which was signed here, comes from a holder of its key."""
+        return hmac.compare_digest(self.prove(ticket, body).encode(), proof.encode(errors="surrogateescape"))
 
     def _authentic(self, ticket: str) -> tuple[str, str]:
         kid, _, rest = ticket.partition(".")

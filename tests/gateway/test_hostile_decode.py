@@ -16,6 +16,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 
 from edge_llm.engine.simulated import SimulatedVocabulary
+from edge_llm.worker.bodies import proven_reply_of
 from edge_llm.worker.client import Peer
 from edge_llm.worker.messages import (
     HEARTBEAT_S,
@@ -35,8 +36,9 @@ from edge_llm.worker.messages import (
     decode,
     encode,
 )
+from edge_llm.worker.tickets import ticket_of
 from tests.gateway.conftest import COMPLETIONS, Service, asking, serving
-from tests.loopback import CHUNK, listening, prompt_of, running_cluster, undisturbed, until
+from tests.loopback import CHUNK, KEYS, listening, prompt_of, running_cluster, undisturbed, until
 from tests.nodes import node_of
 
 pytestmark = pytest.mark.anyio
@@ -83,8 +85,8 @@ class Liar:
         app = FastAPI()
 
         @app.get("/status")
-        async def status() -> Response:
-            return Response(encode(self.status))
+        async def status(request: Request) -> Response:
+            return proven_reply_of(self.status, KEYS, ticket_of(request.headers.get("authorization")))
 
         @app.post("/tokenize")
         async def tokenize(request: Request) -> Response:

@@ -150,6 +150,16 @@ def test_a_transfer_key_belongs_to_one_ticket_and_needs_the_cluster_key() -> Non
         KEYS.transfer_key(ticket[:-1] + ("0" if ticket[-1] != "0" else "1"))
 
 
+def test_an_answer_is_proven_by_a_holder_of_the_key_for_one_ticket_and_one_body() -> None:
+    ticket, other = KEYS.sign(claims()), KEYS.sign(claims(nonce="n2"))
+    proof = KEYS.prove(ticket, b"an answer")
+    assert KEYS.is_proven(proof, ticket, b"an answer")
+    for wrong in (KEYS.prove(other, b"an answer"), KEYS.prove(ticket, b"another"), "", proof[:-1], "\udcff"):
+        assert not KEYS.is_proven(wrong, ticket, b"an answer")
+    with pytest.raises(Unauthorized):
+        KeyRing({"k9": b"x" * 32}).prove(ticket, b"an answer")
+
+
 @pytest.mark.parametrize(
     ("text", "why"),
     [
