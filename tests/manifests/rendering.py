@@ -106,7 +106,21 @@ def release_text() -> str:
     return _VERSION.sub(rf"\g<1>{edge_llm.__version__}", RELEASE_FILE.read_text())
 
 
+def variants() -> dict[str, list[Manifest]]:
+    """Every overlay by a name of its own, with every source of the model, and once with all that can be added."""
+    found = {f"{name}.{source}": varied(name, source) for name in OVERLAYS for source in SOURCES}
+    return found | {f"{name}.everything": varied(name, additions=ADDITIONS) for name in OVERLAYS}
+
+
+def write_to(folder: Path) -> None:
+    """All variants as files, for other programs to look at."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, items in variants().items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump_all(items))
+
+
 def write() -> None:
+    """What is kept in the repository."""
     RELEASE_FILE.write_text(release_text())
     rendered_text.cache_clear()
     INSTALL_FILE.write_text(install_text())
@@ -118,4 +132,4 @@ def _kubectl() -> str:
 
 
 if __name__ == "__main__":
-    write()
+    write_to(Path(sys.argv[1])) if sys.argv[1:] else write()

@@ -230,6 +230,7 @@ def test_the_gateway_finds_workers_by_labels_and_port(items: list[Manifest]) -> 
         assert worker["metadata"]["name"] == f"edge-llm-{role}"
         assert worker["spec"]["serviceName"] == service["metadata"]["name"]
         assert service["spec"]["clusterIP"] == "None"
+        assert "sessionAffinity" not in service["spec"]
         # with it, EndpointSlices call every pod ready
         assert "publishNotReadyAddresses" not in service["spec"]
         assert service["spec"]["ports"] == [{"name": "worker", "port": 9001, "targetPort": "worker"}]
