@@ -57,7 +57,7 @@ def drain(
         _refuse_to_strand(gateway.overview(), [node])
     now = gateway.order(node, "drain", {"is_draining": True})
     if wait:
-        now = _drained(gateway, node, timeout_s)
+        now = _drained(gateway, now, timeout_s)
     left = left_of(now)
     back = f"`edge-llm cluster drain --undo {node}` takes it back"
     _tell(now, as_json, f"{node} takes nothing new, {left} left there; {back}" if left else f"{node} is empty; {back}")
@@ -157,22 +157,30 @@ def _refuse_to_strand(overview: Mapping[str, Any], names: Collection[str]) -> No
         )
 
 
-def _drained(gateway: Gateway, name: str, timeout_s: float) -> dict[str, Any]:
-    """Wait until it is empty, or for so long; how it is then. What was ordered stays so when this is interrupted."""
-    until_s = time.monotonic() + timeout_s
-    said, now = "", found(gateway.overview(), name)
+def _drained(gateway: Gateway, now: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+    """Wait until the node is empty, or for so long; how it is then. `now`: what it said when it was told to drain. What
+    was ordered stays so when this is interrupted."""
+    name, until_s, said = now["worker"], time.monotonic() + timeout_s, ""
     try:
         while left_of(now) and time.monotonic() < until_s:
             if left_of(now) != said:
                 said = left_of(now)
                 click.echo(f"{name}: {said} left", err=True)
             time.sleep(POLL_S)
-            # while it says goodbye to its sequences the gateway may take it for gone, for one question
-            now = next((node for node in gateway.overview()["nodes"] if node["worker"] == name), now)
+            now = _later(gateway.overview(), now)
     except KeyboardInterrupt:
         click.echo(f"{name} goes on draining; `edge-llm cluster drain --undo {name}` takes it back", err=True)
         sys.exit(INTERRUPTED)
     return now
+
+
+def _later(overview: Mapping[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """The same node as the gateway sees it, once that is news: until it has asked again it shows the time before the
+    order, and while the node says goodbye to its sequences it may be taken for gone. Raises WorkerUnreachable."""
+    node = next((node for node in overview["nodes"] if node["worker"] == now["worker"]), None)
+    if node is not None and node["started_at"] != now["started_at"]:
+        raise WorkerUnreachable(f"{now['worker']} was started again meanwhile, and takes work")
+    return dict(node) if node is not None and node["is_draining"] else now
 
 
 def _move(
@@ -197,10 +205,9 @@ def _move(
     plan = moves(name, role, board, replicas, is_bound=kept.get("whenScaled") == "Delete")
     if not force:
         _refuse_to_strand(overview, plan.stopped)
-    for stopped in plan.stopped:
-        gateway.order(stopped, "drain", {"is_draining": True})
-    for stopped in plan.stopped:
-        _drained(gateway, stopped, timeout_s=180.0)
+    leaving = [gateway.order(stopped, "drain", {"is_draining": True}) for stopped in plan.stopped]
+    for node in leaving:
+        _drained(gateway, node, timeout_s=180.0)
     for step in plan.steps:
         click.echo(f"kubectl -n {namespace} {' '.join(step)}", err=True)
         kubectl.run(*step)

@@ -64,7 +64,7 @@ def kustomization(described: Description, fit: Fitted, shipped: Shipped, file_by
     }
     if described.image:
         content["images"] = [_image(described.image)]
-    return "\n".join([*_comment(described, fit), yaml.safe_dump(content, sort_keys=False, width=120)])
+    return "\n".join([*_comment(described, fit), _text(content)])
 
 
 def settings(described: Description) -> dict[str, str]:
@@ -111,6 +111,20 @@ def table(fit: Fitted) -> list[dict[str, object]]:
     ]
 
 
+class _Dumper(yaml.SafeDumper):
+    """Text of several lines as a block, so that people can read it."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style="|" if "\n" in data else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
+
+def _text(content: object) -> str:
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=120)
+
+
 def _components(described: Description, fit: Fitted, shipped: Shipped) -> Sequence[str]:
     """Those asked for, or those that fit what is described; `release` comes last, it reaches what others add."""
     if described.components is not None:
@@ -144,13 +158,13 @@ def _patches(group: Group, shipped: Shipped, file_bytes: int, boards: int) -> It
         "spec": {"template": {"spec": spec}},
     }
     target = {"kind": "StatefulSet", "name": name}
-    yield {"target": target, "patch": yaml.safe_dump(whole, sort_keys=False)}
+    yield {"target": target, "patch": _text(whole)}
     # a wheel or a partial download lies beside the file for a while; the rest is what `verify` leaves
     needed = 2 * file_bytes + _GIB
     if shipped.storage_bytes and needed > shipped.storage_bytes:
         path = "/spec/volumeClaimTemplates/0/spec/resources/requests/storage"
         change = [{"op": "replace", "path": path, "value": f"{math.ceil(needed / _GIB)}Gi"}]
-        yield {"target": target, "patch": yaml.safe_dump(change, sort_keys=False)}
+        yield {"target": target, "patch": _text(change)}
 
 
 def _memory(size: int) -> dict[str, dict[str, str]]:
