@@ -4,8 +4,9 @@ Owns where they lie (the cache, by version, CPU and flags), how they are built, 
 starts. Two trees: `ours` with the flags that exactness needs, `default` as llama.cpp builds itself. Refuses to know
 what the tools print (llama_tools.py) and what is compared (engine.py).
 
-Invariants: a tree is complete or absent (one rename); nothing of the network is used but pip, with the user's own
-configuration; building twice does nothing the second time.
+Invariants: a tree is complete or absent (one rename); one that lacks a tool counts as absent, and is given it without
+compiling the rest again where that goes; nothing of the network is used but pip, with the user's own configuration;
+building twice does nothing the second time.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from edge_llm.machine import available_memory_bytes, cpu_kind, usable_cores
 
 Tree = Literal["ours", "default"]
 TREES: Final[tuple[Tree, ...]] = ("ours", "default")
-TOOLS: Final = ("llama-bench", "llama-batched-bench", "llama-server")
+TOOLS: Final = ("llama-bench", "llama-batched-bench", "llama-server", "llama-perplexity")
 PACKAGE: Final = "llama-cpp-python"
 
 # The web page of llama-server is built with npm or fetched at build time: off. OpenSSL and curl: nothing here
@@ -59,6 +60,8 @@ _DISK_BYTES: Final = 600_000_000
 _NINJA_STEP: Final = re.compile(r"^\[(\d+)/(\d+)\]")
 _MEMBER: Final = re.compile(r"^[^/]+/vendor/llama\.cpp/(.+)$")
 _MANIFEST: Final = "manifest.json"
+# The one part of llama.cpp that every tool is linked with and that no tree keeps: its version, a second of compiling.
+_STATIC: Final = "llama-common-base"
 
 Progress = Callable[[str, int, int], None]
 
@@ -111,13 +114,14 @@ def tree_folder(tree: Tree, package: str, cpu: str, root: Path | None = None) ->
 
 
 def find(tree: Tree, root: Path | None = None) -> ToolTree | None:
-    """The built tree of the installed llama-cpp-python on this CPU, or None."""
-    folder = tree_folder(tree, package_version(), cpu_kind(), root)
-    try:
-        manifest = msgspec.json.decode((folder / _MANIFEST).read_bytes(), type=Manifest)
-    except (OSError, msgspec.DecodeError):
-        return None
-    return ToolTree(folder, manifest)
+    """The built tree of the installed llama-cpp-python on this CPU, or None: also when it lacks a tool."""
+    found = _read(tree_folder(tree, package_version(), cpu_kind(), root))
+    return None if found is None or lacking(found.folder) else found
+
+
+def lacking(folder: Path) -> list[str]:
+    """Tools that a folder has not: an earlier version of this program built fewer."""
+    return [name for name in TOOLS if not os.access(folder / name, os.X_OK)]
 
 
 def require(tree: Tree, root: Path | None = None) -> ToolTree:
@@ -143,9 +147,31 @@ def build(progress: Progress, root: Path | None = None) -> list[ToolTree]:
             for tree in missing:
                 flags = (*_COMMON_FLAGS, *FLAGS[tree])
                 manifest = Manifest(f"{PACKAGE} {package}", tree, flags, compiler, cpu)
-                built = _compile(tree, source, Path(scratch) / tree, tools, progress)
-                _install(built, tree_folder(tree, package, cpu, root), manifest)
+                target, folder = tree_folder(tree, package, cpu, root), Path(scratch) / tree
+                kept = _read(target)
+                built = added(kept, source, folder, tools, progress) if kept and kept.manifest == manifest else None
+                _install(built or _compile(tree, source, folder, tools, progress), target, manifest)
     return [require(tree, root) for tree in TREES]
+
+
+def added(kept: ToolTree, source: Path, folder: Path, tools: Mapping[str, str], progress: Progress) -> Path | None:
+    """A tree's missing tools alone, linked with the libraries that it has: seconds instead of minutes. CMake's
+    makefiles can build one target without what it depends on (`NAME/fast`); None: not here, so build all of it."""
+    make = shutil.which("make")
+    if make is None:
+        return None
+    part, missing = folder.with_name(folder.name + ".added"), lacking(kept.folder)
+    progress(f"adding {', '.join(missing)} to tree {kept.manifest.tree}", 0, 0)
+    targets = [_STATIC, *(f"{name}{end}" for name in missing for end in ("-impl", ""))]
+    try:
+        _run([tools["cmake"], "-G", "Unix Makefiles", "-S", str(source), "-B", str(part), *kept.manifest.flags])
+        shutil.copytree(kept.folder, part / "bin", symlinks=True, dirs_exist_ok=True)
+        _run([make, "-C", str(part), *(f"{target}/fast" for target in targets)])
+        for name in missing:  # that it was linked with what it finds
+            _run([str(part / "bin" / name), "--help"])
+    except ReferenceToolsError:
+        return None
+    return part / "bin"
 
 
 def jobs(available_bytes: int, cores: int) -> int:
@@ -178,6 +204,15 @@ def unpack(archive: Path, target: Path) -> int:
     return count
 
 
+def _read(folder: Path) -> ToolTree | None:
+    """A tree that was built here, with whatever tools it has."""
+    try:
+        manifest = msgspec.json.decode((folder / _MANIFEST).read_bytes(), type=Manifest)
+    except (OSError, msgspec.DecodeError):
+        return None
+    return ToolTree(folder, manifest)
+
+
 def _preflight(place: Path) -> str:
     """Everything that can be known before minutes are spent. Returns the compiler's name and version."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
@@ -200,14 +235,14 @@ def _preflight(place: Path) -> str:
 def _build_tools(place: Path, progress: Progress) -> dict[str, str]:
     """cmake and ninja: the system's, else from the package index into an environment of their own."""
     found = {name: shutil.which(name) for name in ("cmake", "ninja")}
-    lacking = [name for name, path in found.items() if path is None]
-    if not lacking:
+    absent = [name for name, path in found.items() if path is None]
+    if not absent:
         return {name: str(path) for name, path in found.items()}
     environment = place / "build-env"
-    progress(f"installing {' and '.join(lacking)}", 0, 0)
+    progress(f"installing {' and '.join(absent)}", 0, 0)
     if not (environment / "bin" / "python").exists():
         _run([sys.executable, "-m", "venv", str(environment)])
-    _run([str(environment / "bin" / "python"), "-m", "pip", "install", "-q", *lacking])
+    _run([str(environment / "bin" / "python"), "-m", "pip", "install", "-q", *absent])
     return {name: str(path or environment / "bin" / name) for name, path in found.items()}
 
 
