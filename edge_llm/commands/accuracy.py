@@ -14,6 +14,7 @@ import click
 
 from edge_llm.commands.measuring import (
     Report,
+    check_option,
     command_line,
     finish,
     json_option,
@@ -57,7 +58,14 @@ _QUICK_WINDOWS: Final = 2
 @click.option("--threads", type=click.IntRange(0, 512), default=0, help="0 = all cores this process may use.")
 @click.option("--list", "is_list", is_flag=True, help="Show the tasks, their data and licences, and stop.")
 @click.option("--fetch", help="Fetch data sets by name (commas between) into the folder of --data, and stop.")
+@click.option(
+    "--against-llama-perplexity",
+    "is_beside",
+    is_flag=True,
+    help="Ask llama-perplexity of the same build for the same windows of each text, too.",
+)
 @quick_option
+@check_option
 @output_option
 @json_option
 def accuracy(
@@ -69,13 +77,17 @@ def accuracy(
     resume: Path | None,
     is_list: bool,
     fetch: str | None,
+    is_beside: bool,
+    check: bool,
     output: Path,
     as_json: bool,
     **options: Any,
 ) -> None:
     """Tasks with right answers, perplexity, divergence from a reference. Without data: a small set of our own.
 
-    Every finished item is kept at once (.cases.jsonl); --resume goes on where a run was stopped."""
+    Every finished item is kept at once (.cases.jsonl); --resume goes on where a run was stopped. With --check,
+    perplexity that differs from llama-perplexity's by more than 0.5 %, or divergence by more than 2 %, exits with 3."""
+    from edge_llm.bench.accuracy.beside import missed
     from edge_llm.bench.accuracy.measure import Measured, check_data, measure, scorer
     from edge_llm.bench.accuracy.resume import finished
     from edge_llm.bench.run import Run
@@ -88,6 +100,7 @@ def accuracy(
         _fetch(_names(fetch), folder)
         return
     plan = _plan(folder, swaps, **options)
+    beside = _beside(plan, is_beside, check)
     files = check_data(plan)
     known = finished(resume) if resume else {}
     run = Run("accuracy", command_line(), _config(plan, resume), folder=output, workload=_workload(plan, files))
@@ -96,15 +109,33 @@ def accuracy(
         cosines = _cosines(report) if drift else None
         found = Measured(run, known)
         work = Path(tempfile.mkdtemp(prefix="accuracy-", dir=_cache()))
+
+        def measured() -> dict[str, Any]:
+            figures = measure(plan, chosen, base, scorer(plan), found, report, work, cosines)
+            if beside is not None:
+                beside.measure(chosen, base, found, figures, report, work)
+            return figures
+
         try:
-            figures, is_complete = until_interrupted(
-                lambda: measure(plan, chosen, base, scorer(plan), found, report, work, cosines),
-                lambda: _partial(found, base),
-            )
+            figures, is_complete = until_interrupted(measured, lambda: _partial(found, base))
         finally:
             _remove(work)
+    figures |= beside.figures() if beside is not None else {}
     _conclude(run, found)
-    finish(run, figures, is_complete, output, as_json, [], show)
+    finish(run, figures, is_complete, output, as_json, missed(figures) if check else [], show)
+
+
+def _beside(plan: Any, is_beside: bool, check: bool) -> Any | None:
+    from edge_llm.bench.accuracy.beside import Beside
+    from edge_llm.bench.reference_tools import require
+
+    if check and not is_beside:
+        raise click.UsageError("--check judges what --against-llama-perplexity compares: give that, too")
+    if not is_beside:
+        return None
+    if not any(task.kind == "text" for task in plan.tasks):
+        raise click.UsageError("llama-perplexity is compared on texts: name one with --tasks (own_prose, wikitext)")
+    return Beside(require("ours"), plan)
 
 
 def show(figures: Mapping[str, Any]) -> None:
@@ -116,6 +147,9 @@ def show(figures: Mapping[str, Any]) -> None:
     for model, tasks in figures.get("against_reference", {}).items():
         for task, found in tasks.items():
             rows += [(model, task, *row) for row in _compared(found)]
+    for model, tasks in figures.get("against_llama_perplexity", {}).get("models", {}).items():
+        for task, found in tasks.items():
+            rows += [(model, task, *row) for row in _beside_rows(found)]
     _table(rows)
 
 
@@ -139,6 +173,22 @@ def _rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
     if found["failed"]:
         rows.append(("failed", str(found["failed"]), "", "", "", ""))
     return rows
+
+
+def _beside_rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Ours over llama-perplexity's."""
+    return [
+        (
+            f"{name} / llama-perplexity's",
+            f"{pair['ratio']:.5f}" if pair["ratio"] is not None else "-",
+            "",
+            "",
+            f"{found['windows']} windows",
+            f"{pair['ours']:.6g} for {pair['llama_perplexity']:.6g}",
+        )
+        for name, pair in found.items()
+        if isinstance(pair, Mapping)
+    ]
 
 
 def _share(value: Mapping[str, Any]) -> tuple[str, str, str, str]:

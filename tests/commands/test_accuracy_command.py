@@ -21,8 +21,10 @@ from click.testing import CliRunner, Result
 from edge_llm.bench.accuracy import sources
 from edge_llm.bench.accuracy.datasets import SOURCES
 from edge_llm.bench.record import load
+from edge_llm.bench.reference_tools import find
 from edge_llm.catalogue.fetch import sha256_of
 from edge_llm.commands.accuracy import accuracy, show
+from edge_llm.config import cache_dir
 from edge_llm.engine.random_model import make_model
 from edge_llm.errors import ConfigError
 
@@ -99,6 +101,49 @@ def test_a_model_is_compared_with_itself_in_another_format(tiny: Path, tmp_path:
     assert found["reference"] == tiny.stem
     assert found["models"][other]["own_prose"]["kl"] >= 0.0
     assert found["against_reference"][other]["own_choice"]["n"] == 3
+
+
+@pytest.mark.skipif(find("ours") is None, reason="llama.cpp's own tools are not built here")
+def test_perplexity_is_llama_perplexitys_of_the_same_build_on_the_same_windows(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "XDG_CACHE_HOME").mkdir()
+    (tmp_path / "XDG_CACHE_HOME/edge-llm").mkdir()
+    (tmp_path / "XDG_CACHE_HOME/edge-llm/reference").symlink_to(cache_dir() / "reference")
+    arguments = ["--model", str(tiny), "--requantize", "Q8_0", "--tasks", "own_prose", "--windows", "2"]
+    status, out, err = run([*arguments, "--against-llama-perplexity", "--check", "--json"], tmp_path)
+    assert status == 0, err
+    found = json.loads(out)
+    beside = found["against_llama_perplexity"]["models"]
+    assert list(beside) == [tiny.stem, f"{tiny.stem}-as-q8_0"]
+    for tasks in beside.values():
+        assert tasks["own_prose"]["windows"] == 2
+        assert tasks["own_prose"]["perplexity"]["ratio"] == pytest.approx(1.0, abs=0.001)
+    assert beside[f"{tiny.stem}-as-q8_0"]["own_prose"]["kl"]["llama_perplexity"] >= 0.0
+    record = load(tmp_path / "out" / Path(found["record"]).name)
+    assert "llama.cpp tools, tree ours" in [engine.name for engine in record.engines]
+    assert "llama-perplexity" in [process.name for process in record.processes]
+
+
+def test_without_llama_cpps_tools_it_is_said_how_to_build_them_before_anything_starts(
+    tiny: Path, tmp_path: Path
+) -> None:
+    arguments = ["--model", str(tiny), "--tasks", "own_prose", "--against-llama-perplexity"]
+    status, _, err = run(arguments, tmp_path)
+    assert status == 1
+    assert "reference-tools" in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--tasks", "own_prose", "--check"), "--against-llama-perplexity"),
+        (("--tasks", "own_choice", "--against-llama-perplexity"), "own_prose"),
+    ],
+)
+def test_nothing_to_compare_is_a_wrong_use(arguments: tuple[str, ...], words: str) -> None:
+    done = invoked(*arguments)
+    assert done.exit_code == 2
+    assert words in done.output
 
 
 def test_two_files_of_one_name_are_refused_and_the_same_file_twice_is_one_model(tiny: Path, tmp_path: Path) -> None:

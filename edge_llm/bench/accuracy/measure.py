@@ -95,11 +95,12 @@ class Plan:
 
 @dataclass(slots=True)
 class Measured:
-    """What is known so far."""
+    """What is known so far. `facts`: what each model's process said of itself, by the model's name."""
 
     run: Run
     known: Mapping[Key, Facts] = field(default_factory=dict)
     cases: list[Facts] = field(default_factory=list)
+    facts: dict[str, Facts] = field(default_factory=dict)
 
     def add(self, case: Facts) -> None:
         self.cases.append(case)
@@ -231,6 +232,7 @@ def _model(
     progress(f"{model.facts.name}: loading", 0, 0)
     with start(model) as child:
         build = child.facts.get("build", {})
+        found.facts[model.facts.name] = child.facts
         found.run.engine(f"edge_llm on {model.facts.name}", build | {"policy": plan.policy})
         try:
             with found.run.watching({f"score {model.facts.name}": child.pid}, part=model.facts.name):
