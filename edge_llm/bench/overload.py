@@ -9,19 +9,29 @@ Refuses to know how clusters are started, and the gateway's code: everything is 
 
 from __future__ import annotations
 
-import asyncio
+import itertools
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from edge_llm.bench.answer_lines import line_of
 from edge_llm.bench.cpu_share import cpu_shares, read_cpu
 from edge_llm.bench.layout import Launch, Layout, Started
-from edge_llm.bench.open_loop import LATE_SHARE, Answer, Call, OpenLoop, completion, poisson
 from edge_llm.bench.processes import MeasureFailed
 from edge_llm.bench.run import Run
+from edge_llm.bench.serve.answers import Answer, Call
+from edge_llm.bench.serve.arrivals import poisson
+from edge_llm.bench.simulated_load import (
+    LATE_SHARE,
+    complaint,
+    line_of,
+    offer,
+    queue_s,
+    saturate,
+    simulated_call,
+    took_s,
+)
 from edge_llm.bench.stats import percentile
 
 # Half and one and a half times the middle length: waiting is harder to predict when sizes differ.
@@ -99,7 +109,6 @@ class _Part:
     def __init__(self, plan: Plan, load: Load, cluster: Started, run: Run, progress: Any) -> None:
         self._plan, self._load, self._cluster, self._run = plan, load, cluster, run
         self._say: Callable[[str], None] = lambda what: progress(f"{load.name}: {what}", 0, 0)
-        self._client = OpenLoop(cluster.url)
         self._rng = random.Random(plan.seed)
         self._number = 0
 
@@ -107,47 +116,47 @@ class _Part:
         plan = self._plan
         per_s = await self._capacity()
         self._say(f"offering its capacity, {per_s:.2f} requests/s")
-        answers = await self._client.offer(list(self._calls("capacity", per_s, 0.0, plan.capacity_s)))
+        answers = await offer(self._cluster.url, list(self._calls(per_s, 0.0, plan.capacity_s)))
         self._note("capacity", answers)
         self._say(f"offering {plan.factor:g} times that")
         over_s = plan.overload_s
         calls = [
-            *self._calls("overload", plan.factor * per_s, 0.0, over_s),
-            *self._calls("recovery", 0.5 * per_s, over_s, over_s + plan.recovery_s),
+            *self._calls(plan.factor * per_s, 0.0, over_s),
+            *self._calls(0.5 * per_s, over_s, over_s + plan.recovery_s),
         ]
         before = read_cpu(self._cluster.processes)
-        answers = await self._client.offer(calls)
+        answers = await offer(self._cluster.url, calls)
         for group, share in cpu_shares(before, read_cpu(self._cluster.processes)).items():
             self._add(f"cpu_share_{group}", share)
-        for kind in ("overload", "recovery"):
-            self._note(kind, [answer for answer in answers if answer.call.kind == kind])
+        self._note("overload", [answer for answer in answers if answer.at_s < over_s])
+        self._note("recovery", [answer for answer in answers if answer.at_s >= over_s])
 
     async def _capacity(self) -> float:
         """Answers a second while the cluster is kept full."""
         plan = self._plan
         self._say("finding its capacity")
-        began_s = asyncio.get_running_loop().time()
-        answers = await self._client.saturate(lambda _number: self._body(), plan.clients, plan.saturate_s)
-        from_s, until_s = began_s + plan.settle_s, began_s + plan.saturate_s
-        ended = [answer for answer in answers if answer.is_whole and from_s <= answer.ended_s < until_s]
+        endless = (self._call(0.0) for _ in itertools.count())
+        answers = await saturate(self._cluster.url, endless, plan.clients, plan.saturate_s)
+        from_s, until_s = plan.settle_s, plan.saturate_s
+        ended = [one for one in answers if one.is_complete and from_s <= (one.ended_s or 0.0) < until_s]
         if not ended:
-            raise MeasureFailed(f"no request was answered: {answers[-1].complaint if answers else 'nothing came'}")
+            raise MeasureFailed(f"no request was answered: {complaint(answers[-1]) if answers else 'nothing came'}")
         for answer in ended:
-            self._add("closed_loop.ttft_s", answer.ttft_s or answer.took_s)
+            self._add("closed_loop.ttft_s", answer.ttft_s or took_s(answer))
         per_s = len(ended) / (until_s - from_s)
         self._add("capacity_per_s", per_s)
         return per_s
 
-    def _calls(self, kind: str, per_s: float, from_s: float, until_s: float) -> Iterator[Call]:
-        return (Call(due_s, self._body(), kind) for due_s in poisson(per_s, from_s, until_s, self._rng))
+    def _calls(self, per_s: float, from_s: float, until_s: float) -> Iterator[Call]:
+        return (self._call(due_s) for due_s in poisson(per_s, from_s, until_s, self._rng))
 
-    def _body(self) -> dict[str, Any]:
+    def _call(self, due_s: float) -> Call:
         self._number += 1
         prompt, answer = (
             max(2, round(tokens * self._rng.uniform(*_SPREAD)))
             for tokens in (self._load.prompt_tokens, self._load.answer_tokens)
         )
-        return completion(prompt, answer, self._number)
+        return simulated_call(due_s, prompt, answer, self._number)
 
     def _note(self, kind: str, answers: Sequence[Answer]) -> None:
         """Samples of one part."""
@@ -155,23 +164,23 @@ class _Part:
         for answer in answers:
             self._add("late_s", answer.late_s)
             self._run.case({"case": f"{self._load.name}, {kind}", **line_of(answer)})
-            due_s = answer.call.due_s
-            if answer.is_whole:
+            due_s = answer.at_s
+            if answer.is_complete:
                 self._add(f"{kind}.accepted_at_s", due_s)
                 if kind == "recovery" or due_s >= self._plan.settle_s:
-                    self._add(f"{kind}.ttft_s", answer.ttft_s or answer.took_s)
-                    self._add(f"{kind}.wait_s", answer.queue_s or 0.0)
+                    self._add(f"{kind}.ttft_s", answer.ttft_s or took_s(answer))
+                    self._add(f"{kind}.wait_s", queue_s(answer) or 0.0)
             elif answer.is_refused:
                 codes[f"{answer.status} {answer.code}"] += 1
                 self._add(f"{kind}.refused_at_s", due_s)
-                self._add(f"{kind}.rejection_s", answer.took_s)
+                self._add(f"{kind}.rejection_s", took_s(answer))
                 if answer.retry_after_s is None:
                     self._add(f"{kind}.unexplained", 1)
                 else:
                     self._add(f"{kind}.retry_after_s", answer.retry_after_s)
             else:
                 self._add(f"{kind}.{'failed' if answer.status == 200 else 'lost'}", 1)
-                self._run.notes.append(f"{self._load.name}, {kind}, at {due_s:.1f} s: {answer.complaint}")
+                self._run.notes.append(f"{self._load.name}, {kind}, at {due_s:.1f} s: {complaint(answer)}")
         for code, count in codes.items():
             self._add(f"{kind}.code {code}", count)
 

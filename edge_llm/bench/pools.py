@@ -18,11 +18,12 @@ from typing import Any, Final, Literal
 
 import aiohttp
 
-from edge_llm.bench.answer_lines import line_of
 from edge_llm.bench.cpu_share import cpu_shares, read_cpu
 from edge_llm.bench.layout import Launch, Layout, LocalProcess
-from edge_llm.bench.open_loop import LATE_SHARE, Answer, Call, OpenLoop, completion, poisson
 from edge_llm.bench.run import Run
+from edge_llm.bench.serve.answers import Answer, Call
+from edge_llm.bench.serve.arrivals import poisson
+from edge_llm.bench.simulated_load import LATE_SHARE, complaint, line_of, offer, queue_s, simulated_call, took_s
 from edge_llm.bench.stats import percentile
 
 Kind = Literal["conv", "code"]
@@ -137,7 +138,7 @@ def _calls(plan: Plan, rng: random.Random) -> Iterator[Call]:
             number += 1
             prompt = max(8, round(plan.scale * drawn(_PROMPTS[phase.kind], rng)))
             answer = max(2, round(plan.scale * drawn(_ANSWERS[phase.kind], rng)))
-            yield Call(due_s, completion(prompt, answer, number), plan.window(due_s))
+            yield simulated_call(due_s, prompt, answer, number)
         from_s = phase.until_s
 
 
@@ -213,8 +214,7 @@ async def _on_a_cluster(plan: Plan, policy: str, launch: Launch, go: _Start, see
         began_s = await go.ready(cluster.processes)
         watching = asyncio.create_task(_look(cluster.url, policy, began_s, seen))
         try:
-            client = OpenLoop(cluster.url, lambda answer: _count(plan, policy, answer, run))
-            await client.offer(calls(plan), began_s)
+            await offer(cluster.url, calls(plan), lambda answer: _count(plan, policy, answer, run), began_s)
             await asyncio.sleep(2 * _LOOK_S)
         finally:
             watching.cancel()
@@ -239,14 +239,15 @@ async def _look(url: str, policy: str, began_s: float, seen: Seen) -> None:
 def _count(plan: Plan, policy: str, answer: Answer, run: Run) -> None:
     """One answer is over. Its delay is all of the time to first token (of a refusal: until it came) that its prompt
     alone would not have taken: in the queue, at a worker behind other prompts, beside streams."""
+    due_s, delay_s = answer.at_s, took_s(answer)
+    window = plan.window(due_s)
     run.add("late_s", answer.late_s)
-    run.case({"case": f"{policy}, {answer.call.kind}", **line_of(answer)})
-    due_s, delay_s = answer.call.due_s, answer.took_s
-    if answer.is_whole and answer.ttft_s is not None:
-        alone_s = (len(answer.call.body["prompt"]) + 1) / plan.prompt_tokens_per_s
+    run.case({"case": f"{policy}, {window}", **line_of(answer)})
+    if answer.is_complete and answer.ttft_s is not None:
+        alone_s = answer.asked_prompt_tokens / plan.prompt_tokens_per_s
         delay_s = max(0.0, answer.ttft_s - alone_s)
-        run.add(f"{policy}.queue_s", answer.queue_s or 0.0)
-        for name in (answer.call.kind, "all"):
+        run.add(f"{policy}.queue_s", queue_s(answer) or 0.0)
+        for name in (window, "all"):
             run.add(f"{policy}.{name}.ttft_s", answer.ttft_s)
             if answer.tpot_s is not None:
                 run.add(f"{policy}.{name}.tpot_s", answer.tpot_s)
@@ -256,7 +257,7 @@ def _count(plan: Plan, policy: str, answer: Answer, run: Run) -> None:
         run.add(f"{policy}.refused_late_at_s", due_s)
     else:
         run.add(f"{policy}.failed_at_s", due_s)
-        run.notes.append(f"{policy}: the request at {due_s:.1f} s failed: {answer.complaint}")
+        run.notes.append(f"{policy}: the request at {due_s:.1f} s failed: {complaint(answer)}")
     run.add(f"{policy}.delay_s", delay_s)
 
 

@@ -1,7 +1,7 @@
 """What clients that hardly look at what comes have in common: a request as bytes, marks to count by, the last event.
 
 Owns the bytes. Refuses to know connections, times and what is counted. Who shares a core with a thousand streams cannot
-parse every event (load_client.py, open_loop.py).
+parse every event (load_client.py).
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def test_the_trace_is_the_same_for_everybody_and_another_one_for_another_seed() 
 
 def test_in_the_middle_prompts_are_long_and_answers_short() -> None:
     def middle(take: Callable[[Any], float], windows: set[str]) -> float:
-        return mean(take(call.body) for call in calls(PLAN) if call.kind in windows)
+        return mean(take(call.body) for call in calls(PLAN) if PLAN.window(call.at_s) in windows)
 
     code, conv = {"turn_1_to_code", "code_2"}, {"conv_1", "turn_2_to_conv", "conv_3"}
     assert middle(lambda body: len(body["prompt"]), code) > 1.4 * middle(lambda body: len(body["prompt"]), conv)

@@ -28,6 +28,8 @@ _DATA: Final = b"data:"
 _DONE: Final = b"[DONE]"
 _WHY_CHARS: Final = 300
 _BODY_BYTES: Final = 16 << 20
+_ERROR_BYTES: Final = 8 << 10
+_REFUSALS: Final = (429, 503)
 CUT: Final = "it was not over in time and hung up"
 # Kinds of failure; an HTTP status other than 200 is `http_<status>`.
 UNREACHABLE: Final = "unreachable"  # no connection
@@ -56,7 +58,8 @@ class Call:
 
 @dataclass(slots=True)
 class Answer:
-    """What a client saw of one call. `own`: our gateway's report, empty of other servers.
+    """What a client saw of one call. `own`: our gateway's report, empty of other servers. `code`: of an error, where a
+    program can read it, in a body or in the stream.
 
     One that ended early is not complete, however it says that it is over, unless it might: all are asked with
     `ignore_eos`, and a server that stops sooner (its context is full) has done less than the others.
@@ -78,6 +81,7 @@ class Answer:
     asked_prompt_tokens: int = 0
     kind: str = ""
     status: int | None = None
+    code: str = ""
     retry_after_s: float | None = None
     headers_s: float | None = None
     arrivals_s: list[float] = field(default_factory=list)
@@ -108,6 +112,11 @@ class Answer:
     def is_cut_short(self) -> bool:
         """It came to its end without an error, and before it had all tokens, though it should have had them."""
         return self.ended_s is not None and not self.error and not self.is_complete
+
+    @property
+    def is_refused(self) -> bool:
+        """The server said no before anything was begun, for a reason that a program can read."""
+        return self.status in _REFUSALS and bool(self.code)
 
     @property
     def ttft_s(self) -> float | None:
@@ -190,14 +199,43 @@ async def _read(reply: aiohttp.ClientResponse, answer: Answer, now_s: Callable[[
     if reply.status != 200:
         said = reply.headers.get("retry-after", "")
         answer.retry_after_s = float(said) if said.isdigit() else None
-        text = (await reply.content.read(_WHY_CHARS)).decode(errors="replace")
-        answer.failed(f"http_{reply.status}", f"HTTP {reply.status}: {text}")
+        data = await _error_body(reply)
+        answer.code = _code_of(data)
+        answer.failed(f"http_{reply.status}", f"HTTP {reply.status}: {data.decode(errors='replace')}")
     elif reply.content_type == "application/json":
         await _read_whole(reply, answer, now_s)
     else:
         await _read_events(reply, answer, now_s)
     if not answer.error and not answer.tokens and not answer.may_stop:
         answer.failed(EMPTY, "it came to its end without a token")
+
+
+async def _error_body(reply: aiohttp.ClientResponse) -> bytes:
+    """All of it when its length was said, else what comes first: a server that says no may leave its line open."""
+    data = await reply.content.read(_WHY_CHARS)
+    while len(data) < min(reply.content_length or 0, _ERROR_BYTES):
+        part = await reply.content.read(_ERROR_BYTES)
+        if not part:
+            break
+        data += part
+    return data
+
+
+class _Coded(msgspec.Struct, frozen=True):
+    code: str | int | None = None
+
+
+class _Refusal(msgspec.Struct, frozen=True):
+    error: _Coded
+
+
+def _code_of(data: bytes) -> str:
+    """Of a body in OpenAI's shape; empty of any other."""
+    try:
+        code = msgspec.json.decode(data, type=_Refusal).error.code
+    except msgspec.MsgspecError:
+        return ""
+    return "" if code is None else str(code)
 
 
 async def _read_whole(reply: aiohttp.ClientResponse, answer: Answer, now_s: Callable[[], float]) -> None:
@@ -275,6 +313,8 @@ class _Event(msgspec.Struct, frozen=True):
 def _hear(event: _Event, answer: Answer, now_s: float) -> None:
     if event.error is not None:
         answer.failed(STREAM_ERROR, str(event.error))
+        if isinstance(event.error, dict):
+            answer.code = str(event.error.get("code") or "")
         return
     if any(choice.has_text for choice in event.choices):
         answer.first_s = now_s if answer.first_s is None else answer.first_s

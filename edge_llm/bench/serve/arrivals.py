@@ -31,6 +31,13 @@ def times(
     return list(itertools.islice(within, count))
 
 
+def poisson(rate_per_s: float, from_s: float, until_s: float, rng: random.Random) -> Iterator[float]:
+    """Independent arrivals in [from_s, until_s), drawn from a generator that others draw from between them."""
+    now_s = from_s
+    while (now_s := now_s + rng.expovariate(rate_per_s)) < until_s:
+        yield now_s
+
+
 def _units(process: OpenProcess, rng: random.Random, burst: int) -> Iterator[float]:
     """Arrivals at a rate of 1/s."""
     match process:

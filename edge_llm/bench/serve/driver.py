@@ -64,13 +64,15 @@ async def replay(
     clock: Callable[[], float] = time.monotonic,
     on_end: OnEnd = lambda _answer: None,
     timeout_s: float | None = None,
+    began_s: float | None = None,
 ) -> list[Answer]:
     """Send all calls, each at its time; their answers in the order of `calls`, which is by time.
 
     What is not over `cut_after_s` after the last call is hung up, and so is a request that is not over `timeout_s`
-    after it was sent. `on_sent` hears how many are sent, `on_end` of each answer when it is over.
+    after it was sent. `on_sent` hears how many are sent, `on_end` of each answer when it is over. `began_s` (of
+    `clock`): when time 0 is, None: now.
     """
-    start_s = clock()
+    start_s = clock() if began_s is None else began_s
     answers = [Answer.to(call) for call in calls]
     tasks: list[asyncio.Task[None]] = []
 
@@ -143,11 +145,18 @@ async def _hang_up(tasks: Sequence[asyncio.Task[None]]) -> None:
 
 
 @asynccontextmanager
-async def sending(headers: Mapping[str, str] | None = None) -> AsyncIterator[aiohttp.ClientSession]:
+async def sending(
+    headers: Mapping[str, str] | None = None, is_kept: bool = True
+) -> AsyncIterator[aiohttp.ClientSession]:
     """A session without limits of its own: how long is waited is the replay's affair. Servers shall not compress: what
-    is compressed comes in other pieces than tokens."""
+    is compressed comes in other pieces than tokens. `is_kept`: connections are used again; else each request has one of
+    its own."""
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S)
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_S)
+    connector = (
+        aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_S)
+        if is_kept
+        else aiohttp.TCPConnector(limit=0, force_close=True)
+    )
     async with aiohttp.ClientSession(
         timeout=timeout,
         connector=connector,

@@ -367,6 +367,7 @@ def case_of(answer: Answer) -> dict[str, Any]:
         "status": answer.status,
         "kind": answer.kind,
         "error": answer.error,
+        "code": answer.code,
         "retry_after_s": answer.retry_after_s,
         "finish_reason": answer.finish_reason,
         "own": dict(answer.own),
