@@ -34,6 +34,9 @@ DEFINITIONS: Final[Mapping[str, str]] = {
     "attainment": "share of all requests that are complete and keep the limits of ttft and of tpot, both",
     "goodput": "request_goodput: complete answers within the limits per second; goodput_90, goodput_99: the highest "
     "rate with such an attainment, interpolated between rates that were measured (DistServe)",
+    "ratios": "goodput of the first contender over another one's, with a 95 % interval: requests of a rate are drawn "
+    "again together, number i of a rate being the same request everywhere; `least` to `most` is what the rates "
+    "measured leave open where a goodput lies below the lowest or above the highest of them",
     "stages": "of our gateway's own report: in the queue, computing the prompt, hand-off after that, the first step",
     "failed": "requests without a complete answer, by kind; `cut_short`: it ended in order before it had all tokens "
     "that were forced; they are in no latency",

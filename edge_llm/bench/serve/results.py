@@ -17,6 +17,7 @@ import msgspec
 from edge_llm.bench.goodput import GOALS, Limits, Point, goodput, interval
 from edge_llm.bench.serve.answers import UNFINISHED, Answer
 from edge_llm.bench.serve.metrics import DEFINITIONS, Figures, Spread, figures, spread
+from edge_llm.bench.serve.ratios import RatioFigure, ratios, words
 from edge_llm.bench.serve.schedule import Load
 from edge_llm.bench.serve.slowdown import Slowdown, alone_of, slowdown
 
@@ -84,7 +85,9 @@ class Tally:
         names = [name for name in self.servers if self._by_load(name) or name in self.alone]
         contenders = {name: self._of(name) for name in names}
         lines = [line for name, one in contenders.items() for line in _sentences(name, one)]
-        return ServeFigures(dict(DEFINITIONS), self.workload, contenders, [*lines, *self.notes])
+        beside = ratios({name: self.points(name) for name in names})
+        lines += [f"{key} of {who}: {words(one)}" for who, goals in beside.items() for key, one in goals.items()]
+        return ServeFigures(dict(DEFINITIONS), self.workload, contenders, [*lines, *self.notes], ratios=beside)
 
     def _of(self, name: str) -> ContenderFigures:
         alone = self.alone.get(name, [])
@@ -206,13 +209,15 @@ class ContenderFigures(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ServeFigures(msgspec.Struct, frozen=True):
-    """What `edge-llm bench serve --json` prints, and `figures` of its record."""
+    """What `edge-llm bench serve --json` prints, and `figures` of its record. `ratios`: of goodputs, by "a over b" and
+    goal."""
 
     definitions: dict[str, str]
     workload: dict[str, Any]
     contenders: dict[str, ContenderFigures]
     sentences: list[str]
     record: str | None = None
+    ratios: dict[str, dict[str, RatioFigure]] = {}
 
 
 def schema() -> dict[str, Any]:
