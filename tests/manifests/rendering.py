@@ -29,7 +29,7 @@ INSTALL_FILE: Final = FOLDER / "install.yaml"
 RELEASE_FILE: Final = FOLDER / "components/release/kustomization.yaml"
 # What an overlay's user may put in place of a component, or beside the others.
 SOURCES: Final = ("model-download", "model-image-volume", "model-on-board")
-ADDITIONS: Final = ("own-models-yaml", "ingress", "service-monitor")
+ADDITIONS: Final = ("components/own-models-yaml", "components/ingress", "components/service-monitor", "dashboards")
 _HEAD: Final = """\
 # Everything of k3s_manifests/overlays/{overlay} in one file, for `kubectl apply -f` or K3s's own manifests folder.
 # Written by `make manifests`: change the overlay, not this file.
@@ -63,7 +63,7 @@ def varied(name: str, source: str = "model-download", additions: tuple[str, ...]
     text = (FOLDER / "overlays" / name / "kustomization.yaml").read_text()
     assert text.count("  - ../../components/model-download") == 1
     changed = text.replace("components/model-download", f"components/{source}", 1)
-    more = "".join(f"  - ../../components/{one}\n" for one in additions)
+    more = "".join(f"  - ../../{one}\n" for one in additions)
     changed = changed.replace("components:\n", f"components:\n{more}", 1) if more else changed
     with TemporaryDirectory() as made:
         root = os.path.relpath(FOLDER, Path(made).resolve())

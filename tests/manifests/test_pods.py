@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 
 import edge_llm
 from edge_llm.catalogue.gguf import read_card
-from edge_llm.catalogue.memory import plan_memory, repacked_tensors, sizes_of
-from edge_llm.config import CatalogueConfig, GatewayConfig, WorkerConfig, load_settings
+from edge_llm.config import DEFAULT_MODEL, CatalogueConfig, GatewayConfig, WorkerConfig, load_settings
+from edge_llm.plan.fit import Board, Settings, fitted
+from edge_llm.plan.sizes import from_card
 from tests.manifests.reachability import selects
 from tests.manifests.rendering import (
     OVERLAYS,
@@ -299,30 +301,38 @@ def test_a_drained_board_takes_one_of_each_with_it(items: list[Manifest]) -> Non
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
-def test_a_workers_memory_is_the_sum_that_it_would_print_and_a_fifth(
+def test_memory_is_what_cluster_render_computes_for_raspberry_pi_5_of_8_gb(
     name: str, model_path: Path, tmp_path: Path
 ) -> None:
-    items, card = overlay(name), read_card(model_path)
-    for worker in of_kind(items, "StatefulSet"):
-        (container,) = pod_of(worker)["containers"]
-        config = settings_of(worker, container, items, tmp_path)
-        assert isinstance(config, WorkerConfig)
-        assert config.model == "smollm2-135m-instruct-q4_1"
-        is_prefill = worker["metadata"]["labels"]["edge-llm/role"] == "prefill"
-        plan = plan_memory(
-            sizes_of(card, policy=config.policy, repacked=repacked_tensors(card, "aarch64"), k_type=config.k_type),
-            n_ctx=config.n_ctx,
-            slots=config.spare_slots if is_prefill else config.slots,
-            serves_prompts=True,
-            rows=config.chunk_tokens,
-            prefix_cache_bytes=config.prefix_cache_bytes,
-        )
-        expected = -(-int(plan.total_bytes * 1.2) // (256 * MIB)) * 256 * MIB
-        assert bytes_of(container["resources"]["limits"]["memory"]) == expected
+    found = overlay(name)
+    workers = {worker["metadata"]["labels"]["edge-llm/role"]: worker for worker in of_kind(found, "StatefulSet")}
+    configs = [settings_of(one, pod_of(one)["containers"][0], found, tmp_path) for one in workers.values()]
+    config = configs[0]
+    assert isinstance(config, WorkerConfig)
+    assert config.model == DEFAULT_MODEL
+    boards = [
+        Board(f"pi-{role}-{number}", 8 * 10**9, role=role)
+        for role, worker in workers.items()
+        for number in range(worker["spec"]["replicas"])
+    ]
+    settings = Settings(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Settings)})
+    gateway = pod_of(named(found, "Deployment", "edge-llm-gateway"))["containers"][0]
+    fit = fitted(
+        boards,
+        settings,
+        from_card(read_card(model_path), config.policy).sizes,
+        splits=True,
+        gateway_bytes=bytes_of(gateway["resources"]["requests"]["memory"]),
+    )
+    assert [group.role for group in fit.groups] == sorted(workers, key=("prefill", "decode", "mixed").index)
+    for group in fit.groups:
+        containers = containers_of(workers[group.role])
+        limits = {one["name"]: bytes_of(one["resources"]["limits"]["memory"]) for one in containers}
+        assert (limits["worker"], limits["verify"]) == (group.limit_bytes, group.verify_limit_bytes)
 
 
 def test_prometheus_looks_for_services_and_ports_that_are_there() -> None:
-    items = varied("pi5-1p3d", additions=("service-monitor",))
+    items = varied("pi5-1p3d", additions=("components/service-monitor",))
     found: dict[str, list[str]] = {}
     for monitor in of_kind(items, "ServiceMonitor"):
         (endpoint,) = monitor["spec"]["endpoints"]
@@ -336,7 +346,7 @@ def test_prometheus_looks_for_services_and_ports_that_are_there() -> None:
 
 
 def test_an_own_list_of_models_is_mounted_where_the_setting_says() -> None:
-    items = varied("single-node", additions=("own-models-yaml",))
+    items = varied("single-node", additions=("components/own-models-yaml",))
     (worker,) = of_kind(items, "StatefulSet")
     made = named(items, "ConfigMap", "edge-llm-models")
     (volume,) = [volume for volume in pod_of(worker)["volumes"] if volume["name"] == "catalogue"]

@@ -106,7 +106,7 @@ def test_without_downloads_no_worker_has_a_way_out(source: str) -> None:
 
 
 def test_prometheus_reaches_workers_only_where_it_was_asked_for() -> None:
-    roles, edges = between(varied("pi5-2p2d", additions=("service-monitor",)))
+    roles, edges = between(varied("pi5-2p2d", additions=("components/service-monitor",)))
     assert edges == needed(roles, is_scraped=True)
 
 
