@@ -11,17 +11,25 @@ from typing import Any
 
 import aiohttp
 import pytest
+from fastapi import FastAPI, Request, Response
 from prometheus_client.parser import text_string_to_metric_families
 
 from edge_llm.cluster.kubernetes import Kubernetes, Patience, client_of
-from edge_llm.config import GatewayConfig
+from edge_llm.config import GatewayConfig, WorkerConfig
+from edge_llm.engine.sequencer import Sequencer
+from edge_llm.engine.simulated import SimulatedBackend, SimulatedSettings, SimulatedVocabulary
 from edge_llm.errors import ConfigError
 from edge_llm.gateway.app import Gateway, create_app
 from edge_llm.gateway.keys import NoKeys
 from edge_llm.gateway.serve import discovery_of
-from edge_llm.worker.messages import Role
+from edge_llm.worker.app import Worker
+from edge_llm.worker.app import create_app as worker_app
+from edge_llm.worker.client import Peer
+from edge_llm.worker.messages import Role, encode
+from edge_llm.worker.tickets import KeyRing
 from tests.cluster.fake_apiserver import NAMESPACE, FakeApiServer, endpoint, endpoint_slice, kubeconfig, serving_api
 from tests.loopback import DEADLINE_S, KEYS, Cluster, Node, listening, running_cluster, until
+from tests.nodes import node_of
 
 pytestmark = pytest.mark.anyio
 ASK = {"prompt": "hello", "max_tokens": 4, "temperature": 0, "edge_llm": {"mode": "split"}}
@@ -156,6 +164,36 @@ async def test_a_worker_that_calls_itself_another_than_its_pod_is_refused_and_to
         (silent,) = (await scene.get("/cluster"))["discovery"]["silent_workers"]
         assert silent["worker"] == "d-1"
         assert "d-9" in silent["message"]
+
+
+async def test_a_pod_with_another_cluster_key_is_refused_and_told_apart(scene: Scene) -> None:
+    await scene.start("decode", "d-0")
+    settings = SimulatedSettings(slots=1)
+    engine = Sequencer(SimulatedBackend(settings), SimulatedVocabulary())
+    config = WorkerConfig(name="d-1", role="decode")
+    theirs = Worker(config, engine, SimulatedVocabulary(), KeyRing({"other": b"x" * 32}))
+    async with listening(worker_app(theirs)) as (address, server), serving(scene):
+        await scene.name(Node(theirs, Peer("d-1", address), server), "decode")
+        await until(lambda: "key this worker does not have" in str(scene.gateway.discovery()["silent_workers"]))
+        assert scene.knows("d-0")
+
+
+async def test_a_pod_that_says_what_a_worker_says_without_the_cluster_key_gets_no_prompt(scene: Scene) -> None:
+    """It has the labels, the name and the words."""
+    await scene.start("decode", "d-0")
+    forged, asked = FastAPI(), []
+
+    @forged.middleware("http")
+    async def everything(request: Request, _next: object) -> Response:
+        asked.append(request.url.path)
+        return Response(encode(node_of("d-1", "decode", model="simulated", slots=64).status))
+
+    async with listening(forged) as (address, _), serving(scene):
+        host, _, port = address.rpartition(":")
+        await scene.api.put(endpoint_slice("forged", [endpoint("d-1", host)], port=int(port)))
+        await until(lambda: "does not prove" in str(scene.gateway.discovery()["silent_workers"]))
+        assert [await scene.mode() for _ in range(4)] == ["local"] * 4
+        assert set(asked) == {"/status"}
 
 
 def test_a_gateway_is_told_its_workers_in_one_way(tmp_path: Path) -> None:
