@@ -123,7 +123,7 @@ class Link:
         try:
             with closing(peer):
                 _ready(peer)
-                peer.sendall(f"{MAGIC} {what} {number:g}\n".encode())
+                peer.sendall(f"{MAGIC} {what} {number!r}\n".encode())
                 yield peer
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise MeasureFailed(

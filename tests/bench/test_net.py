@@ -112,6 +112,11 @@ def listener() -> Iterator[Listener]:
     assert not thread.is_alive()
 
 
+@pytest.mark.parametrize("size", [1, 1_234_564, 16 << 20])
+def test_a_burst_is_as_large_as_asked_for_to_the_byte(listener: Listener, size: int) -> None:
+    assert len(Link("127.0.0.1", listener.port).bursts_s(size, 2)) == 2
+
+
 def test_a_link_has_round_trips_both_directions_and_bursts(listener: Listener) -> None:
     plan = LinkPlan(seconds=0.1, pings=5, burst_bytes=1 << 20, bursts=2, kv_bytes_per_token=1 << 10)
     run = Run("net", [], {})
