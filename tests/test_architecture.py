@@ -19,7 +19,7 @@ DRAWERS = re.compile(r"utils?|helpers?|common|misc|base|manager|registry")
 DOORS = {
     "llama_cpp": r"engine/(native|vocabulary)\.py",  # vocabulary: its sandboxed chat formatter
     "psutil": r"machine\.py",
-    "kubernetes": r"cluster/kubernetes\.py",
+    "kubernetes": r"cluster/kubernetes(_jobs)?\.py",
     "onnxruntime": r"bench/accuracy/similarity\.py",
     "aiohttp": r"(worker|cluster|bench(/serve)?|gateway|commands)/\w+\.py",
     "click": r"(cli\.py|commands/.*)",
@@ -27,10 +27,10 @@ DOORS = {
     "prometheus_client": r"(exposition|(gateway|worker)/metrics)\.py",
     "gguf": r"(catalogue/gguf|engine/(quantize|random_model))\.py",  # reads, requantizes, writes
     "huggingface_hub": r"catalogue/fetch\.py",
-    "yaml": r"(config|catalogue/manifest|cluster/static|doctor/k3s|gateway/keys)\.py",
+    "yaml": r"(config|catalogue/manifest|cluster/static|doctor/k3s|gateway/keys|plan/\w+)\.py",
 }
 # Who reads the environment: settings, what runs before settings, and the door to the library that is set up by it.
-ENVIRONMENT_READERS = r"(config|bootstrap|engine/native|bench/\w+|commands/\w+)\.py"
+ENVIRONMENT_READERS = r"(config|bootstrap|image/build|engine/native|bench/\w+|commands/\w+)\.py"
 # serving announces readiness to `up`; measure and score are processes of their own whose answer is their output
 PRINTERS = r"(cli|commands/\w+|bootstrap|serving|engine/asked|bench/bandwidth)\.py"
 

@@ -157,13 +157,19 @@ def _text(rng: random.Random, words: int) -> str:
 
 
 async def measure(
-    launch: Launch, prompts: int, seed: int, proof: Proof, run: Run, on_done: Callable[[int, int], None]
+    launch: Launch,
+    prompts: int,
+    seed: int,
+    proof: Proof,
+    run: Run,
+    on_done: Callable[[int, int], None],
+    headers: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The proof on the cluster that `launch` gives. Fills `proof` and `run` as it goes; what was compared before
-    something failed stays."""
+    """The proof on the cluster that `launch` gives; `headers`: what lets us in there. Fills `proof` and `run` as it
+    goes; what was compared before something failed stays."""
     try:
         async with launch(Layout("theorem", prefill=1, decode=1, options=("--slots", str(TOGETHER)))) as cluster:
-            await prove(cluster.url, prompts, seed, on_done, proof)
+            await prove(cluster.url, prompts, seed, on_done, proof, headers)
     except (EdgeLLMError, aiohttp.ClientError, OSError) as error:
         run.fail("theorem", str(error) or type(error).__name__)
     finally:
@@ -179,11 +185,12 @@ async def prove(
     seed: int = 0,
     on_done: Callable[[int, int], None] = lambda done, total: None,
     proof: Proof | None = None,
+    headers: Mapping[str, str] | None = None,
 ) -> Proof:
     """Ask `prompts` prompts three ways of the gateway at `url` and compare token ids. Raises MeasureFailed."""
     proof = Proof() if proof is None else proof
     timeout = aiohttp.ClientTimeout(total=None, sock_read=600)
-    async with aiohttp.ClientSession(url, timeout=timeout) as session:
+    async with aiohttp.ClientSession(url, timeout=timeout, headers=headers) as session:
         before = await _nodes(session)
         node = next((node for node in before if node["role"] != "prefill"), None)
         if node is None:
@@ -279,7 +286,10 @@ async def _nodes(session: aiohttp.ClientSession) -> list[dict[str, Any]]:
     began_s = time.monotonic()
     while True:
         async with session.get("/cluster") as reply:
-            nodes: list[dict[str, Any]] = (await reply.json())["nodes"]
+            data = await reply.json()
+            if reply.status != 200:
+                raise MeasureFailed(f"/cluster: HTTP {reply.status}: {data}")
+            nodes: list[dict[str, Any]] = data["nodes"]
         passed_s = time.monotonic() - began_s
         if passed_s > FRESH_S or all(node["seen_ago_s"] < passed_s for node in nodes):
             return nodes

@@ -13,6 +13,7 @@ from typing import Any, Final
 import click
 
 from edge_llm.commands.cluster_places import check, subjects
+from edge_llm.commands.in_cluster import InCluster
 from edge_llm.commands.measuring import (
     command_line,
     finish,
@@ -39,7 +40,7 @@ class _Names(click.ParamType[tuple[str, ...]]):
         return tuple(name.strip() for name in str(value).split(",") if name.strip())
 
 
-@click.command("cluster", context_settings={"max_content_width": 120})
+@click.command("cluster", cls=InCluster, context_settings={"max_content_width": 120})
 @click.option(
     "--models", type=_Names(), default=(), help="Names in models.yaml or paths of .gguf files, commas between."
 )
@@ -51,6 +52,7 @@ class _Names(click.ParamType[tuple[str, ...]]):
 @click.option("--workers-file", type=click.Path(path_type=Path), help="Workers that run already: the gateway's file.")
 @click.option("--key-file", type=click.Path(path_type=Path), help="Their cluster key: a gateway for them starts here.")
 @click.option("--api-key-file", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="A key for --url.")
+@click.option("--boards", "watches_boards", is_flag=True, help="Watch the boards of all workers that --url knows.")
 @click.option(
     "--requests", type=click.IntRange(1, 100_000), help="Of each row, one after another (default 10, quick 3)."
 )
@@ -78,7 +80,7 @@ def cluster(output: Path, output_format: str | None, as_json: bool, **given: Any
 
     \b
     Clusters started here:   --placement mixed,split,local,auto
-    A gateway that runs:     --url http://HOST:8080 --placement auto,split,local [--workers-file FILE to watch boards]
+    A gateway that runs:     --url http://HOST:8080 --placement auto,split,local [--boards to watch them]
     Workers that run:        --workers-file FILE --key-file KEY --placement node,auto,split,local  (node: each alone)
     """
     from edge_llm.bench.cluster_runs import Children, Found, facts_of, measure

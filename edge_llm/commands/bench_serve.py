@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import click
 
+from edge_llm.commands.in_cluster import InCluster
 from edge_llm.commands.measuring import (
     check_option,
     command_line,
@@ -66,7 +67,7 @@ class _Json(click.ParamType[Mapping[str, Any]]):
         return found
 
 
-@click.command("serve")
+@click.command("serve", cls=InCluster)
 @click.option("--url", "urls", multiple=True, help="Server to ask; several: the least busy one is asked.")
 @click.option("--beside", multiple=True, metavar="NAME=URL[,URL]", help="Another server under the same load, by turns.")
 @click.option("--mode", "modes", metavar="auto,split,local", help="Of our gateway; several: the same load on each.")

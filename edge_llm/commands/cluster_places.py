@@ -7,13 +7,16 @@ measured.
 from __future__ import annotations
 
 import asyncio
+import json
 import secrets
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Final
+from urllib.request import Request
 
 import click
 
@@ -50,6 +53,8 @@ def check(given: Mapping[str, Any]) -> None:
         raise click.UsageError("--key-file is for workers of --workers-file, without --url")
     if given["api_key_file"] and not given["url"]:
         raise click.UsageError("--api-key-file is for the gateway at --url")
+    if given["watches_boards"] and (not given["url"] or given["workers_file"]):
+        raise click.UsageError("--boards is for the gateway at --url, without --workers-file")
     if is_elsewhere and (len(given["models"]) > 1 or given["kinds"]):
         raise click.UsageError(
             "a cluster that runs has one model: name its file with --models for accuracy, or nothing"
@@ -124,6 +129,7 @@ def _elsewhere(given: Mapping[str, Any], report: Report) -> Any:
     if given["url"]:
         url = base_url(given["url"])
         keys = {"authorization": f"Bearer {given['api_key_file'].read_text().strip()}"} if given["api_key_file"] else {}
+        nodes = _boards(url, keys) if given["watches_boards"] else nodes
         for mode in dict.fromkeys(given["placements"] or ("auto",)):
             found.append(Placement(mode, mode, partial(_running, Started(url, ())), nodes, keys))
         return Subject(file.facts.name if file else url, tuple(found), file, is_here=False)
@@ -136,6 +142,18 @@ def _elsewhere(given: Mapping[str, Any], report: Report) -> Any:
         else:
             found.append(Placement(name, name, partial(gateway_for, workers, key), nodes))
     return Subject(file.facts.name if file else given["workers_file"].stem, tuple(found), file, is_here=False)
+
+
+def _boards(url: str, keys: Mapping[str, str]) -> dict[str, str]:
+    """Where the boards of a gateway's workers can be read. Raises WorkerError when it does not say."""
+    from edge_llm.commands.endpoint import open_url
+
+    try:
+        with open_url(Request(f"{url}/cluster", headers=dict(keys)), _KNOWN_S) as reply:
+            nodes = json.loads(reply.read())["nodes"]
+            return {node["worker"]: f"http://{node['address']}/metrics" for node in nodes}
+    except (OSError, ValueError, KeyError, TypeError, HTTPException) as error:
+        raise WorkerError(f"{url} does not tell which boards it has: {error}") from error
 
 
 def _key(path: Path) -> bytes:
