@@ -1,0 +1,232 @@
+"""Bad input and bad days: each one has a message that says what is wrong, and service continues with what is left."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import secrets
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+from tests.kubernetes.deploy import DECODE, NAMESPACE, ROLE
+from tests.kubernetes.outside import Load
+from tests.kubernetes.shell import Broken
+from tests.kubernetes.stage import ROLES, Scenario, Stage
+
+DECODE_0: Final = "edge-llm-decode-0"
+_AWAY_S: Final = 60.0
+_HEARD_S: Final = 240.0
+_TOLD_S: Final = 30.0
+_STALE_IP: Final = "10.78.2.250"
+
+
+async def _heard(stage: Stage, what: str, said: Callable[[], str], pattern: str) -> str:
+    """The line that matches, once there is one. Raises Broken."""
+    found = ""
+
+    def is_said() -> bool:
+        nonlocal found
+        lines = said().splitlines()
+        found = next((line for line in reversed(lines) if re.search(pattern, line, re.IGNORECASE)), "")
+        return bool(found)
+
+    await asyncio.to_thread(stage.cluster.until, what, is_said, _HEARD_S)
+    return found.strip()[:300]
+
+
+async def _still_serves(stage: Stage, seed: int) -> str:
+    """Who answers now. Raises Broken when nobody does."""
+    answer = await stage.outside.ask(stage.body(seed, prompt=64, answer=16, mode="auto"))
+    return str(answer.own["decode_node"])
+
+
+async def _worker_says(stage: Stage, values: Mapping[str, str | None], pattern: str, seed: int) -> str:
+    """Give the decode worker settings that it cannot work with; what it says; and who answers meanwhile."""
+    stage.edge.set_env([DECODE], values)
+    try:
+        line = await _heard(stage, f"a message like {pattern}", lambda: _log_of(stage, DECODE_0), pattern)
+        answered = await _still_serves(stage, seed)
+        if answered == DECODE_0:
+            raise Broken("the worker that should not work answers")
+    finally:
+        stage.edge.set_env([DECODE], dict.fromkeys(values))
+        await stage.do("delete", "pod", DECODE_0, "--ignore-not-found", "--wait=false")
+    return f"{answered} answers meanwhile; it says: {line}"
+
+
+def _log_of(stage: Stage, pod: str) -> str:
+    """Of what runs now and of what ran before it."""
+    said = []
+    for more in ((), ("--previous",)):
+        try:
+            said.append(stage.edge.k("logs", pod, "--all-containers", "--tail=50", *more))
+        except Broken as error:
+            said.append(error.message)
+    return "\n".join([*said, *stage.edge.events(pod)])
+
+
+async def missing_model(stage: Stage) -> str:
+    """The volume does not have it, and there is no network to fetch it from."""
+    return await _worker_says(stage, {"EDGE_LLM_WORKER_MODEL": "qwen2.5-0.5b-instruct-q4_0"}, r"qwen2\.5-0\.5b", 101)
+
+
+async def wrong_sha256(stage: Stage) -> str:
+    """One byte of the model's file is another one."""
+    assert stage.cluster.volumes is not None
+    claim = next(name for name in await _claims(stage) if "decode-0" in name)
+    folder = stage.cluster.volumes.folder(NAMESPACE, claim)
+    files = sorted(folder.rglob("*.gguf")) if folder else []
+    if not files:
+        raise Broken(f"claim {claim} has no folder with a model")
+    whole = files[0].read_bytes()
+    files[0].write_bytes(whole[:-100] + bytes([whole[-100] ^ 0x55]) + whole[-99:])
+    try:
+        await stage.do("delete", "pod", DECODE_0, "--wait=false")
+        line = await _heard(stage, "a message about the hash", lambda: _log_of(stage, DECODE_0), r"sha256|sha-256|hash")
+        answered = await _still_serves(stage, 102)
+        if answered == DECODE_0:
+            raise Broken("a worker answers with a model that is not the right one")
+    finally:
+        files[0].write_bytes(whole)
+        await stage.do("delete", "pod", DECODE_0, "--ignore-not-found", "--wait=false")
+    return f"{answered} answers meanwhile; it says: {line}"
+
+
+async def _claims(stage: Stage) -> list[str]:
+    return [item["metadata"]["name"] for item in stage.edge.items("persistentvolumeclaims")]
+
+
+async def too_little_memory(stage: Stage) -> str:
+    """Model and KV do not fit into the pod's memory: it refuses to start, with the sum."""
+    values = {"EDGE_LLM_WORKER_N_CTX": "8192", "EDGE_LLM_WORKER_SLOTS": "64"}
+    return await _worker_says(stage, values, r"memory|MiB|GiB", 103)
+
+
+async def unknown_role_label(stage: Stage) -> str:
+    """A typing mistake in a node's label, and one in a pod's."""
+    stage.edge.label_node("node-c", "decod")
+    stage.edge.scale(DECODE, 2)
+    try:
+
+        def events() -> str:
+            return "\n".join(stage.edge.events("edge-llm-decode-1"))
+
+        event = await _heard(stage, "an event of the pod that has no place", events, "node")
+        line = await _worker_says(stage, {"EDGE_LLM_WORKER_ROLE": "decod"}, r"role.*decod\b", 104)
+    finally:
+        stage.edge.label_node("node-c", ROLES["node-c"])
+        stage.edge.scale(DECODE, 1)
+    return f"node: {event}; pod: {line}"
+
+
+@asynccontextmanager
+async def _under_load(stage: Stage, first_seed: int) -> AsyncIterator[Load]:
+    """Raises Broken when a request failed."""
+    async with stage.outside.load(lambda number: stage.body(first_seed + number, prompt=64, answer=32), 2) as load:
+        yield load
+    if load.failed:
+        raise Broken(f"{len(load.failed)} of {len(load.finished)} requests failed: {load.failed[0].failure}")
+
+
+async def apiserver_away(stage: Stage) -> str:
+    """For a minute nobody can be asked where workers are: those that were known go on; then what is new is seen."""
+    async with _under_load(stage, 5000) as load:
+        await asyncio.to_thread(stage.cluster.control.apiserver_away)
+        began_s = time.monotonic()
+        await asyncio.sleep(_AWAY_S / 2)
+        known = await stage.outside.ready()
+        problem = (await stage.outside.overview())["discovery"]["problem"]
+        await asyncio.sleep(max(0.0, _AWAY_S - (time.monotonic() - began_s)))
+        await asyncio.to_thread(stage.cluster.control.apiserver_back)
+        if len(known) < 2:
+            raise Broken(f"half a minute without API server the gateway knew only {sorted(known)}")
+    uid = stage.edge.restarts()[DECODE_0][0]
+    await stage.do("delete", "pod", DECODE_0, "--wait=false")
+    await stage.outside.until("the deleted worker out of use", lambda ready: DECODE_0 not in ready, 60)
+    await stage.outside.until("its successor in use", lambda ready: DECODE_0 in ready, 300)
+    if stage.edge.restarts()[DECODE_0][0] == uid:
+        raise Broken("the pod was not replaced: nothing is proven")
+    return f"{len(load.finished)} requests, 0 failed; /cluster said {problem!r}; a pod replaced afterwards was found"
+
+
+def _slice(name: str, worker: str, ip: str, port: int) -> dict[str, Any]:
+    """What a controller would write of a pod, written by hand."""
+    labels = {
+        "app.kubernetes.io/part-of": "edge-llm",
+        ROLE: "decode",
+        "kubernetes.io/service-name": "edge-llm-decode",
+        "endpointslice.kubernetes.io/managed-by": "edge-llm-test",
+    }
+    target = {"kind": "Pod", "namespace": NAMESPACE, "name": worker}
+    return {
+        "apiVersion": "discovery.k8s.io/v1",
+        "kind": "EndpointSlice",
+        "metadata": {"name": name, "namespace": NAMESPACE, "labels": labels},
+        "addressType": "IPv4",
+        "ports": [{"name": "worker", "port": port, "protocol": "TCP"}],
+        "endpoints": [{"addresses": [ip], "conditions": {"ready": True, "serving": True}, "targetRef": target}],
+    }
+
+
+@asynccontextmanager
+async def _endpoint(stage: Stage, name: str, worker: str, ip: str, port: int = 9001) -> AsyncIterator[None]:
+    await asyncio.to_thread(stage.edge.k, "create", "-f", "-", stdin=json.dumps(_slice(name, worker, ip, port)))
+    try:
+        yield
+    finally:
+        await stage.do("delete", "endpointslice", name)
+
+
+async def stale_endpoint(stage: Stage) -> str:
+    """A slice names a worker that is long gone: nobody is sent there."""
+    async with _endpoint(stage, "stale", "edge-llm-decode-9", _STALE_IP), _under_load(stage, 6000) as load:
+        line = await _told(stage, "edge-llm-decode-9")
+        await asyncio.sleep(5)
+        if "edge-llm-decode-9" in await stage.outside.ready():
+            raise Broken("a worker that does not exist counts as ready")
+    return f"{len(load.finished)} requests, 0 failed; /cluster says: {line}"
+
+
+async def _told(stage: Stage, worker: str) -> str:
+    """What /cluster says of a worker that it does not use, once it does. Raises Broken."""
+    for _ in range(int(_TOLD_S / 0.2)):
+        if line := await stage.outside.silent(worker):
+            return line
+        await asyncio.sleep(0.2)
+    raise Broken(f"/cluster says nothing of {worker} after {_TOLD_S:.0f} s")
+
+
+async def forged_worker(stage: Stage) -> str:
+    """Somebody on the network answers as a worker, in a slice with the right labels, without the cluster's key."""
+    node = stage.cluster.site.nodes[1]
+    key = stage.cluster.site.run / "forged.key"
+    key.write_text(f"kf0:{secrets.token_hex(32)}\n")
+    key.chmod(0o600)
+    command = [sys.executable, "-m", "edge_llm", "serve", "worker", "--simulate", "--role", "decode"]
+    command += ["--name", "edge-llm-decode-7", "--host", node.ip, "--port", "9107", "--key-file", str(key)]
+    stage.cluster.daemons.start("forged", node.namespace, *command)
+    try:
+        async with _endpoint(stage, "forged", "edge-llm-decode-7", node.ip, 9107), _under_load(stage, 7000) as load:
+            line = await _told(stage, "edge-llm-decode-7")
+            await asyncio.sleep(5)
+            ready = await stage.outside.ready()
+        if "edge-llm-decode-7" in ready or load.used("decode_node")["edge-llm-decode-7"]:
+            raise Broken("a worker without the cluster's key is used")
+    finally:
+        stage.cluster.daemons.stop("forged")
+    return f"{len(load.finished)} requests, 0 failed, none of them there; /cluster says: {line}"
+
+
+SCENARIOS: Final = (
+    Scenario("missing model", missing_model),
+    Scenario("wrong sha256", wrong_sha256),
+    Scenario("too little memory", too_little_memory),
+    Scenario("unknown role label", unknown_role_label),
+    Scenario("API server away for a minute", apiserver_away),
+    Scenario("stale endpoint", stale_endpoint),
+    Scenario("forged worker", forged_worker),
+)
