@@ -198,7 +198,7 @@ class DecodeRole:
             self._fail(running, error)
         self._outboxes.flush()
 
-    async def hand_over(self, goes_on: Callable[[], bool]) -> None:
+    async def hand_over(self, goes_on: Callable[[], bool] = lambda: True) -> None:
         """Stop all sequences, while it `goes_on`, and let the gateway plan them elsewhere. Their KV stays here until
         another worker has it, LEASE_S at most. One after the other: each needs a copy in host memory."""
         for running in list(self._running.values()):
