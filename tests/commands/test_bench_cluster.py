@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import io
 import json
@@ -18,6 +19,7 @@ from click.testing import CliRunner
 
 from edge_llm.bench.record import load
 from edge_llm.commands.bench_cluster import cluster
+from edge_llm.commands.cluster_places import gateway_for
 from edge_llm.commands.supervisor import free_port, new_key
 from edge_llm.engine.random_model import make_model
 
@@ -194,6 +196,27 @@ def test_workers_that_run_already_are_measured_alone_and_together_and_their_boar
         assert (row["load_s"], row["accuracy"]) == (None, None)
 
 
+def test_the_boards_of_a_gateway_are_watched_where_it_says_they_are(
+    workers: tuple[Path, Path], environment: dict[str, str], tmp_path: Path
+) -> None:
+    file, key = workers
+
+    async def measured() -> subprocess.CompletedProcess[str]:
+        places = {one["name"]: one["address"] for one in yaml.safe_load(file.read_text())}
+        async with gateway_for(places, key.read_bytes()) as started:
+            arguments = ("--url", started.url, "--boards", "--placement", "split,local", *FEW, "--json")
+            return await asyncio.to_thread(run, environment, *arguments, "--output", str(tmp_path / "out"))
+
+    done = asyncio.run(measured())
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["rows"]
+    assert sorted((row["placement"], row["node"]) for row in rows) == [
+        *(("local", "pi-decode"), ("local", "pi-prefill")),
+        *(("split", "pi-decode"), ("split", "pi-prefill")),
+    ]
+    assert all(row["cpu_share"] is not None and row["ram_share"] is not None for row in rows)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -202,6 +225,7 @@ def test_workers_that_run_already_are_measured_alone_and_together_and_their_boar
         (["--url", "127.0.0.1:8080"], "http://HOST:PORT"),
         (["--workers-file", "w.yaml"], "--key-file"),
         (["--key-file", "k"], "--workers-file"),
+        (["--boards"], "--url"),
         (["--url", "http://127.0.0.1:1", "--models", "a,b"], "has one model"),
         (["--json", "-o", "csv"], "--json"),
         (["-o", "xml"], "xml"),
