@@ -145,6 +145,11 @@ _COLUMNS: Final[Sequence[tuple[str, bool, _Cell]]] = (
 )
 
 
+def columns(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """The cells of each column, by its heading."""
+    return {head: [cell(row) for row in rows] for head, _, cell in _COLUMNS}
+
+
 def markdown(rows: Sequence[Row]) -> str:
     """One table, aligned as text too."""
     cells = [[head for head, _, _ in _COLUMNS], *([cell(row) for _, _, cell in _COLUMNS] for row in rows)]

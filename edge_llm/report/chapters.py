@@ -75,7 +75,8 @@ def _state(record: Record) -> str:
 def _headline(record: Record, kind: Kind) -> str:
     figures = flat(record.figures)
     known = [(path, figures[path]) for path in kind.headline if path in figures]
-    return "; ".join(f"{' '.join(map(heading, path))} {shown(path, value)}" for path, value in known) or NOT_READ
+    words = [f"{' '.join(map(heading, path))} {shown(path, value)}" for path, value in known]
+    return "; ".join([*words, *filter(None, [kind.main(record)])]) or NOT_READ
 
 
 def _chapter(name: str, evidence: Sequence[Evidence]) -> Chapter:
@@ -108,17 +109,18 @@ def _part(one: Evidence, kind: Kind) -> Part:
     record = one.record
     everything = tuple(figure_tables({name: one for name, one in record.figures.items() if name not in _SAID_APART}))
     plots, more = kind.plots(one)
+    sentences = tuple(kind.sentences(record))
     return Part(
         file=one.file,
         title=f"{record.started_at:%Y-%m-%d %H:%M} UTC, {', '.join(m.name for m in record.models) or 'no model'}",
         facts=tuple(_facts(record)),
         alarms=tuple(_alarms(one)),
-        sentences=tuple(kind.sentences(record)),
+        sentences=sentences,
         tables=tuple(kind.tables(record)) if kind.tables else everything,
         plots=tuple(plots),
         more_plots=tuple(more),
         all_figures=everything if kind.tables else (),
-        notes=tuple(record.notes),
+        notes=tuple(note for note in record.notes if note not in sentences),
     )
 
 

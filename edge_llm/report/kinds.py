@@ -16,22 +16,25 @@ from edge_llm.bench.stats import median
 from edge_llm.report.axes import Axis
 from edge_llm.report.distributions import distributions
 from edge_llm.report.document import Plot, Table
+from edge_llm.report.edge import edge_main, edge_plots, edge_tables
 from edge_llm.report.evidence import Evidence
 from edge_llm.report.rates import rate_plots
 from edge_llm.report.requests import requests_of
-from edge_llm.report.scores import accuracy_plots, accuracy_tables
+from edge_llm.report.scores import accuracy_main, accuracy_plots, accuracy_tables
 from edge_llm.report.serving import (
+    goodput_main,
     goodput_tables,
     inner,
     overload_plots,
     pool_plots,
     pool_tables,
+    serve_main,
     serve_plots,
     serve_tables,
     spread_axis,
     verdicts,
 )
-from edge_llm.report.speeds import engine_plots, node_plots, node_tables
+from edge_llm.report.speeds import engine_plots, node_main, node_plots, node_tables
 from edge_llm.report.svg import Range, ranges
 from edge_llm.report.timelines import kv_plots, resource_plots, stage_plots
 from edge_llm.report.words import of_sample
@@ -43,9 +46,14 @@ def _nothing(_record: Record) -> list[Any]:
     return []
 
 
+def _no_words(_record: Record) -> str:
+    return ""
+
+
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """`headline`: paths of figures for the overview. Without `tables` all figures are shown as tables."""
+    """For the overview: `headline`, paths of figures; `main`, words where figures lie in rows. Without `tables` all
+    figures are shown as tables."""
 
     title: str
     what: str
@@ -53,6 +61,7 @@ class Kind:
     sentences: Callable[[Record], list[str]] = verdicts
     tables: Callable[[Record], list[Table]] | None = None
     drawn: Callable[[Record], list[Plot]] = _nothing
+    main: Callable[[Record], str] = _no_words
 
     def plots(self, one: Evidence) -> tuple[list[Plot], list[Plot]]:
         """Those to show and those to unfold: of each sort the first ones are shown. Its own come first."""
@@ -64,7 +73,7 @@ class Kind:
             (distributions(record.samples, requests), 8),
             (stage_plots(record.samples, requests), 4),
             (kv_plots(requests, kv_bytes), 2),
-            (resource_plots(record.resources), 10),
+            (resource_plots(record.resources), 12),
         )
         shown = [plot for plots, most in sorts for plot in plots[:most]]
         return shown, [plot for plots, most in sorts for plot in plots[most:]]
@@ -124,19 +133,25 @@ UNKNOWN: Final = Kind("", "A kind of record that this version has no words for: 
 # In the order of the report: what a board does, what serving does, what it must never do.
 KINDS: Final[Mapping[str, Kind]] = {
     "cluster": Kind(
-        "Models and nodes", "Throughput, latency, CPU, memory, heat and accuracy of each model on each node."
+        "Models and nodes",
+        "Speed, CPU, memory, heat and accuracy of each model under each placement, one request at a time.",
+        tables=edge_tables,
+        drawn=edge_plots,
+        main=edge_main,
     ),
     "node": Kind(
         "One node",
         "Prompt and decode speed of one node in rows as llama-bench gives them, with memory, CPU and the roofline.",
         tables=node_tables,
         drawn=node_plots,
+        main=node_main,
     ),
     "accuracy": Kind(
         "Accuracy",
         "How right a model is, and how far a quantization is from its reference.",
         tables=accuracy_tables,
         drawn=accuracy_plots,
+        main=accuracy_main,
     ),
     "engine": Kind(
         "The engine beside llama.cpp",
@@ -149,12 +164,13 @@ KINDS: Final[Mapping[str, Kind]] = {
         "Requests over HTTP: how long they take, how many keep their limits, at which rate.",
         tables=serve_tables,
         drawn=serve_plots,
+        main=serve_main,
     ),
     "goodput": Kind(
         "Goodput: split, local, auto, llama-server",
         "The same requests at the same times to four ways of using two nodes; limits are multiples of a request alone.",
-        (("seconds_per_point",),),
         tables=goodput_tables,
+        main=goodput_main,
     ),
     "handoff": Kind(
         "The hand-off of KV",

@@ -16,8 +16,23 @@ from edge_llm.report.tables import Row, figure_tables, flat, matrix
 from edge_llm.report.words import NOT_READ, short, shown
 
 SHARES: Final = ("acc", "acc_norm", "acc_flexible", "acc_loose", "mc2", "instructions", "instructions_loose")
+_COMPARED: Final = ("perplexity", "kl", "same_top")
 _TEXTS: Final = ("perplexity", "kl", "kl_median", "kl_p99", "same_top", "shift_rms", "word_perplexity")
+_MAIN: Final = 4
 Figures = Mapping[str, Any]
+
+
+def accuracy_main(record: Record) -> str:
+    """For the overview: the first figures of the first model."""
+    first = next((model for model, _, _ in _rows(record)), None)
+    words = []
+    for task, found in ((task, found) for model, task, found in _rows(record) if model == first):
+        share = next((found[name] for name in SHARES if isinstance(found.get(name), Mapping)), None)
+        if share is not None:
+            words.append(f"{task} {short(100 * share['value'])} %")
+        elif found.get("perplexity") is not None:
+            words.append(f"{task} perplexity {short(found['perplexity'])}")
+    return "; ".join(words[:_MAIN])
 
 
 def accuracy_tables(record: Record) -> list[Table]:
@@ -40,14 +55,34 @@ def accuracy_tables(record: Record) -> list[Table]:
         tables.append(Table("Tasks", tuple(columns[n] for n in used), kept, note))
     if texts:
         tables.append(matrix("Texts", texts))
+    beside = list(_beside(record.figures.get("against_llama_perplexity")))
+    if beside:
+        heads = ("model, text", "windows", *(f"{name}: ours, theirs, ratio" for name in _COMPARED))
+        note = "llama-perplexity of the same build on the same windows; the bars: perplexity 0.5 %, KL 2 %."
+        tables.append(Table("Beside llama-perplexity", heads, tuple(beside), note))
     against = record.figures.get("against_reference")
     if isinstance(against, Mapping) and against:
         reference = str(record.figures.get("reference", "the reference"))
         drift: dict[str, Row] = {
             f"{model}, {task}": flat(found) for model, tasks in against.items() for task, found in tasks.items()
         }
-        tables.append(matrix(f"Beside {reference}, item by item", drift))
+        tables += [matrix(f"Beside {reference}, item by item", drift)] if drift else []
     return tables
+
+
+def _beside(against: Any) -> Iterator[tuple[str, ...]]:
+    """Ours, theirs and the ratio, of each model and text."""
+    models = against.get("models") if isinstance(against, Mapping) else None
+    for model, tasks in models.items() if isinstance(models, Mapping) else ():
+        for task, found in tasks.items():
+            yield f"{model}, {task}", shown((), found.get("windows")), *(_pair(found.get(name)) for name in _COMPARED)
+
+
+def _pair(found: Any) -> str:
+    if not isinstance(found, Mapping):
+        return NOT_READ
+    ratio = NOT_READ if found.get("ratio") is None else f"{found['ratio']:.4f}"
+    return f"{found['ours']:.5g}, {found['llama_perplexity']:.5g}, {ratio}"
 
 
 def _items(model: str, task: str, found: Figures) -> tuple[str, ...]:

@@ -30,6 +30,20 @@ def inner(tree: Any, *path: str) -> Any:
 # -- serve
 
 
+def serve_main(record: Record) -> str:
+    """For the overview: of each contender its goodput, else what it got through under its first load."""
+    words = []
+    for name, one in (inner(record.figures, "contenders") or {}).items():
+        goodput = inner(one, "goodput", "goodput_90")
+        first: Mapping[str, Any] = next(iter(one.get("loads") or []), {})
+        rate = inner(first, "figures", "request_throughput")
+        if goodput is not None:
+            words.append(f"{name}: 90 % within limits up to {_between(goodput, 'per_s', '/s')}")
+        elif rate is not None:
+            words.append(f"{name}: {short(rate)} requests/s ({first.get('label')})")
+    return "; ".join(words)
+
+
 def serve_tables(record: Record) -> list[Table]:
     """The loads of each contender; then goodput, and the nine limits of Splitwise."""
     contenders = inner(record.figures, "contenders") or {}
@@ -56,6 +70,17 @@ def serve_tables(record: Record) -> list[Table]:
             }
     if goodputs:
         tables.append(matrix("Goodput: the highest rate with such an attainment", goodputs))
+    ratios: dict[str, Row] = {
+        f"{who}, {goal.replace('goodput_', '')} %": {
+            ("ratio",): _between(one, "ratio", ""),
+            ("certain from",): one.get("least"),
+            ("to",): "open" if one.get("most") is None else one["most"],
+        }
+        for who, goals in (inner(record.figures, "ratios") or {}).items()
+        for goal, one in goals.items()
+    }
+    if ratios:
+        tables.append(matrix("Goodput of one over another's", ratios))
     if slowdowns:
         title = "Slowdown against the same request alone (Splitwise, Table VI: all nine limits must hold)"
         tables.append(matrix(title, slowdowns))
@@ -135,6 +160,17 @@ def _point(found: Mapping[str, Any]) -> dict[str, Any]:
 
 def verdicts(record: Record) -> list[str]:
     return [str(line) for name in ("sentences", "verdicts", "notes") for line in record.figures.get(name) or []]
+
+
+def goodput_main(record: Record) -> str:
+    """For the overview: what auto bears, of each trace and regime."""
+    words = []
+    for trace, found in (record.figures.get("traces") or {}).items():
+        for regime, result in found.get("regimes", {}).items():
+            per_s = inner(result, "arrangements", "auto", "goodput_90", "per_s")
+            if per_s is not None:
+                words.append(f"{trace}, {regime.replace('_', ' ')}: auto {short(per_s)}/s")
+    return "; ".join(words)
 
 
 def goodput_tables(record: Record) -> list[Table]:

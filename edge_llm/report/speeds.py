@@ -39,6 +39,7 @@ _FIGURES: Final[Mapping[str, str]] = {
     "llama_bench_ts": "llama-bench",
     "ratio": "ratio",
 }
+_MAIN: Final = 4
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -92,6 +93,16 @@ def node_tables(record: Record) -> list[Table]:
     return [Table("Rows as llama-bench gives them", heads, cells, note), *figure_tables(rest)]
 
 
+def node_main(record: Record) -> str:
+    """For the overview: the first row of each phase and model."""
+    first: dict[tuple[str, str], Mapping[str, Any]] = {}
+    for row in _rows(record):
+        if row.get("avg_ts") is not None:
+            first.setdefault((str(row.get("model_type")), _phase(row)), row)
+    words = [f"{row.get('test')} {short(row['avg_ts'])} tokens/s" for row in first.values()]
+    return "; ".join(words[:_MAIN])
+
+
 def node_plots(record: Record) -> list[Plot]:
     rows = _rows(record)
     plots = []
@@ -113,9 +124,16 @@ def _phase(row: Mapping[str, Any]) -> str:
 
 
 def _labels(rows: Rows) -> list[str]:
-    """Each row by its test and what differs between rows."""
-    differing = [name for name in _COLUMNS if len({str(row.get(name)) for row in rows}) > 1 and name != "test"]
-    return [", ".join([str(row.get("test")), *(_said(name, row.get(name)) for name in differing)]) for row in rows]
+    """Each row by its test and what else it takes to tell it from the others: a label has little room."""
+    kept = ["test"]
+    for name in _COLUMNS:
+        if name != "test" and len(_told(rows, [*kept, name])) > len(_told(rows, kept)):
+            kept.append(name)
+    return [", ".join([str(row.get("test")), *(_said(name, row.get(name)) for name in kept[1:])]) for row in rows]
+
+
+def _told(rows: Rows, names: Sequence[str]) -> set[tuple[str, ...]]:
+    return {tuple(str(row.get(name)) for name in names) for row in rows}
 
 
 def _said(column: str, value: Any) -> str:

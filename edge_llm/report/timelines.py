@@ -41,7 +41,8 @@ _MARKERS_UP_TO: Final = 40
 _BOARD: Final = (
     ("CPU", "of all cores", ("cpu_share",), True),
     ("CPU of each process", "cores kept busy", ("/cpu_cores",), False),
-    ("memory", "GB", ("ram_used_bytes", "/rss_bytes", "/pss_bytes"), False),
+    ("memory", "GB", ("ram_used_bytes",), False),
+    ("memory of each process", "MB", ("/rss_bytes", "/pss_bytes"), False),
     ("KV cells in use", "of all cells", ("/kv_share",), True),
     ("KV handed over", "MB/s", ("/kv_in_bytes_per_s", "/kv_out_bytes_per_s"), False),
     ("network", "MB/s", ("net_in_bytes_per_s", "net_out_bytes_per_s", "loopback_bytes_per_s"), False),
@@ -49,7 +50,10 @@ _BOARD: Final = (
     ("power", "W", ("power_w", "/power_w"), False),
     ("clock", "GHz", ("frequency_hz", "/frequency_hz"), False),
 )
-_FACTORS: Final[Mapping[str, float]] = {"GB": 1e-9, "MB/s": 1e-6, "GHz": 1e-9}
+_FACTORS: Final[Mapping[str, float]] = {"GB": 1e-9, "MB": 1e-6, "MB/s": 1e-6, "GHz": 1e-9}
+# A network that carries less is silent, and no drawing.
+_SILENT_MB_PER_S: Final = 0.01
+_IDLE: Final = "idle"
 _NOT_FROM_ZERO: Final = ("temperature", "clock")
 
 
@@ -187,18 +191,37 @@ def _tokens_at(request: Request, at: float) -> float:
 
 
 def resource_plots(resources: Sequence[Watched]) -> list[Plot]:
-    """Of every node in every part of the run, what it could read. Idle time before the load is left of 0."""
+    """Of every node in every part of the run, what it could read; what was watched idle comes last. Idle time before
+    the load is left of 0."""
     plots = []
-    for watched in resources:
-        where = watched.node if watched.part == "run" else f"{watched.node}, {watched.part}"
+    names = _where(resources)
+    for watched in sorted(resources, key=lambda one: one.part == _IDLE):
+        where = names[watched.node, watched.part]
         for heading, label, ends, is_share in _BOARD:
             series = _series(watched, ends, _FACTORS.get(label, 1.0))
-            if not series:
+            if not series or (label == "MB/s" and _highest(series) < _SILENT_MB_PER_S):
                 continue
             title = f"{where}: {heading}"
             y = Axis(label, low=None if heading in _NOT_FROM_ZERO else 0.0, is_share=is_share)
             plots.append(Plot(title, curves(title, series[:COLOURS], Axis("seconds since the load began"), y)))
     return plots
+
+
+def _where(resources: Sequence[Watched]) -> dict[tuple[str, str], str]:
+    """What each watched part is called: its node, where there are several, and what tells the part from others."""
+    parts = list(dict.fromkeys(one.part for one in resources if one.part != _IDLE))
+    shared = set.intersection(*(set(part.split(", ")) for part in parts)) if len(parts) > 1 else set()
+    has_nodes = len({one.node for one in resources}) > 1
+
+    def name(one: Watched) -> str:
+        told = ", ".join(piece for piece in one.part.split(", ") if piece not in shared and piece != "run")
+        return ", ".join([one.node, told] if told and (has_nodes or one.part == _IDLE) else [told or one.node])
+
+    return {(one.node, one.part): name(one) for one in resources}
+
+
+def _highest(series: Sequence[Series]) -> float:
+    return max(value for one in series for _, value in one.points if not math.isnan(value))
 
 
 def _series(watched: Watched, ends: Sequence[str], factor: float) -> list[Series]:

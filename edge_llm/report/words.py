@@ -39,6 +39,7 @@ _UNITS: Final = tuple(
         (r"(^|_)ms$", "ms"),
         (r"_ns$", "ns"),
         (r"_s$", "s"),
+        (r"^(copy|scale|read)$", "B/s"),
         (r"(^|_)bytes$", "B"),
         (r"_mb$", "MB"),
         (r"_mib$", "MiB"),
@@ -71,10 +72,13 @@ class Better(Enum):
 # Whose figure it is: others that are measured beside us, and policies that ours is held against.
 _OTHERS: Final = re.compile(
     r"(^|: )llama\.cpp(:|\.|$)|: default(:|\.|$)|(^|\.)llama_server|two llama-server|"
-    r"(^|\.)(least_busy|random|round_robin)\.|least_busy_over|llama[-_]bench"
+    r"(^|\.)(least_busy|random|round_robin)\.|least_busy_over|llama[-_]bench|(^|\.)llama_perplexity$"
 )
-# Of the generator, of what was asked, and of how it is judged.
-_ASIDE: Final = re.compile(r"(^|\.)(late_m?s|unloaded|alone|clipping|detection_goals_s|limits)\.|cpu_share\.client")
+# Of the generator, of what was asked, and of how it is judged; whether somebody else's claim holds on a board is no
+# promise of ours, and whether all limits of a load are kept depends on the load.
+_ASIDE: Final = re.compile(
+    r"(^|\.)(late_m?s|unloaded|alone|clipping|detection_goals_s|limits|claim)\.|cpu_share\.client|slowdown\.holds$"
+)
 # By the name of the figure itself; the first that fits counts.
 _WAYS: Final = tuple(
     (re.compile(pattern), better)
@@ -100,7 +104,7 @@ _WAYS: Final = tuple(
         ),
         (
             r"(^|_)(s|ms|us|ns)$|us_per_token|bytes$|_mi?b$|stall_ratio|_over_|(^|_)(perplexity|ppl|kl|kld)(_|$)|"
-            r"cpu_|sampler_share|export_share|ttft_share|^(failed|lost|refused\w*|missed\w*|not_answered|timeouts)$|"
+            r"cpu_|ram_|sampler_share|export_share|ttft_share|^(failed|lost|refused\w*|missed\w*|not_answered|timeouts)$|"
             r"temperature|_c$|(^|_)w(atts)?$|throttl|^ttft_ratio|rejection",
             Better.LOWER,
         ),

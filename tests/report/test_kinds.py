@@ -59,11 +59,13 @@ def served(*contenders: str, clients: int | None = None) -> dict[str, Any]:
 
 def test_each_contender_has_its_loads_and_all_have_one_table_of_goodput() -> None:
     part = part_of(a_record(kind="serve", figures=served("auto", "local")))
-    assert [table.title.partition(":")[0] for table in part.tables] == ["auto", "local", "Goodput"]
+    titles = [table.title.partition(":")[0] for table in part.tables]
+    assert titles == ["auto", "local", "Goodput", "Goodput of one over another's"]
     loads = dict(zip(part.tables[0].columns, zip(*part.tables[0].rows, strict=True), strict=True))
     assert loads["poisson, 1/s"][loads["figure"].index("ttft p50")] == "400 ms"
     assert loads["poisson, 4/s"][loads["figure"].index("attainment")].startswith("0 % (0 to ")
     assert [row[0] for row in part.tables[2].rows] == ["auto, 90 %", "auto, 99 %", "local, 90 %", "local, 99 %"]
+    assert [row[0] for row in part.tables[3].rows] == ["auto over local, 90 %", "auto over local, 99 %"]
 
 
 def test_open_loops_are_drawn_over_the_rate_and_limits_over_their_scale() -> None:
@@ -126,6 +128,15 @@ def test_shares_have_errors_intervals_and_chance_beside_them() -> None:
     assert "arc_easy, chance" in part.plots[0].svg
 
 
+def test_llama_perplexitys_figures_stand_beside_ours() -> None:
+    pair = {"ours": 20.02, "llama_perplexity": 20.0, "ratio": 1.001}
+    against = {"models": {"tiny": {"wikitext": {"windows": 4, "window_tokens": 512, "perplexity": pair}}}}
+    figures = accuracy_figures(items("tiny", 30)) | {"against_llama_perplexity": against}
+    table = part_of(a_record(kind="accuracy", figures=figures)).tables[-1]
+    assert table.title == "Beside llama-perplexity"
+    assert table.rows == (("tiny, wikitext", "4", "20.02, 20, 1.0010", "-", "-"),)
+
+
 def test_models_are_compared_over_tasks_that_all_of_them_have() -> None:
     cases = [*items("a", 30), *items("b", 20), *items("b", 40, "piqa")]
     record = a_record(kind="accuracy", figures=accuracy_figures(cases))
@@ -158,6 +169,24 @@ def test_columns_that_never_change_are_said_once() -> None:
     assert table.columns == ("test", "threads", "tokens/s", "roofline", "")
     assert table.rows[0] == ("tg128", "1", "40 +- 1.50", "70 %", "")
     assert "policy exact" in table.note
+
+
+def test_labels_of_rows_say_no_more_than_tells_them_apart() -> None:
+    made = [
+        {"test": test, "policy": policy, "level": level, "flash_attn": flash, "model_type": "m", "n_gen": 0}
+        | {"samples_ts": [1.0, 2.0], "avg_ts": 1.5}
+        for test in ("pp64", "pp128")
+        for policy, level, flash in (("exact", "exact", 0), ("fast", "unverified", -1))
+    ]
+    svg = part_of(a_record(kind="node", figures={"rows": made}, samples={})).plots[0].svg
+    for label in ("pp64, exact", "pp64, fast", "pp128, exact", "pp128, fast"):
+        assert f">{label}</text>" in svg
+
+
+def test_models_that_have_no_item_in_common_have_no_table_of_it() -> None:
+    figures = {"models": {"m": {"t": {"n": 1, "failed": 0, "perplexity": 2.0, "tokens": 9}}}, "reference": "m"}
+    part = part_of(a_record(kind="accuracy", figures=figures | {"against_reference": {"n": {}}}))
+    assert [table.title for table in part.tables] == ["Texts"]
 
 
 def test_a_row_that_was_cut_short_says_so() -> None:

@@ -216,8 +216,22 @@ def test_boards_are_drawn_as_far_as_they_can_be_read() -> None:
     assert [plot.title for plot in resource_plots([board])] == [
         "local: CPU",
         "local: CPU of each process",
-        "local: memory",
+        "local: memory of each process",
     ]
+
+
+def test_parts_are_called_by_what_tells_them_apart_and_the_idle_one_comes_last() -> None:
+    board = watched(cpu_share=[0.1, 0.9])
+    parts = ("idle", "pp64, policy exact, threads 1", "tg16, policy exact, threads 1")
+    titles = [plot.title for plot in resource_plots([msgspec.structs.replace(board, part=part) for part in parts])]
+    assert titles == ["pp64: CPU", "tg16: CPU", "local, idle: CPU"]
+    nodes = [msgspec.structs.replace(board, node=node) for node in ("pi-1", "pi-2")]
+    assert [plot.title for plot in resource_plots(nodes)] == ["pi-1: CPU", "pi-2: CPU"]
+
+
+def test_a_silent_network_is_no_drawing() -> None:
+    assert resource_plots([watched(net_in_bytes_per_s=[10.0, 2e3], loopback_bytes_per_s=[0.0, None])]) == []
+    assert len(resource_plots([watched(net_in_bytes_per_s=[10.0, 2e6])])) == 1
 
 
 def test_what_other_nodes_publish_is_drawn_with_their_units() -> None:

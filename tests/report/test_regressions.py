@@ -109,6 +109,16 @@ def test_a_broken_promise_is_a_regression_without_any_statistics(before: dict[st
     assert figures(after, before).regressions == []
 
 
+def test_the_papers_claim_on_a_board_is_no_promise_of_ours() -> None:
+    def row(holds: bool) -> dict[str, Any]:
+        return {"rows": [{"model": "m", "node": "pi", "claim": {"holds": holds}}]}
+
+    found = figures(row(True), row(False))
+    assert [one.path[-1] for one in found.figures] == ["holds"]
+    assert found.figures[0].verdict == "untested"
+    assert found.regressions == []
+
+
 def test_a_figure_without_samples_or_interval_is_shown_and_not_judged() -> None:
     found = figures({"resumed_s_max": 1.0}, {"resumed_s_max": 9.0})
     assert found.figures[0].verdict == "untested"

@@ -231,3 +231,29 @@ def test_a_link_to_a_record_far_away_is_its_name(tmp_path: Path) -> None:
     assert gather([far], tmp_path).evidence[0].file == "x/y/a.json"
     assert gather([far], near).evidence[0].file == "../x/y/a.json"
     assert gather([far], near / "deep").evidence[0].file == "a.json"
+
+
+@pytest.mark.parametrize(
+    ("kind", "figures", "words"),
+    [
+        (
+            "node",
+            {"rows": [{"test": "pp512", "model_type": "m", "n_prompt": 512, "avg_ts": 40.0}]},
+            "pp512 40 tokens/s",
+        ),
+        ("accuracy", {"models": {"m": {"arc_easy": {"n": 4, "acc": {"value": 0.5}}}}}, "arc_easy 50 %"),
+        ("accuracy", {"models": {"m": {"text": {"n": 1, "failed": 0, "perplexity": 20.5}}}}, "text perplexity 20.5"),
+        (
+            "serve",
+            {"contenders": {"auto": {"loads": [{"label": "closed", "figures": {"request_throughput": 1.5}}]}}},
+            "auto: 1.50 requests/s (closed)",
+        ),
+        (
+            "goodput",
+            {"traces": {"conv": {"regimes": {"a_b": {"arrangements": {"auto": {"goodput_90": {"per_s": 0.5}}}}}}}},
+            "conv, a b: auto 0.500/s",
+        ),
+    ],
+)
+def test_the_overview_has_a_main_figure_of_every_kind(kind: str, figures: dict[str, object], words: str) -> None:
+    assert KINDS[kind].main(a_record(kind=kind, figures=figures, samples={})) == words
