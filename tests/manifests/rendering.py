@@ -107,9 +107,11 @@ def release_text() -> str:
 
 
 def variants() -> dict[str, list[Manifest]]:
-    """Every overlay by a name of its own, with every source of the model, and once with all that can be added."""
+    """Every overlay by a name of its own, with every source of the model, and once with all that can be added; and the
+    Job that measures."""
     found = {f"{name}.{source}": varied(name, source) for name in OVERLAYS for source in SOURCES}
-    return found | {f"{name}.everything": varied(name, additions=ADDITIONS) for name in OVERLAYS}
+    found |= {f"{name}.everything": varied(name, additions=ADDITIONS) for name in OVERLAYS}
+    return found | {"bench": rendered(FOLDER / "bench")}
 
 
 def write_to(folder: Path) -> None:

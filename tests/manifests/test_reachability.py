@@ -9,7 +9,7 @@ from typing import Any, Final
 import pytest
 
 from tests.manifests.reachability import Edge, Peer, Port, reachable
-from tests.manifests.rendering import OVERLAYS, of_kind, overlay, varied, workloads
+from tests.manifests.rendering import FOLDER, OVERLAYS, of_kind, overlay, rendered, varied, workloads
 
 HTTP, WORKER, API, HTTPS = Port(8080), Port(9001), Port(6443), Port(443)
 DNS: Final = (Port(53, "UDP"), Port(53))
@@ -32,9 +32,6 @@ AROUND: Final = (
     Peer("client", "192.168.1.50"),
     Peer("internet", "151.101.0.223"),
     Peer("internet6", "2a04:4e42::223"),
-)
-BENCH: Final = Peer(
-    "bench", "10.42.1.99", OURS, {"app.kubernetes.io/name": "edge-llm", "app.kubernetes.io/component": "bench"}
 )
 WORKERS: Final = ("prefill", "decode", "mixed")
 PODS_ELSEWHERE: Final = ("dns", "traefik", "prometheus", "grafana", "other")
@@ -70,7 +67,9 @@ def needed(roles: Sequence[str], *, downloads: bool = True, is_scraped: bool = F
 
 def peers_of(items: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[Peer]]:
     """The roles that are rendered; their pods with the labels that they really get, and who is around them."""
-    found, roles = [*AROUND, BENCH], []
+    (bench,) = of_kind(rendered(FOLDER / "bench"), "CronJob")
+    labels = bench["spec"]["jobTemplate"]["spec"]["template"]["metadata"]["labels"]
+    found, roles = [*AROUND, Peer("bench", "10.42.1.99", OURS, labels)], []
     for number, workload in enumerate(workloads(items)):  # type: ignore[arg-type]
         labels = workload["spec"]["template"]["metadata"]["labels"]
         role = labels["edge-llm/role"]
