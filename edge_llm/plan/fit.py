@@ -35,6 +35,9 @@ SERVER_BYTES: Final = 2048 * MIB
 # in it, and a worker compares the sum with what Python has left of the limit. Of weights nothing is added: they are
 # pages of a file, which the kernel drops before it kills.
 HEAD_ROOM: Final = 0.2
+# `edge-llm verify` keeps logits to compare, which are in no sum: with the default model its sum is 790 MiB and it was
+# seen to take 820.
+VERIFY_HEAD_ROOM: Final = 0.5
 STEP_BYTES: Final = 256 * MIB
 # What `edge-llm verify` loads, whatever the worker will (commands/verify.py).
 VERIFY_SLOTS: Final = 8
@@ -103,7 +106,7 @@ class Group:
     @property
     def verify_limit_bytes(self) -> int | None:
         """None: it does not fit where the worker does."""
-        limit = limit_of(self.verify)
+        limit = limit_of(self.verify, VERIFY_HEAD_ROOM)
         return limit if limit <= self.smallest.room_bytes else None
 
     @property
@@ -122,10 +125,10 @@ class Fitted:
         return next((group for group in self.groups if group.role == role), None)
 
 
-def limit_of(needs: MemoryPlan) -> int:
-    """A container's memory limit for a worker that needs so much."""
+def limit_of(needs: MemoryPlan, head_room: float = HEAD_ROOM) -> int:
+    """A container's memory limit for a process that needs so much."""
     own = needs.total_bytes - needs.parts["weights"]
-    return math.ceil((needs.total_bytes + own * HEAD_ROOM) / STEP_BYTES) * STEP_BYTES
+    return math.ceil((needs.total_bytes + own * head_room) / STEP_BYTES) * STEP_BYTES
 
 
 def fitted(boards: Sequence[Board], settings: Settings, sizes: SizesOf, *, splits: bool, gateway_bytes: int) -> Fitted:
@@ -301,10 +304,11 @@ def _nothing(group: Group) -> str:
 def _unverified(groups: Iterable[Group]) -> Iterable[str]:
     for group in groups:
         if group.verify_limit_bytes is None:
+            needed = _mib(limit_of(group.verify, VERIFY_HEAD_ROOM))
             yield (
                 f"role {group.role}: `edge-llm verify` ({VERIFY_SLOTS} sequences of {VERIFY_N_CTX} tokens) needs "
-                f"{_mib(limit_of(group.verify))} and does not fit on {group.smallest.name}: it is left out, "
-                "and these workers' level is unverified"
+                f"{needed} and does not fit on {group.smallest.name}: it is left out, and these workers' level is "
+                "unverified"
             )
 
 

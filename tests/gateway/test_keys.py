@@ -267,6 +267,8 @@ def expected(path: str, method: str, who: str) -> tuple[set[int], str | None]:
         return {401}, "expired_api_key"
     if not who.startswith(("right", "other")):
         return {401}, "invalid_api_key"
+    if path.startswith("/cluster/"):
+        return {403}, "forbidden"  # nobody here is an operator
     if who == "other model" and method == "POST":
         return {403}, "model_not_allowed"
     if who == "other model" and path == "/v1/models/simulated":
