@@ -46,7 +46,7 @@ def needed(roles: Sequence[str], *, downloads: bool = True, is_scraped: bool = F
     edges |= {(who, "gateway", HTTP) for who in ("bench", *PODS_ELSEWHERE, *OUTSIDE)}
     # gateway/dispatch.py, cluster/probe.py, gateway/listen.py: status, events, tokenize, decode, cancel, keep
     edges |= {("gateway", worker, WORKER) for worker in workers}
-    # worker/pull.py, who fetches KV from whom:
+    # worker/pull.py, who fetches KV from whom (test_needed_edges.py shows each pair of roles at it):
     # decode <- prefill   the hand-off
     # prefill <- decode   what only a conversation's decode worker holds (worker/holders.py)
     # decode <- decode    a worker that stops gives its sequences away; checkpoints (worker/checkpoint.py)
