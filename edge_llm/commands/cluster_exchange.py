@@ -63,7 +63,8 @@ def _of_set(one: Mapping[str, Any], nodes: Mapping[str, Node]) -> Iterable[str]:
         return
     yield f"{_names(one['workers'])} exchange KV of {one['model']}, in {len(classes)} exactness classes:"
     for group in classes:
-        yield f"  {_names(group['workers'])}: token for token among themselves (class {_short(group)})"
+        words = "token for token among themselves, " if len(group["workers"]) > 1 else ""
+        yield f"  {_names(group['workers'])}: {words}class {_short(group)}"
     for first, second in combinations(classes, 2):
         why = _classes_apart(nodes[first["workers"][0]], nodes[second["workers"][0]])
         yield (

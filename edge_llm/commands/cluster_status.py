@@ -157,4 +157,6 @@ def _unanswered(discovery: Mapping[str, Any]) -> Iterable[str]:
     if discovery.get("problem"):
         yield f"where workers are is not known for sure: {discovery['problem']}"
     for silent in discovery.get("silent_workers", ()):
-        yield f"{silent['worker']} at {silent['address']} does not answer: {silent['message'] or 'not asked yet'}"
+        who = f"{silent['worker']} at {silent['address']}"
+        why = str(silent["message"]).removeprefix(f"worker {who}: ")
+        yield f"{who} does not answer: {why or 'not asked yet'}"

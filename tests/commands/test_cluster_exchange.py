@@ -41,7 +41,8 @@ def test_an_upgrade_that_changes_the_class_says_which_build_is_where_and_what_is
     )
     lines = sentences(nodes)
     assert lines[0] == "p1, d1, d2 exchange KV of m, in 2 exactness classes:"
-    assert "  p1, d1: token for token among themselves (class bbbbbbbb)" in lines
+    assert "  p1, d1: token for token among themselves, class bbbbbbbb" in lines
+    assert "  d2: class cccccccc" in lines
     (between,) = [line for line in lines if "only where that is faster" in line]
     assert "level none" in between
     assert between.endswith("build: llama_cpp_python 0.3.35, 0.3.36")
