@@ -10,7 +10,8 @@ The keys file is YAML (JSON is YAML too), a list of entries; `edge-llm serve api
     max_streams: 4               # answers at once
     models: [smollm2-135m-instruct-q4_1]
     expires: 2030-01-31          # a date (its end, UTC) or a time with its zone
-    operator: true               # sees the decisions on everybody's requests in GET /cluster, not only its tenant's
+    operator: true               # sees the decisions on everybody's requests in GET /cluster, not only its tenant's,
+                                 # and may take workers out and give them other roles (operating.py)
 
 Owns the format, the comparison and reading the file again when it changes. Refuses to know HTTP and counting. A plain
 SHA-256 is enough for what is stored: keys are 256 random bits, nobody guesses them.
