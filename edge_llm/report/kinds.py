@@ -214,5 +214,9 @@ KINDS: Final[Mapping[str, Kind]] = {
         (("holds",), ("comparisons",), ("tokens_compared",)),
         _theorem,
     ),
-    "net": Kind("The network", "Round trip, bandwidth and rate of hand-off between each pair of nodes."),
+    "net": Kind(
+        "The network",
+        "Round trip, bandwidth and rate of hand-off between each pair of nodes.",
+        (("round_trip_ms", "p50"), ("to_peer_mb_per_s",), ("from_peer_mb_per_s",)),
+    ),
 }

@@ -49,18 +49,15 @@ def serve_tables(record: Record) -> list[Table]:
     contenders = inner(record.figures, "contenders") or {}
     if not contenders:
         return figure_tables(record.figures)
-    tables: list[Table] = []
     slowdowns: dict[str, Row] = {}
     goodputs: dict[str, Row] = {}
+    loads: dict[str, dict[str, Row]] = {}
     for name, one in contenders.items():
-        loads: dict[str, Row] = {}
         for load in one.get("loads", []):
             where = f"{load.get('label')}" + ("" if load.get("is_whole", True) else " (interrupted)")
-            loads[where] = _load_row(load.get("figures") or {})
+            loads.setdefault(name, {})[where] = _load_row(load.get("figures") or {})
             if load.get("slowdown"):
                 slowdowns[f"{name}, {where}"] = flat(_slowdown_row(load["slowdown"]))
-        if loads:
-            tables.append(matrix(name, loads))
         for goal, found in (one.get("goodput") or {}).items():
             goodputs[f"{name}, {goal.replace('goodput_', '')} %"] = {
                 ("requests/s",): _between(found, "per_s", ""),
@@ -68,6 +65,7 @@ def serve_tables(record: Record) -> list[Table]:
                 ("bound",): found.get("bound"),
                 ("requests per rate",): found.get("requests_per_rate"),
             }
+    tables = _load_tables(loads)
     if goodputs:
         tables.append(matrix("Goodput: the highest rate with such an attainment", goodputs))
     ratios: dict[str, Row] = {
@@ -85,6 +83,15 @@ def serve_tables(record: Record) -> list[Table]:
         title = "Slowdown against the same request alone (Splitwise, Table VI: all nine limits must hold)"
         tables.append(matrix(title, slowdowns))
     return tables
+
+
+def _load_tables(loads: Mapping[str, Mapping[str, Row]]) -> list[Table]:
+    """One for each contender; of several under one load only, that one, so that they stand beside each other."""
+    labels = {tuple(known) for known in loads.values()}
+    if len(loads) > 1 and len(labels) == 1 and len(next(iter(labels))) == 1:
+        (label,) = next(iter(labels))
+        return [matrix(label, {name: known[label] for name, known in loads.items()})]
+    return [matrix(name, known) for name, known in loads.items()]
 
 
 def _load_row(found: Mapping[str, Any]) -> Row:
@@ -197,19 +204,20 @@ def goodput_tables(record: Record) -> list[Table]:
 
 
 def overload_plots(record: Record) -> list[Plot]:
-    """Who was let in and who was refused, second by second."""
+    """Who was let in and who was refused, second by second; each for itself: many times more are refused."""
     plots = []
     loads = dict.fromkeys(name.partition(".")[0] for name in record.samples if name.endswith(".accepted_at_s"))
     for load in loads:
-        series = []
-        for phase in ("capacity", "overload", "recovery"):
-            for what, words in (("accepted_at_s", "let in"), ("refused_at_s", "refused")):
-                times = record.samples.get(f"{load}.{phase}.{what}", [])
-                if times:
-                    series.append(Series(f"{phase}: {words}", tuple(_counts(times)), marked=(), is_stepped=True))
-        title = f"{load}: requests in each second"
-        axes = Axis("seconds since that phase began", low=0.0), Axis("requests", low=0.0)
-        plots.append(Plot(title, curves(title, series, *axes)))
+        for what, words in (("accepted_at_s", "let in"), ("refused_at_s", "refused")):
+            series = [
+                Series(phase, tuple(_counts(times)), marked=(), is_stepped=True)
+                for phase in ("capacity", "overload", "recovery")
+                if (times := record.samples.get(f"{load}.{phase}.{what}"))
+            ]
+            if series:
+                title = f"{load}: requests {words} in each second"
+                axes = Axis("seconds since that load began", low=0.0), Axis("requests", low=0.0)
+                plots.append(Plot(title, curves(title, series, *axes)))
     return plots
 
 

@@ -34,6 +34,7 @@ _COLOURS: Final[Mapping[str, int]] = {
     _DECODE: 7,
 }
 _AFTER_PREFILL: Final = ("last_chunk_ms", "handoff_ms", "adopt_ms", "first_decode_ms")
+_SHORT_MS: Final = 1000.0
 _REQUESTS: Final = 30
 _MOMENTS: Final = 240
 _MARKERS_UP_TO: Final = 40
@@ -63,14 +64,21 @@ def stage_plots(samples: Mapping[str, Sequence[float]], requests: Sequence[Reque
     rows = _sample_rows(samples)
     if rows:
         title = "a request's stages until its first token, medians"
-        drawn = [Row(who, _spans(ms, tuple(STAGES), 0.0, 1e-3)) for who, ms in rows.items()]
-        plots.append(Plot(title, stages(title, drawn, Axis("s", low=0.0), _COLOURS)))
-        if any(ms["prefill_ms"] > 10 * sum(ms.get(name, 0.0) for name in _AFTER_PREFILL) for ms in rows.values()):
+        is_long = any(span.end > _SHORT_MS for ms in rows.values() for span in _spans(ms, tuple(STAGES), 0.0, 1.0))
+        factor, unit = (1e-3, "s") if is_long else (1.0, "ms")
+        drawn = [Row(who, _spans(ms, tuple(STAGES), 0.0, factor)) for who, ms in rows.items()]
+        plots.append(Plot(title, stages(title, drawn, Axis(unit, low=0.0), _COLOURS)))
+        has_parts = any(sum(name in ms for name in _AFTER_PREFILL) > 1 for ms in rows.values())
+        if has_parts and any(_is_mostly_prefill(ms) for ms in rows.values()):
             title = "the same, after the prompt was read"
             drawn = [Row(who, _spans(ms, _AFTER_PREFILL, 0.0, 1.0)) for who, ms in rows.items()]
             axis = Axis("ms since the last call of prefill ended", low=0.0)
             plots.append(Plot(title, stages(title, drawn, axis, _COLOURS)))
     return [*plots, *_request_plots(requests)]
+
+
+def _is_mostly_prefill(ms: Mapping[str, float]) -> bool:
+    return ms["prefill_ms"] > 10 * sum(ms.get(name, 0.0) for name in _AFTER_PREFILL)
 
 
 def _sample_rows(samples: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
