@@ -46,6 +46,8 @@ from edge_llm.worker.stream import ClosingStream
 from edge_llm.worker.tickets import KeyRing
 
 _DRAIN_POLL_S: Final = 0.05
+# Workers close connections that were idle for 5 s (uvicorn): let go before, so that no request meets one that closes.
+IDLE_S: Final = 4.0
 log = structlog.get_logger()
 
 
@@ -70,7 +72,7 @@ class Gateway:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Connect to the cluster and keep looking at it."""
-        connector = aiohttp.TCPConnector(limit=0)
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_S)
         async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None)) as session:
             client = WorkerClient(session, self._keys, self.name, time.time, lambda: secrets.token_hex(12))
             config = self.config

@@ -1,7 +1,9 @@
 """The contract between gateway and workers, and between workers: one file, frozen, versioned, closed.
 
 Every JSON body between our own processes is one of these. Unknown fields, wrong types and numbers out of
-bounds are refused (`decode` raises RemoteProtocolError). No pickle, no class lookup by name.
+bounds are refused (`decode` raises RemoteProtocolError). No pickle, no class lookup by name. One exception: what a
+worker says of itself (WorkerStatus and its parts) may have fields that are not known here. While a cluster is updated,
+an older gateway must see newer workers, and a field that says more asks for nothing. New fields there need a default.
 Pure: knows neither sockets nor engines. Bytes of KV are kv/frames.py's business.
 
 Routes of a worker (every one but /healthz, /readyz and /metrics needs a ticket, worker/tickets.py; those three answer
@@ -276,7 +278,7 @@ class EventBatch(Message, frozen=True, kw_only=True):
     failed: list[Failed] = []
 
 
-class Rates(Message, frozen=True, kw_only=True):
+class Rates(Message, frozen=True, kw_only=True, forbid_unknown_fields=False):
     """How long work takes on a worker, in seconds, as measured (engine/rates.py; 0 samples: estimated at start, or not
     at all when the coefficients are 0 too):
 
@@ -296,7 +298,7 @@ class Rates(Message, frozen=True, kw_only=True):
     prompt_steps: Seconds = 0.0
 
 
-class Link(Message, frozen=True, kw_only=True):
+class Link(Message, frozen=True, kw_only=True, forbid_unknown_fields=False):
     """The way from `peer` to this worker, measured while it sent KV: how fast bytes came that were there to be sent
     (0: too few came at once), and the shortest time between a question and the beginning of its answer."""
 
@@ -306,7 +308,7 @@ class Link(Message, frozen=True, kw_only=True):
     samples: Count
 
 
-class Board(Message, frozen=True, kw_only=True):
+class Board(Message, frozen=True, kw_only=True, forbid_unknown_fields=False):
     """The machine under a worker. Shares are 0 to 1, of all cores and of all memory; what a board cannot tell is None
     or missing. `throttled`: what holds it back now, by kind."""
 
@@ -321,7 +323,7 @@ class Board(Message, frozen=True, kw_only=True):
 WIDE_ROWS: Final = 8
 
 
-class Load(Message, frozen=True, kw_only=True):
+class Load(Message, frozen=True, kw_only=True, forbid_unknown_fields=False):
     """What changes while a worker runs. Since start: widest_decode_rows shared one decode call, wide_decode_calls had
     WIDE_ROWS rows or more; prompts_met found another prompt being computed when they came; of prefix_query_tokens
     looked up, prefix_hit_tokens were kept here; generated_tokens were made and computed_tokens of prompts read."""
@@ -346,7 +348,7 @@ class Load(Message, frozen=True, kw_only=True):
     links: list[Link] = []
 
 
-class WorkerStatus(Message, frozen=True, kw_only=True):
+class WorkerStatus(Message, frozen=True, kw_only=True, forbid_unknown_fields=False):
     """What a worker is and how busy it is.
 
     role is what it was started as or told to be since; what it can do is said by slots (> 0: decodes) and
