@@ -311,7 +311,9 @@ class Kubernetes(Discovery):
             async with asyncio.timeout(limit_s):
                 yield
         except TimeoutError as error:
-            raise ApiTrouble(f"cannot {verb} EndpointSlices: nothing came for {limit_s:.0f} s") from error
+            raise ApiTrouble(
+                f"cannot {verb} EndpointSlices: the answer did not come to its end within {limit_s:.0f} s"
+            ) from error
         except (aiohttp.ClientError, ApiException, loading.ConfigException, OSError) as error:
             raise ApiTrouble(f"cannot {verb} EndpointSlices: {error or type(error).__name__}") from error
         except (msgspec.DecodeError, ValueError) as error:

@@ -36,7 +36,7 @@ from tests.loopback import until
 pytestmark = pytest.mark.anyio
 
 # As short as may be: what a test waits for is an event, never one of these.
-SHORT = Patience(list_s=5, watch_s=1, grace_s=0.1, resync_s=300, backoff_s=(0.01, 0.05), first_s=5)
+SHORT = Patience(list_s=5, watch_s=1, grace_s=5, resync_s=300, backoff_s=(0.01, 0.05), first_s=5)
 
 
 def decode(*pods: Object, name: str = "decode-1", **more: Any) -> Object:
@@ -306,19 +306,19 @@ async def test_a_start_does_not_wait_long_for_an_api_server_that_says_nothing(sc
 async def test_a_list_that_hangs_is_given_up_and_asked_for_again(scene: Scene) -> None:
     scene.server.is_hanging = True
     cluster = await scene.watch(replace(SHORT, list_s=0.2))
-    assert "nothing came for" in cluster.heard().problem
+    assert "did not come to its end within" in cluster.heard().problem
     scene.server.is_hanging = False
     await scene.server.put(decode(endpoint("d-0", "10.42.1.7")))
     await until(are(cluster, "d-0"))
 
 
 async def test_a_watch_that_died_without_a_word_is_given_up(scene: Scene) -> None:
-    cluster = await scene.watch()
+    cluster = await scene.watch(replace(SHORT, grace_s=0.1))
     scene.server.is_deaf = True
     await scene.is_watched()
     await scene.server.put(decode(endpoint("d-0", "10.42.1.7")))
     await until(are(cluster, "d-0"))
-    assert scene.asked("list") == 2
+    assert scene.asked("list") >= 2
 
 
 async def test_an_event_that_got_lost_is_made_up_for_by_the_next_list(scene: Scene) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,24 +16,26 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from edge_llm.cluster.kubernetes import Kubernetes, Patience, client_of
 from edge_llm.config import GatewayConfig, WorkerConfig
+from edge_llm.engine.engine import EngineFacts
 from edge_llm.engine.sequencer import Sequencer
 from edge_llm.engine.simulated import SimulatedBackend, SimulatedSettings, SimulatedVocabulary
 from edge_llm.errors import ConfigError
 from edge_llm.gateway.app import Gateway, create_app
 from edge_llm.gateway.keys import NoKeys
 from edge_llm.gateway.serve import discovery_of
+from edge_llm.kv.snapshot import Identity
 from edge_llm.worker.app import Worker
 from edge_llm.worker.app import create_app as worker_app
 from edge_llm.worker.client import Peer
 from edge_llm.worker.messages import Role, encode
 from edge_llm.worker.tickets import KeyRing
 from tests.cluster.fake_apiserver import NAMESPACE, FakeApiServer, endpoint, endpoint_slice, kubeconfig, serving_api
-from tests.loopback import DEADLINE_S, KEYS, Cluster, Node, listening, running_cluster, until
+from tests.loopback import DEADLINE_S, KEYS, Cluster, Node, listening, running_cluster, settings_of, until
 from tests.nodes import node_of
 
 pytestmark = pytest.mark.anyio
 ASK = {"prompt": "hello", "max_tokens": 4, "temperature": 0, "edge_llm": {"mode": "split"}}
-SHORT = Patience(list_s=5, watch_s=1, grace_s=0.1, backoff_s=(0.01, 0.05))
+SHORT = Patience(list_s=5, watch_s=1, grace_s=5, backoff_s=(0.01, 0.05))
 
 
 @dataclass
@@ -81,6 +83,14 @@ class Scene:
 
     def knows(self, *workers: str) -> bool:
         return sorted(node.worker for node in self.gateway.dispatcher.view.nodes) == sorted(workers)
+
+
+class AnotherBuild(SimulatedBackend):
+    """Its KV is not what that of other builds is."""
+
+    @property
+    def facts(self) -> EngineFacts:
+        return replace(super().facts, identity=Identity("d" * 64, "e" * 64))
 
 
 @asynccontextmanager
@@ -164,6 +174,27 @@ async def test_a_worker_that_calls_itself_another_than_its_pod_is_refused_and_to
         (silent,) = (await scene.get("/cluster"))["discovery"]["silent_workers"]
         assert silent["worker"] == "d-1"
         assert "d-9" in silent["message"]
+
+
+async def test_old_and_new_builds_side_by_side_share_kv_where_it_means_the_same_and_no_request_fails(
+    scene: Scene,
+) -> None:
+    """A rolling update: prefill and one decode worker are of the new build, whose KV means something else."""
+    await scene.start("decode", "d-old")
+    new = AnotherBuild(settings_of("prefill"))
+    await scene.name(await scene.cluster.start("prefill", "p-new", backend=new), "prefill")
+    async with serving(scene):
+        assert await scene.mode() == "local", "nothing to exchange yet"
+        both = await scene.cluster.start("decode", "d-new", backend=AnotherBuild(settings_of("decode")))
+        await scene.name(both, "decode")
+        await until(lambda: scene.knows("d-old", "d-new", "p-new"))
+        assert {await scene.mode() for _ in range(6)} == {"split"}
+        await scene.api.delete("slice-of-d-new")
+        await until(lambda: scene.knows("d-old", "p-new"))
+        assert await scene.mode() == "local"
+        nodes = {node["worker"]: node for node in (await scene.get("/cluster"))["nodes"]}
+        assert nodes["d-old"]["compatibility"] != nodes["p-new"]["compatibility"]
+        assert nodes["d-old"]["version"]
 
 
 async def test_a_pod_with_another_cluster_key_is_refused_and_told_apart(scene: Scene) -> None:
