@@ -21,6 +21,7 @@ from typing import Any, Final, Literal
 import numpy as np
 import numpy.typing as npt
 
+from edge_llm.engine.cpu import check_cpu
 from edge_llm.errors import EngineFailed, RestoreRefused
 from edge_llm.kv.snapshot import Policy
 from edge_llm.pages import ordinary_pages
@@ -42,6 +43,7 @@ def library() -> Any:
     environment once, at the first matmul of the process."""
     os.environ.setdefault("GGML_CPU_TILED_MM", "0")
     os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # an assertion must die at once, not wait for a debugger
+    check_cpu()
     from llama_cpp import llama_cpp as lib
 
     lib.llama_log_set(_quiet(lib), ctypes.c_void_p(0))
@@ -68,9 +70,9 @@ def use_tiled_kernels(is_wanted: bool) -> None:
 
 def build_facts() -> dict[str, str]:
     """What was built: package version and ggml's own list of features and flags (llama_print_system_info)."""
+    info = library().llama_print_system_info().decode()  # first: it asks the CPU before anything of llama.cpp loads
     import llama_cpp
 
-    info = library().llama_print_system_info().decode()
     return {"llama_cpp_python": str(llama_cpp.__version__), "system_info": info.strip()}
 
 
