@@ -148,7 +148,7 @@ class Kubernetes(Discovery):
         self._unknown: dict[str, str] = {}
         self._on_news: OnNews = lambda _: None
         self._tried = asyncio.Event()
-        self._heard_s = clock()
+        self._heard_s = self._failing_s = clock()
         self._problem = self._said = ""
         self._said_s, self._is_said = float("-inf"), False
         self._places: tuple[Place, ...] = ()
@@ -288,7 +288,10 @@ class Kubernetes(Discovery):
 
     def _say(self, problem: str) -> None:
         """A failure is said once a minute while it lasts, and at once when it is another one."""
-        self._problem, now_s = problem, self._clock()
+        now_s = self._clock()
+        if not self._problem:
+            self._failing_s = self._heard_s
+        self._problem = problem
         if problem != self._said or now_s - self._said_s >= REPEAT_S:
             self._said, self._said_s, self._is_said = problem, now_s, True
             log.warning(
@@ -300,7 +303,7 @@ class Kubernetes(Discovery):
 
     def _well(self) -> None:
         if self._is_said:
-            log.info("the Kubernetes API server answers again", silent_s=round(self._clock() - self._heard_s, 1))
+            log.info("the Kubernetes API server answers again", silent_s=round(self._clock() - self._failing_s, 1))
         self._problem, self._is_said = "", False
         self._heard_s = self._clock()
 

@@ -269,7 +269,14 @@ async def _body(peer: Peer, reply: aiohttp.ClientResponse) -> bytes:
             raise RemoteProtocolError(f"worker {peer.worker} sent a reply of more than {MAX_REPLY_BYTES} bytes")
     if reply.status < 300:
         return data
-    raise error_of(decode(ErrorReply, data), peer.worker)
+    try:
+        said = decode(ErrorReply, data)
+    except RemoteProtocolError as error:
+        raise RemoteProtocolError(
+            f"what answers at {peer.address} as worker {peer.worker}, with HTTP status {reply.status}, is no worker: "
+            f"{error.message}"
+        ) from error
+    raise error_of(said, peer.worker)
 
 
 def error_of(reply: ErrorReply, worker: str) -> EdgeLLMError:

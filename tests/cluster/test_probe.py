@@ -273,6 +273,15 @@ async def test_who_does_not_prove_to_have_the_cluster_key_is_no_worker(scene: Sc
     assert "does not prove that it has the cluster key" in why
 
 
+async def test_another_program_at_a_workers_address_is_called_that(scene: Scene) -> None:
+    app = FastAPI()
+    async with listening(app) as (address, _):
+        scene.discovery.written = (Place("d1", address),)
+        assert await scene.probed() == []
+        ((_place, why),) = scene.prober.silent
+        assert f"what answers at {address} as worker d1, with HTTP status 404, is no worker" in why
+
+
 async def test_a_proof_is_good_for_one_answer_only(scene: Scene) -> None:
     forged = await scene.start(node_of("d1", "decode"))
     assert await scene.probed() == ["d1"]
