@@ -12,7 +12,7 @@ from tests.loopback import CHUNK, prompt_of, running_cluster, undisturbed, until
 
 pytestmark = pytest.mark.anyio
 SLOW = SimulatedSettings(n_ctx=512, slots=4, chunk_tokens=CHUNK, decode_run_s=0.01)
-PROMPT, TOKENS = prompt_of(3 * CHUNK), 200
+PROMPT, TOKENS = prompt_of(3 * CHUNK), 40
 
 
 async def readiness(service: Service) -> tuple[int, str]:
@@ -21,7 +21,7 @@ async def readiness(service: Service) -> tuple[int, str]:
 
 
 async def test_while_clients_still_come_they_are_answered_for_the_last_time_on_their_connection() -> None:
-    async with running_cluster() as cluster, serving(cluster, leaving_s=0.1) as service:
+    async with running_cluster() as cluster, serving(cluster, leaving_s=60, drain_s=60) as service:
         await service.start("decode", "d1", SLOW)
         assert "connection" not in (await service.post(COMPLETIONS, asking(PROMPT))).headers
         async with service.streaming(COMPLETIONS, asking(PROMPT, max_tokens=TOKENS)) as streamed:
@@ -34,6 +34,8 @@ async def test_while_clients_still_come_they_are_answered_for_the_last_time_on_t
             assert not draining.done()
             await streamed.whole()
         assert streamed.own["token_ids"] == undisturbed(PROMPT, TOKENS)
+        # as if nobody had come for so long
+        service.gateway.config = service.gateway.config.model_copy(update={"leaving_s": 0.0})
         await draining
         refused = await service.post(COMPLETIONS, asking(PROMPT))
         assert (refused.status, refused.error["code"], refused.headers["connection"]) == (503, "draining", "close")
