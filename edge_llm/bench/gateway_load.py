@@ -78,7 +78,6 @@ async def measure(plan: Plan, launch: LoadLaunch, keys: KeyRing, run: Run, progr
         **asdict(plan),
         "answer_tokens": plan.answer_tokens,
         "arrivals": f"{_PER_S:g} streams/s",
-        "niceness": _BEHIND,
     }
     size = ("--slots", str(SLOTS), "--n-ctx", str(plan.answer_tokens + 64), "--simulated-prompt-tokens-per-s", "0")
     step = ("--simulated-step-s", str(1 / plan.tokens_per_s))
