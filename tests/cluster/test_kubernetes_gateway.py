@@ -15,7 +15,8 @@ from fastapi import FastAPI, Request, Response
 from prometheus_client.parser import text_string_to_metric_families
 
 from edge_llm.cluster.kubernetes import Kubernetes, Patience, client_of
-from edge_llm.config import GatewayConfig, WorkerConfig
+from edge_llm.config import GatewayConfig, WorkerConfig, load_settings
+from edge_llm.doctor.settings import Settings, check_gateway
 from edge_llm.engine.engine import EngineFacts
 from edge_llm.engine.sequencer import Sequencer
 from edge_llm.engine.simulated import SimulatedBackend, SimulatedSettings, SimulatedVocabulary
@@ -237,3 +238,16 @@ def test_a_gateway_is_told_its_workers_in_one_way(tmp_path: Path) -> None:
     assert discovery_of(GatewayConfig(workers_file=workers)).places() == ()
     with pytest.raises(ConfigError, match="nowhere"):
         discovery_of(GatewayConfig(kubernetes_namespace="edge-llm", kubeconfig=tmp_path / "nowhere"))
+
+
+def test_the_namespace_is_a_setting_as_the_downward_api_gives_it(tmp_path: Path) -> None:
+    environ = {"XDG_CONFIG_HOME": str(tmp_path), "EDGE_LLM_GATEWAY_KUBERNETES_NAMESPACE": "edge-llm"}
+    assert load_settings(GatewayConfig, {}, None, environ).kubernetes_namespace == "edge-llm"
+    with pytest.raises(ConfigError, match=r"EDGE_LLM_GATEWAY_KUBERNETES_NAMESPACE.*Edge LLM"):
+        load_settings(GatewayConfig, {}, None, environ | {"EDGE_LLM_GATEWAY_KUBERNETES_NAMESPACE": "Edge LLM"})
+
+
+def test_the_doctor_looks_at_a_gateway_that_finds_its_workers_in_a_namespace(tmp_path: Path) -> None:
+    config = GatewayConfig(kubernetes_namespace="edge-llm", no_auth=True, key_file=tmp_path / "key")
+    (finding,) = check_gateway(Settings(gateway=config))
+    assert "the namespace edge-llm" in str(finding)
