@@ -8,13 +8,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 SETUP = $(PYTHON) -I edge_llm/bootstrap.py
 
-.PHONY: help up test lint types unit verify lock reference-tools setup setup-dev clean
+.PHONY: help up test lint types unit verify lock reference-tools setup setup-dev clean manifests manifests-check
 
 help:
 	@echo "make up               set up, then run a local cluster (ARGS='--port 9000' passes options on)"
 	@echo "make test             set up, then run every check"
 	@echo "make verify           measure on this machine how exact this build is (ARGS='--model NAME')"
 	@echo "make reference-tools  build llama.cpp's own tools to compare with"
+	@echo "make manifests        write the version and install.yaml into k3s_manifests"
+	@echo "make manifests-check  checkov's policies on every overlay (installs 290 MB once)"
 	@echo "make lock             resolve pyproject.toml again into the lock files"
 	@echo "make clean            remove the environment and caches of this folder (not the user's cache)"
 
@@ -45,6 +47,19 @@ verify: setup
 
 reference-tools: setup
 	$(BIN)/edge-llm bench reference-tools
+
+# What `make test` compares with: the version in the manifests, and install.yaml.
+manifests: setup-dev
+	$(BIN)/python -m tests.manifests.rendering
+
+# 290 MB of checkov in an environment of its own, so not part of `make test`.
+CHECKOV ?= .venv-checkov
+manifests-check: setup-dev
+	@test -x $(CHECKOV)/bin/checkov || { $(PYTHON) -m venv $(CHECKOV) && \
+		$(CHECKOV)/bin/pip install --quiet --require-hashes -r tests/manifests/checkov.lock; }
+	rm -rf dist/manifests
+	$(BIN)/python -m tests.manifests.rendering dist/manifests
+	$(CHECKOV)/bin/checkov --config-file tests/manifests/checkov.yaml --directory dist/manifests
 
 # The files name no index: whoever installs uses an index of their own, the hashes say whether it gave the right bytes.
 LOCK = $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-emit-find-links \
