@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import atexit
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +36,7 @@ from tests.kubernetes.ledger import Ledger
 from tests.kubernetes.models import Shelf
 from tests.kubernetes.outside import outside
 from tests.kubernetes.shell import Broken, moved_to
-from tests.kubernetes.site import NODE_PORT, OUTSIDE
+from tests.kubernetes.site import NODE_PORT, OUTSIDE, PREFIX
 from tests.kubernetes.stage import ROLES, NotHere, Scenario, Stage
 
 ALL: Final[tuple[Scenario, ...]] = (
@@ -105,7 +108,7 @@ def _tested(asked: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, _as_interrupt)
     run = Run("test-cluster", ["make", "test-cluster", *sys.argv[1:]], {"only": asked.only}, folder=asked.output)
     run.models.append(local_model(DEFAULT_MODEL, lambda *_: None).facts)
-    ledger = Ledger(run, KUBERNETES)
+    ledger, image = Ledger(run, KUBERNETES), _kept(image)
     ledger.say(
         f"edge-llm {edge_llm.__version__}, commit {run.source.commit}{' and changes' * bool(run.source.is_dirty)}"
     )
@@ -115,7 +118,7 @@ def _tested(asked: argparse.Namespace) -> int:
     is_complete = False
     try:
         with cluster(len(ROLES), {"edge-llm": image}, labels, shelf.stock, ledger.say) as made, moved_to(OUTSIDE):
-            asyncio.run(_played(made, ledger, asked, measured))
+            asyncio.run(_played(made, ledger, asked, shelf, measured))
             is_complete = True
     except KeyboardInterrupt:
         print("interrupted: keeping what was tried", file=sys.stderr)
@@ -125,17 +128,27 @@ def _tested(asked: argparse.Namespace) -> int:
     return 130 if not is_complete else 1 if ledger.failed else 0
 
 
+def _kept(image: Path) -> Path:
+    """A copy: all nodes import the same bytes, whoever builds the next one meanwhile."""
+    folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}image-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(shutil.copy(image, folder))
+
+
 def _as_interrupt(_signal: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-async def _played(made: Cluster, ledger: Ledger, asked: argparse.Namespace, measured: dict[str, object]) -> None:
+async def _played(
+    made: Cluster, ledger: Ledger, asked: argparse.Namespace, shelf: Shelf, measured: dict[str, object]
+) -> None:
     keys = make_keys(made.site.run / "keys")
     edge = Deployed(made, keys)
-    async with outside(f"http://{made.site.control.ip}:{NODE_PORT}", keys.api_key) as client:
+    async with outside(f"http://{made.site.control.ip}:{NODE_PORT}", keys.api_key.read_text()) as client:
         stage = Stage(made, edge, client, ledger, "", measured=measured)
         for number, scenario in enumerate(_chosen(asked)):
             is_well = await _play(stage, scenario)
+            shelf.keep_levels(made.site.run / "volumes")
             if not is_well and number < _FIRST:
                 ledger.say("without that nothing else can be tried")
                 break

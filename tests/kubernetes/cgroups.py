@@ -13,6 +13,8 @@ from typing import Final
 _ROOT: Final = Path("/sys/fs/cgroup")
 _V1: Final = ("cpu", "cpuacct", "cpuset", "memory", "devices", "freezer", "blkio", "pids", "systemd")
 _V2: Final = ("cpuset", "cpu", "io", "memory", "pids")
+# A whole board, not one process among those of this machine.
+_WEIGHT: Final = 32
 
 
 def is_v2() -> bool:
@@ -27,10 +29,13 @@ def make(name: str) -> None:
             with suppress(OSError):  # one that this kernel does not have; the kubelet says which it misses
                 control.write_text(f"+{controller}")
         (_ROOT / name).mkdir(exist_ok=True)
+        with suppress(OSError):
+            (_ROOT / name / "cpu.weight").write_text(str(_WEIGHT * 100))
         return
     for controller in _V1:
         if (_ROOT / controller).is_dir():
             (_ROOT / controller / name).mkdir(exist_ok=True)
+    (_ROOT / "cpu" / name / "cpu.shares").write_text(str(_WEIGHT * 1024))
     for file in ("cpuset.cpus", "cpuset.mems"):  # a new set is empty, and nothing may run in an empty one
         (_ROOT / "cpuset" / name / file).write_text((_ROOT / "cpuset" / file).read_text())
 

@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -168,8 +169,13 @@ def _up(
     lap("control plane ready")
     pause = made.site.run / "pause.tar"
     oci.write_image(pause, PAUSE, {"pause": (made.site.binaries / "pause").read_bytes()}, ["/pause"])
-    for board in made.boards:
-        board.start({"pause": pause, **images}, labels.get(board.node.name, {}))
+    with ThreadPoolExecutor(len(made.boards)) as pool:
+        started = [
+            pool.submit(board.start, {"pause": pause, **images}, labels.get(board.node.name, {}))
+            for board in made.boards
+        ]
+        for one in started:
+            one.result()
     lap("nodes started, images imported")
     # the API answers so early that these do not exist yet: without them the first pods are refused
     names = [f"node/{board.node.name}" for board in made.boards]

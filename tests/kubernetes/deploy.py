@@ -39,24 +39,25 @@ class Keys:
 
     cluster_key: Path
     api_keys: Path
-    api_key: str
+    api_key: Path
 
 
 def make_keys(folder: Path) -> Keys:
     folder.mkdir(parents=True, exist_ok=True)
     edge_llm = (sys.executable, "-m", "edge_llm", "serve")
-    keys = Keys(folder / "cluster.key", folder / "api-keys.yaml", "")
+    keys = Keys(folder / "cluster.key", folder / "api-keys.yaml", folder / "api-key")
     keys.cluster_key.write_text(run(*edge_llm, "key"))
     # the key itself comes on stderr, once
     both = run("sh", "-c", '"$@" 2>&1', "sh", *edge_llm, "api-key", "--name", "test")
     found = re.search(r"shown this once: (\S+)", both)
     if found is None:
         raise Broken(f"edge-llm serve api-key showed no key: {both}")
-    line = "\n".join(line for line in both.splitlines() if "shown this once" not in line)
-    keys.api_keys.write_text(f"{line.rstrip()}\n  operator: true\n")
-    for path in (keys.cluster_key, keys.api_keys):
+    line = next(line for line in both.splitlines() if line.startswith("- {"))
+    keys.api_keys.write_text(f"{line.rstrip().removesuffix('}')}, operator: true}}\n")
+    keys.api_key.write_text(found[1])
+    for path in (keys.cluster_key, keys.api_keys, keys.api_key):
         path.chmod(0o600)
-    return Keys(keys.cluster_key, keys.api_keys, found[1])
+    return keys
 
 
 @dataclass(slots=True)
@@ -79,7 +80,7 @@ class Deployed:
 
     def apply(self, overlay: Path | None = None) -> str:
         """`kubectl apply -k`: nothing else installs edge-llm here."""
-        return self.cluster.kubectl("apply", "-k", overlay or self.overlay, deadline_s=120)
+        return self.cluster.kubectl("apply", "-k", overlay or self.overlay, deadline_s=300)
 
     def make_secret(self) -> None:
         """README's command."""

@@ -19,6 +19,7 @@ from tests.kubernetes.shell import run
 
 # In a volume that is mounted at /var/lib/edge-llm
 MODELS: Final = Path("models")
+STATE: Final = "edge-llm"
 LEVELS: Final = "levels"
 WIDE: Final = "random-wide-kv-Q8_0-1.gguf"
 _USER: Final = 10001
@@ -56,17 +57,14 @@ class Shelf:
         for name, path in self.files().items():
             shutil.copyfile(path, target / name)
         if self._levels.is_dir():
-            for path in self._levels.rglob("*.json"):
-                place = folder / path.relative_to(self._levels)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, place)
+            shutil.copytree(self._levels, folder / STATE / LEVELS)
         # as `chown -R 10001:10001`: pods are user 10001
         for path in (folder, *folder.rglob("*")):
             shutil.chown(path, _USER, _USER)
 
-    def keep_levels(self, volume: Path) -> None:
-        """What was measured in there, for later volumes."""
-        for path in volume.rglob(f"{LEVELS}/*.json"):
-            place = self._levels / path.relative_to(volume)
+    def keep_levels(self, volumes: Path) -> None:
+        """What was measured in there, for later volumes. `volumes`: folders of nodes with their volumes."""
+        for path in volumes.glob(f"*/*/{STATE}/{LEVELS}/*.json"):
+            place = self._levels / path.name
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, place)

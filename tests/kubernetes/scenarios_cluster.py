@@ -67,11 +67,7 @@ async def _reads_prompts(stage: Stage, load: Load, worker: str) -> None:
 
 def _edge_llm(stage: Stage, *words: str, with_gateway: bool = True, deadline_s: float = 240.0) -> str:
     """A command of ours, from the client's place outside, with our kubectl."""
-    key = stage.cluster.site.run / "keys" / "api-key"
-    if not key.exists():
-        key.write_text(stage.edge.keys.api_key)
-        key.chmod(0o600)
-    gateway = ("--url", stage.outside.url, "--api-key-file", str(key)) if with_gateway else ()
+    gateway = ("--url", stage.outside.url, "--api-key-file", str(stage.edge.keys.api_key)) if with_gateway else ()
     environment = {"PATH": f"{stage.cluster.site.binaries}:/usr/sbin:/usr/bin:/sbin:/bin"}
     command = (sys.executable, "-m", "edge_llm", *words, *gateway)
     return run(*command, deadline_s=deadline_s, environment=environment)
@@ -104,8 +100,7 @@ async def benches_inside(stage: Stage) -> str:
     """`edge-llm bench serve --cluster`: a Job measures in the cluster, its record comes back."""
     if not (SHIPPED / "bench").is_dir():
         raise NotHere("no bench Job ships")
-    key = f"--from-literal=api-key={stage.edge.keys.api_key}"
-    await stage.do("create", "secret", "generic", "edge-llm-bench-key", key)
+    await stage.do("create", "secret", "generic", "edge-llm-bench-key", f"--from-file={stage.edge.keys.api_key}")
     await asyncio.to_thread(stage.edge.apply, SHIPPED / "bench")
     # instead of the cluster's DNS, which is not here
     address = stage.edge.get("service", "edge-llm")["spec"]["clusterIP"]

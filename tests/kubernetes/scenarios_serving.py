@@ -6,6 +6,7 @@ import asyncio
 import json
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any, Final
 
 from tests.kubernetes import net
@@ -19,7 +20,7 @@ from tests.kubernetes.deploy import (
 )
 from tests.kubernetes.outside import differences, proven
 from tests.kubernetes.shell import Broken, inside, run
-from tests.kubernetes.site import OUTSIDE
+from tests.kubernetes.site import OUTSIDE, Node
 from tests.kubernetes.stage import Scenario, Stage
 
 WIDE: Final = OVERLAYS / "wide-kv"
@@ -154,7 +155,7 @@ async def survives_deletion(stage: Stage) -> str:
     said = []
     for seed, words in ((11, ()), (12, ("--grace-period=0", "--force"))):
         body = stage.body(seed, answer=160)
-        reference = await stage.outside.ask({**body, "edge_llm": {"mode": "local", "return_token_ids": True}})
+        reference = await stage.outside.ask(_alone(body))
         stream, task = stage.outside.stream(body)
         await stage.outside.after_tokens(stream, task, 20)
         struck_s = time.monotonic()
@@ -229,20 +230,16 @@ async def survives_a_cut_link(stage: Stage) -> str:
     """A node's cable is pulled: the gateway stops using it within 6 s, its streams go on elsewhere, token for token."""
     stage.edge.scale(DECODE, 2)
     await stage.outside.until("a second decode worker", lambda ready: "edge-llm-decode-1" in ready, 300)
+    worker, node = _without_gateway(stage)
     bodies = [stage.body(31 + at, answer=200) for at in range(4)]
-    references = [
-        await stage.outside.ask({**body, "edge_llm": {"mode": "local", "return_token_ids": True}}) for body in bodies
-    ]
+    references = [await stage.outside.ask(_alone(body)) for body in bodies]
     started = [stage.outside.stream(body) for body in bodies]
     for stream, task in started:
         await stage.outside.after_tokens(stream, task, 10)
-    node = next(node for node in stage.cluster.site.nodes if node.name == stage.edge.node_of("edge-llm-decode-0"))
     struck_s = time.monotonic()
     net.cut(node)
     try:
-        gone_s = await stage.outside.until(
-            "the cut node's worker out of use", lambda r: "edge-llm-decode-0" not in r, 30
-        )
+        gone_s = await stage.outside.until("the cut node's worker out of use", lambda ready: worker not in ready, 30)
         await asyncio.gather(*(task for _, task in started))
         tokens = proven([stream for stream, _ in started], references)
         resumed_s = max(stream.resumed_after_s(struck_s) or 0.0 for stream, _ in started)
@@ -255,11 +252,26 @@ async def survives_a_cut_link(stage: Stage) -> str:
     }
     if gone_s > _DETECTED_S:
         raise Broken(f"the gateway used the cut node for {gone_s:.1f} s, more than {_DETECTED_S:.0f} s")
-    back_s = await stage.outside.until("the mended node's worker back", lambda ready: "edge-llm-decode-0" in ready, 120)
+    back_s = await stage.outside.until("the mended node's worker back", lambda ready: worker in ready, 120)
     return (
-        f"out of use after {gone_s:.1f} s; 4 streams, {tokens} tokens equal, all went on within {resumed_s:.1f} s; "
+        f"{worker} out of use after {gone_s:.1f} s; 4 streams, {tokens} tokens equal, all on within {resumed_s:.1f} s; "
         f"meanwhile {during.own['decode_node']} answered; used again {back_s:.1f} s after it was mended"
     )
+
+
+def _without_gateway(stage: Stage) -> tuple[str, Node]:
+    """A decode worker, and its node, which has no gateway: a gateway that is cut off takes its clients with it."""
+    gateways = {pod["spec"]["nodeName"] for pod in stage.edge.pods("gateway")}
+    for worker in ("edge-llm-decode-0", "edge-llm-decode-1"):
+        name = stage.edge.node_of(worker)
+        if name not in gateways:
+            return worker, next(node for node in stage.cluster.site.nodes if node.name == name)
+    raise Broken(f"every decode worker has a gateway beside it: {sorted(gateways)}")
+
+
+def _alone(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The same request on one worker alone."""
+    return {**body, "edge_llm": {"mode": "local", "return_token_ids": True}}
 
 
 SCENARIOS: Final = (

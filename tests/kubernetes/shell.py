@@ -158,9 +158,9 @@ class Daemons:
 
 
 def _born(pid: int) -> int:
-    """When a process began, in ticks since the machine did; 0: it is gone."""
+    """When a process began, in ticks since the machine did; 0: it is gone, whether anybody took notice or not."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_text()
+        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return 0
-    return int(text.rpartition(")")[2].split()[19])
+    return 0 if words[0] == "Z" else int(words[19])
