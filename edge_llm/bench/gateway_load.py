@@ -229,6 +229,8 @@ async def _direct(peer: Peer, keys: KeyRing) -> AsyncIterator[Callable[[list[int
             return came_s - sent_s
 
         listening = asyncio.create_task(listen(), name="events of the probed worker")
+        # a worker that is gone (Ctrl-C ends all at once) shows in what is asked of it: nobody waits for this task then
+        listening.add_done_callback(lambda task: task.cancelled() or task.exception())
         await asyncio.sleep(_PROBE_EVERY_S)
         try:
             yield ask
