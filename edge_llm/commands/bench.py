@@ -147,13 +147,18 @@ def handoff(
 
 
 @bench.command()
-@click.argument("of", type=click.Choice(["record", "case", "printed"]), default="record")
+@click.argument("of", type=click.Choice(["record", "case", "printed", "serve", "cluster", "compare"]), default="record")
 def schema(of: str) -> None:
     """JSON schema of the files in bench_results/: of a record (default), of a line of the cases beside it, or of what
-    a measuring command prints with --json."""
+    a measuring command prints with --json (`printed`: any of them; `serve`, `cluster`, `compare`: all that this one
+    does)."""
+    from edge_llm.bench.edge_table import schema as of_cluster
     from edge_llm.bench.record import schema as published
+    from edge_llm.bench.serve.results import schema as of_serve
+    from edge_llm.report.compare import schema as of_compare
 
-    click.echo(json.dumps(published(of), indent=1))
+    own = {"serve": of_serve, "cluster": of_cluster, "compare": of_compare}
+    click.echo(json.dumps(own[of]() if of in own else published(of), indent=1))
 
 
 def _engine_models(names: tuple[str, ...], report: Report) -> list[Any]:
