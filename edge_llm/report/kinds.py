@@ -214,6 +214,16 @@ KINDS: Final[Mapping[str, Kind]] = {
         (("holds",), ("comparisons",), ("tokens_compared",)),
         _theorem,
     ),
+    "verify": Kind(
+        "Exact here",
+        "What edge-llm verify found on this machine: do results depend on the batch, on pieces, on place or threads?",
+        (("level",), ("reason",)),
+    ),
+    "claims": Kind(
+        "What this project claims",
+        "Each claim, tried on a machine: what holds, what is missed, and what could not be tried there.",
+        (("counts", "holds"), ("counts", "does_not_hold"), ("counts", "not_tested_here")),
+    ),
     "net": Kind(
         "The network",
         "Round trip, bandwidth and rate of hand-off between each pair of nodes.",
