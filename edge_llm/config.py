@@ -22,6 +22,8 @@ from edge_llm.errors import ConfigError
 DEFAULT_MODEL: Final = "smollm2-135m-instruct-q4_1"
 PRIVATE_NETWORKS: Final = ("127.0.0.0/8", "::1/128", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7")
 PUBLIC_HUB: Final = "https://huggingface.co"
+# Each checkpoint copies the whole sequence while its streams wait: more often, and they do little else.
+LEAST_CHECKPOINT_TOKENS: Final = 8
 _ENV: Final = "EDGE_LLM"
 
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
@@ -192,10 +194,20 @@ class GatewayConfig(_Settings):
     metrics_alias: MetricsAlias = "none"
     """Show the figures of /metrics under another server's names, too."""
     checkpoint_tokens: Annotated[int, Field(ge=0)] = 0
-    """After so many tokens of an answer each time, another worker fetches its KV, so that a takeover computes about as
-    many and not all; 0: never."""
+    """After so many tokens of an answer each time (8 at least), another worker fetches its KV, so that a takeover
+    computes about as many and not all; 0: never."""
     replan_limit: Annotated[int, Field(ge=0, le=16)] = 3
     """Workers that one answer may lose before it fails."""
+
+    @field_validator("checkpoint_tokens")
+    @classmethod
+    def _checkpoints_are_off_or_worth_their_copy(cls, tokens: int) -> int:
+        if 0 < tokens < LEAST_CHECKPOINT_TOKENS:
+            raise ValueError(
+                f"either 0 (no checkpoints) or at least {LEAST_CHECKPOINT_TOKENS}: each one copies the whole sequence, "
+                "and the worker's streams wait for that"
+            )
+        return tokens
 
 
 class UpConfig(_Settings):

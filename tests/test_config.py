@@ -135,6 +135,9 @@ def test_an_unknown_variable_is_refused_and_the_known_ones_are_named(home: Path)
         (WorkerConfig, "worker", "allowed_peers", ["somewhere"]),
         (GatewayConfig, "gateway", "queue_wait_s", 0),
         (GatewayConfig, "gateway", "max_body_bytes", 1),
+        (GatewayConfig, "gateway", "checkpoint_tokens", -1),
+        (GatewayConfig, "gateway", "checkpoint_tokens", 1),
+        (GatewayConfig, "gateway", "checkpoint_tokens", 7),
         (UpConfig, "up", "prefill", -1),
         (UpConfig, "up", "threads", "some"),
         (CatalogueConfig, "catalogue", "hub", "example.org"),
@@ -148,6 +151,16 @@ def test_a_wrong_value_is_named_with_its_section_and_what_was_given(
         load_settings(kind, {key: value}, None, {})
     assert f"{section}.{key}" in caught.value.message
     assert f"(got {shown})" in caught.value.message
+
+
+@pytest.mark.parametrize("tokens", [0, 8, 64])
+def test_checkpoints_are_off_or_some_tokens_apart(home: Path, tokens: int) -> None:
+    assert load_settings(GatewayConfig, {"checkpoint_tokens": tokens}, None, {}).checkpoint_tokens == tokens
+
+
+def test_checkpoints_that_would_hold_up_every_stream_are_refused_with_what_to_say_instead(home: Path) -> None:
+    with pytest.raises(ConfigError, match=r"EDGE_LLM_GATEWAY_CHECKPOINT_TOKENS.*either 0 .*at least 8.*streams wait"):
+        load_settings(GatewayConfig, {}, None, {"EDGE_LLM_GATEWAY_CHECKPOINT_TOKENS": "3"})
 
 
 def test_all_wrong_values_are_named_at_once(home: Path) -> None:
