@@ -37,6 +37,9 @@ from edge_llm.commands.theorem import theorem
 from edge_llm.commands.turns import turns
 from edge_llm.config import DEFAULT_MODEL
 
+_PRINTED = ("record", "case", "printed")
+_OWN = ("serve", "cluster", "compare", "claims")
+
 
 @click.group()
 def bench() -> None:
@@ -147,17 +150,18 @@ def handoff(
 
 
 @bench.command()
-@click.argument("of", type=click.Choice(["record", "case", "printed", "serve", "cluster", "compare"]), default="record")
+@click.argument("of", type=click.Choice([*_PRINTED, *_OWN]), default="record")
 def schema(of: str) -> None:
     """JSON schema of the files in bench_results/: of a record (default), of a line of the cases beside it, or of what
-    a measuring command prints with --json (`printed`: any of them; `serve`, `cluster`, `compare`: all that this one
-    does)."""
+    a measuring command prints with --json (`printed`: any of them; `serve`, `cluster`, `compare`, `claims`: all that
+    this one does)."""
+    from edge_llm.bench.claims_runs import schema as of_claims
     from edge_llm.bench.edge_table import schema as of_cluster
     from edge_llm.bench.record import schema as published
     from edge_llm.bench.serve.results import schema as of_serve
     from edge_llm.report.compare import schema as of_compare
 
-    own = {"serve": of_serve, "cluster": of_cluster, "compare": of_compare}
+    own = {"serve": of_serve, "cluster": of_cluster, "compare": of_compare, "claims": of_claims}
     click.echo(json.dumps(own[of]() if of in own else published(of), indent=1))
 
 

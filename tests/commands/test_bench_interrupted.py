@@ -147,7 +147,7 @@ def test_ctrl_c_leaves_a_record_of_what_was_measured(
         assert record.cases.lines > 0
 
 
-@pytest.mark.parametrize("of", ["record", "case", "printed", "serve", "cluster", "compare"])
+@pytest.mark.parametrize("of", ["record", "case", "printed", "serve", "cluster", "compare", "claims"])
 def test_each_schema_is_published_with_its_definitions(of: str) -> None:
     done = CliRunner().invoke(schema, [of])
     assert done.exit_code == 0, done.output
