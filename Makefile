@@ -8,7 +8,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 SETUP = $(PYTHON) -I edge_llm/bootstrap.py
 
-.PHONY: help up test lint types unit verify lock reference-tools setup setup-dev clean manifests manifests-check
+.PHONY: help up test lint types unit verify lock reference-tools setup setup-dev clean manifests manifests-check \
+	image image-base
 
 help:
 	@echo "make up               set up, then run a local cluster (ARGS='--port 9000' passes options on)"
@@ -17,6 +18,8 @@ help:
 	@echo "make reference-tools  build llama.cpp's own tools to compare with"
 	@echo "make manifests        write the version and install.yaml into k3s_manifests"
 	@echo "make manifests-check  checkov's policies on every overlay (installs 290 MB once)"
+	@echo "make image            the container image into dist (ARCH=arm64, BASE=..., ARGS='--builder podman')"
+	@echo "make image-base       a base image by debootstrap, where no image registry can be reached (as root)"
 	@echo "make lock             resolve pyproject.toml again into the lock files"
 	@echo "make clean            remove the environment and caches of this folder (not the user's cache)"
 
@@ -61,13 +64,25 @@ manifests-check: setup-dev
 	$(BIN)/python -m tests.manifests.rendering dist/manifests
 	$(CHECKOV)/bin/checkov --config-file tests/manifests/checkov.yaml --directory dist/manifests
 
+# Needs buildah or podman, no set-up. arm64 on x86-64: cross-compiled; qemu-user-static runs Debian's own scripts only.
+IMAGE = $(PYTHON) -B -m edge_llm.image.build $(if $(ARCH),--arch $(ARCH)) $(if $(BASE),--base $(BASE)) $(ARGS)
+
+image:
+	@$(IMAGE)
+
+image-base:
+	@$(IMAGE) --make-base
+
 # The files name no index: whoever installs uses an index of their own, the hashes say whether it gave the right bytes.
-LOCK = $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-emit-find-links \
-	--custom-compile-command "make lock" pyproject.toml --extra setup
+COMPILE = $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-emit-find-links \
+	--custom-compile-command "make lock"
+LOCK = $(COMPILE) pyproject.toml --extra setup
 
 lock: setup-dev
 	$(LOCK) --output-file requirements.lock
 	$(LOCK) --extra dev --constraint requirements.lock --output-file requirements-dev.lock
+	$(COMPILE) --python-version 3.11 edge_llm/image/build.in --constraint requirements.lock \
+		--output-file edge_llm/image/build.lock
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist

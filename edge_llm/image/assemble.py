@@ -34,6 +34,7 @@ from edge_llm.image.wheel import BASELINES, NEEDS_CPU
 SBOM: Final = "sbom.cdx.json"
 _ENTRY: Final = "#!{python} -P\nfrom edge_llm.cli import main\n\nmain()\n"
 _OLDEST_GLIBC: Final = 17  # manylinux2014 is glibc 2.17
+_SOURCE: Final = f"source of {bootstrap.PACKAGE}"
 _LICENCE_FIELDS: Final = ("License-Expression", "License")
 _TESTS: Final = ("numpy", "kubernetes", "onnxruntime")  # packages that install their tests with them
 
@@ -95,7 +96,8 @@ def platforms(machine: str, glibc: int) -> list[str]:
 
 
 def install(places: Places, machine: str) -> dict[str, str]:
-    """Everything into the environment; SHA-256 by package name of the files that came from an index."""
+    """Everything into the environment; SHA-256 by package name of the files that came from an index, and of the source
+    that was compiled."""
     subprocess.run(["/usr/bin/env", "python3", "-m", "venv", "--clear", str(places.root)], check=True, env=_plain())
     _pip(places, "uninstall", "--yes", "--quiet", "setuptools")  # of Debian's ensurepip; pip stays: it fetches models
     lock = (places.source / bootstrap.LOCKS[False]).read_text()
@@ -109,7 +111,8 @@ def install(places: Places, machine: str) -> dict[str, str]:
     ours = ["wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(places.wheels)]
     subprocess.run([*build, *ours, str(places.source)], check=True)
     subprocess.run([*build, *target, "--no-index", *map(str, sorted(places.wheels.glob("*.whl")))], check=True)
-    return hashes_of(json.loads(report.read_text()))
+    compiled = re.findall(r"--hash=sha256:(\w+)", bootstrap.only(bootstrap.PACKAGE, lock))  # one: its source
+    return hashes_of(json.loads(report.read_text())) | {_SOURCE: " ".join(compiled)}
 
 
 def _pip(places: Places, *words: str) -> None:
@@ -213,6 +216,7 @@ def _described(found: Distribution, hashes: dict[str, str], needs: Path) -> Inst
     if canonical(name) == bootstrap.PACKAGE and needs.is_file():
         built = json.loads(needs.read_text())
         properties = (("edge-llm:cmake-flags", " ".join(built["flags"])), ("edge-llm:boards", built["boards"]))
+        properties += (("edge-llm:source-sha256", hashes[_SOURCE]),) if _SOURCE in hashes else ()
     short = licence if licence and "\n" not in licence and len(licence) < 120 else None
     return Installed(name, found.version, short, hashes.get(canonical(name)), properties)
 
@@ -239,7 +243,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     places = Places(options.source, options.wheels, options.runtime, options.root)
     machine = BASELINES[options.arch].machine
-    hashes = install(places, machine)
+    try:
+        hashes = install(places, machine)
+    except subprocess.CalledProcessError as error:
+        sys.stderr.write(f"edge-llm: installing failed, its output is above: {' '.join(map(str, error.cmd))}\n")
+        return 1
     prune(places)
     merge(places.site / "llama_cpp/lib")
     if found := [*faults(places.root, machine), *(f"has no {line}" for line in missing(places.site))]:

@@ -134,3 +134,5 @@ def test_our_build_of_llama_cpp_is_described_with_its_flags(places: Places) -> N
     (found,) = installed(places.site, {"llama-cpp-python": "ab"})
     assert (found.version, found.licence, found.sha256) == ("0.3.36", "MIT", "ab")
     assert ("edge-llm:cmake-flags", "-DA=1 -DB=2") in found.properties
+    (found,) = installed(places.site, {"source of llama-cpp-python": "cd"})
+    assert ("edge-llm:source-sha256", "cd") in found.properties

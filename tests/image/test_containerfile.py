@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 from edge_llm.image.archive import SBOM_PATH, USER
 from edge_llm.image.assemble import SBOM
@@ -91,8 +90,9 @@ def test_the_sbom_is_where_the_check_looks_for_it() -> None:
     assert SBOM_PATH == f"opt/edge-llm/{SBOM}"
 
 
-@pytest.mark.parametrize("name", ["edge_llm", "models.yaml", "pyproject.toml", "README.md", "requirements.lock"])
-def test_the_context_is_a_list_of_what_is_needed(name: str) -> None:
+def test_the_context_is_a_list_of_what_the_wheel_is_made_of() -> None:
     lines = (ROOT / ".dockerignore").read_text().splitlines()
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    wanted = {*wheel["packages"], *wheel["force-include"], "pyproject.toml", "README.md", "requirements.lock"}
     assert lines[0] == "*"
-    assert f"!{name}" in lines
+    assert {line.removeprefix("!") for line in lines if line.startswith("!")} == wanted
