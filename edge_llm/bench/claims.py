@@ -6,8 +6,8 @@ leaves. Refuses to know how records are judged (claims_judged.py), how runs are 
 Rules: the bars are those of the benches' own `--check` (a test compares them); a bar that is missed stays where it is;
 a figure that a record may lack for a good reason is behind a `need`, whose words say that reason.
 
-A path goes through objects by name (`*` and other wildcards of the shell: all that fit) and through lists by `*`; `#`
-is how many there are. Every figure that it leads to has to keep the bar.
+A path goes through objects by name (`*` and other wildcards of the shell: all that fit), through lists by number or
+`*`; `#` is how many there are. Every figure that it leads to has to keep the bar.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ Limit = bool | float | str
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """`words`: what the figure is, when a claim has several bars. `unit`: `%` shows a share; otherwise it follows."""
+    """`words`: what the figure is, when a claim has several bars. `unit`: `%` shows a share; otherwise it follows.
+    `less`: the name of a figure beside it that is taken off."""
 
     path: str
     direction: Direction
     limit: Limit
     words: str = ""
     unit: str = ""
+    less: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +135,7 @@ HANDOFF: Final = (
     ),
     Claim(
         "stall.answer",
-        "split, with the first steps of its answer beside the streams counted too: largest gap over their mean gap before",
+        "split, the first steps of its answer beside the streams counted too: largest gap over their mean gap before",
         "handoff",
         (Bar("arrivals/split, * streams/stall_ratio", "at most", 2.0),),
         _MEASURED,
@@ -337,6 +339,12 @@ EDGE_PAPER: Final = (
             Bar("rows/*/ram_share", "below", 0.5, "RAM", unit="%"),
         ),
         "Measuring: bench cluster",
+        needs=(
+            Need(
+                Bar("rows/*/cpu_share", "at most", 0.1, unit="%", less="above_idle_cpu_share"),
+                "a board was busy before the first request, or not watched: its loads are not those of the cluster",
+            ),
+        ),
         is_of_what_there_is=True,
     ),
 )

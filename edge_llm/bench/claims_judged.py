@@ -26,6 +26,7 @@ from edge_llm.bench.record import Node, Record
 HOLDS: Final = "holds"
 MISSED: Final = "does not hold"
 UNTESTED: Final = "not tested here"
+Value = bool | float | str | None
 Word = Literal["holds", "does not hold", "not tested here"]
 _MACHINES: Final = {"x86_64": "x86-64", "aarch64": "arm64"}
 
@@ -36,7 +37,7 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True):
     words: str
     unit: str
     where: str
-    value: bool | float | str | None
+    value: Value
     keeps: bool | None
 
 
@@ -176,16 +177,26 @@ def _verdict(
 def _read(bar: Bar, figures: Mapping[str, Any]) -> list[Figure]:
     return [
         Figure(words=bar.words, unit=bar.unit, where=where, value=value, keeps=keeps(value, bar))
-        for where, value in figures_at(figures, bar.path)
+        for where, value in _values(bar, figures)
     ]
 
 
-def figures_at(figures: object, path: str) -> Iterator[tuple[str, bool | float | str | None]]:
+def _values(bar: Bar, figures: Mapping[str, Any]) -> Iterator[tuple[str, Value]]:
+    for where, value in figures_at(figures, bar.path):
+        if not bar.less:
+            yield where, value
+            continue
+        off = next((one for _, one in figures_at(figures, f"{where.rpartition('/')[0]}/{bar.less}")), None)
+        is_known = isinstance(value, int | float) and isinstance(off, int | float)
+        yield f"{where} - {bar.less}", float(value) - float(off) if is_known else None  # type: ignore[arg-type]
+
+
+def figures_at(figures: object, path: str) -> Iterator[tuple[str, Value]]:
     """Every figure that a path of a bar leads to, and where it is."""
     yield from _at(figures, path.split("/"), ())
 
 
-def _at(tree: object, path: Sequence[str], gone: tuple[str, ...]) -> Iterator[tuple[str, bool | float | str | None]]:
+def _at(tree: object, path: Sequence[str], gone: tuple[str, ...]) -> Iterator[tuple[str, Value]]:
     if not path:
         if tree is None or isinstance(tree, bool | int | float | str):
             yield "/".join(gone), tree
@@ -197,9 +208,10 @@ def _at(tree: object, path: Sequence[str], gone: tuple[str, ...]) -> Iterator[tu
         for name in tree if head not in tree else (head,):
             if name == head or fnmatchcase(name, head):
                 yield from _at(tree[name], rest, (*gone, name))
-    elif isinstance(tree, Sequence) and not isinstance(tree, str) and head == "*":
+    elif isinstance(tree, Sequence) and not isinstance(tree, str):
         for number, one in enumerate(tree):
-            yield from _at(one, rest, (*gone, str(number)))
+            if head in ("*", str(number)):
+                yield from _at(one, rest, (*gone, str(number)))
 
 
 def keeps(value: object, bar: Bar) -> bool | None:
@@ -236,7 +248,7 @@ def _of_bar(bar: Bar) -> str:
     return f"{bar.direction} {shown(bar.limit, bar.unit)} {bar.words}".strip()
 
 
-def shown(value: bool | float | str | None, unit: str = "") -> str:
+def shown(value: Value, unit: str = "") -> str:
     """A figure for people."""
     if value is None:
         return "unknown"

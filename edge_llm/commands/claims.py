@@ -55,14 +55,12 @@ _FILE: Final = click.Path(path_type=Path, exists=True, dir_okay=False)
 )
 @click.option("--key-file", type=_FILE, help="The cluster key of the workers of --workers-file, without --url.")
 @click.option("-o", "--output-format", type=click.Choice(FORMATS), help="[default: list; md with --from]")
-@click.option("--schema", "is_schema", is_flag=True, help="Print the JSON schema of what --json prints, and stop.")
 @check_option
 @output_option
 @json_option
 def claims(
     sources: tuple[Path, ...],
     is_plan: bool,
-    is_schema: bool,
     check: bool,
     output: Path,
     output_format: str | None,
@@ -76,11 +74,6 @@ def claims(
     `verify` among them records the level that workers publish. --check exits with 3 when a claim does not hold. Ctrl-C
     keeps what is done; --resume goes on.
     """
-    if is_schema:
-        from edge_llm.bench.claims_runs import schema
-
-        click.echo(json.dumps(schema(), indent=1))
-        return
     chosen = _chosen(given["only"])
     if sources:
         _judge(sources, chosen, output_format or "md", as_json, check)

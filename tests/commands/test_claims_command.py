@@ -120,10 +120,6 @@ def test_what_cannot_be_meant_is_refused_before_anything_runs(arguments: tuple[s
     assert words in done.stderr
 
 
-def test_the_schema_is_printed() -> None:
-    assert "ClaimsFigures" in json.loads(run("--schema").stdout)["$defs"]
-
-
 # -- real runs
 
 
