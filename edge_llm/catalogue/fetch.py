@@ -73,10 +73,26 @@ def fetch_to(entry: ModelEntry, target: Path, report: Report = quiet, pause: Pau
         return target  # needs no lock: the folder may be a read-only volume
     with _turn(target):
         if not is_intact(entry, target):
-            part = _Transfer(entry, target, report, pause).run()
+            damage = _damage(entry, target)
+            try:
+                part = _Transfer(entry, target, report, pause).run()
+            except CatalogueError as error:  # without a network the file is what somebody has to look at
+                raise type(error)(f"{damage}{error}") from error
             _install(part, target)
             remember_sha256(target, entry.sha256)
     return target
+
+
+def _damage(entry: ModelEntry, target: Path) -> str:
+    """For people: what is wrong with a file that is there, as the beginning of a sentence; empty: there is none."""
+    if not target.is_file():
+        return ""
+    size = target.stat().st_size
+    if entry.size is not None and size != entry.size:
+        wrong = f"has {size} bytes, models.yaml says {entry.size}"
+    else:
+        wrong = f"has sha256 {known_sha256(target)}, models.yaml says {entry.sha256}"
+    return f"{target} {wrong}; fetching it again failed: "
 
 
 def fetch_unverified(entry: ModelEntry, report: Report = quiet) -> tuple[Path, int, str]:

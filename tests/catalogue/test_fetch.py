@@ -198,6 +198,22 @@ def test_what_was_damaged_on_the_disk_is_fetched_again(server: Server, models: P
     assert fetch(wanted).read_bytes() == CONTENT
 
 
+def test_damage_that_no_source_can_mend_is_named(server: Server, models: Path) -> None:
+    server.pages["/m"] = Page()
+    wanted = entry(Source(url=f"{server.url}/m"))
+    path = fetch(wanted)
+    server.pages["/m"] = Page(status=404)
+    path.write_bytes(OTHER)
+    digest = hashlib.sha256(OTHER).hexdigest()
+    with pytest.raises(
+        CatalogueError, match=rf"has sha256 {digest}, models.yaml says .*fetching it again failed: m from"
+    ):
+        fetch(wanted)
+    path.write_bytes(OTHER[:-1])
+    with pytest.raises(CatalogueError, match=f"has {len(OTHER) - 1} bytes, models.yaml says {len(OTHER)}; fetching"):
+        fetch(wanted)
+
+
 def test_progress_runs_from_nothing_to_the_size(server: Server, models: Path) -> None:
     content = CONTENT * 5
     server.pages["/m"] = Page(content)
