@@ -26,8 +26,8 @@ from tests.kubernetes.stage import Scenario, Stage
 WIDE: Final = OVERLAYS / "wide-kv"
 _DETECTED_S: Final = 6.0
 _KIB_PER_TOKEN: Final = 384
-# Above this, what is measured is not the link.
-_OF_LINK: Final = 0.70
+# All nodes share the cores of one machine, so what is handed over at 1 Gbit/s is told and not judged.
+_OF_FAST_ETHERNET: Final = 0.70
 
 
 async def waits_for_the_secret(stage: Stage) -> str:
@@ -98,8 +98,8 @@ async def hands_wide_kv_over(stage: Stage) -> str:
             said.append(
                 f"{rate}: {found['handoff_rate_mb_per_s']:.1f} MB/s, {100 * found['share_of_link']:.0f} % of the link"
             )
-            if found["share_of_link"] < _OF_LINK:
-                raise Broken(f"{said[-1]}: less than {100 * _OF_LINK:.0f} %")
+            if rate == net.FAST_ETHERNET and found["share_of_link"] < _OF_FAST_ETHERNET:
+                raise Broken(f"{said[-1]}: less than {100 * _OF_FAST_ETHERNET:.0f} %")
     finally:
         net.shape(stage.cluster.site, net.GIGABIT)
     return "; ".join(said)
@@ -120,6 +120,8 @@ async def _wide_handoff(stage: Stage, rate: str, bits: float, tokens: int) -> di
     own = answer.own
     if own["mode"] != "split" or own["fallback"]:
         raise Broken(f"over {rate} the prompt did not split: {own['mode']}, {own['fallback']}")
+    if own["handoff_bytes"] < (tokens - 1) * _KIB_PER_TOKEN * 1024:
+        raise Broken(f"{own['handoff_bytes']} bytes came over, less than {tokens - 1} tokens of {_KIB_PER_TOKEN} KiB")
     pair = await asyncio.to_thread(_bench_net, stage, tokens)
     return {
         "prompt_tokens": tokens,

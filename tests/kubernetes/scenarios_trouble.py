@@ -9,7 +9,8 @@ import secrets
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any, Final
 
 from tests.kubernetes.deploy import DECODE, NAMESPACE, ROLE
@@ -59,39 +60,61 @@ async def _worker_says(stage: Stage, values: Mapping[str, str | None], pattern: 
 
 
 def _log_of(stage: Stage, pod: str) -> str:
-    """Of what runs now and of what ran before it."""
+    """Of each container: of what runs now and of what ran before it. One that has not begun has none."""
     said = []
-    for more in ((), ("--previous",)):
-        try:
-            said.append(stage.edge.k("logs", pod, "--all-containers", "--tail=50", *more))
-        except Broken as error:
-            said.append(error.message)
+    for container in ("model", "verify", "worker"):
+        for more in ((), ("--previous",)):
+            with suppress(Broken):
+                said.append(stage.edge.k("logs", pod, "-c", container, "--tail=50", *more))
     return "\n".join([*said, *stage.edge.events(pod)])
 
 
 async def missing_model(stage: Stage) -> str:
     """The volume does not have it, and there is no network to fetch it from."""
-    return await _worker_says(stage, {"EDGE_LLM_WORKER_MODEL": "qwen2.5-0.5b-instruct-q4_0"}, r"qwen2\.5-0\.5b", 101)
+    file = await _model_file(stage)
+    aside = file.with_suffix(".aside")
+
+    def put_back() -> None:
+        file.unlink(missing_ok=True)
+        aside.rename(file)
+
+    file.rename(aside)
+    return await _spoilt(stage, put_back, r"smollm2.*(fetch|download|reach|source)", 101)
 
 
 async def wrong_sha256(stage: Stage) -> str:
     """One byte of the model's file is another one."""
+    file = await _model_file(stage)
+    whole = await asyncio.to_thread(file.read_bytes)
+    file.write_bytes(whole[:-100] + bytes([whole[-100] ^ 0x55]) + whole[-99:])
+    return await _spoilt(stage, lambda: _write(file, whole), r"sha256|sha-256|hash", 102)
+
+
+def _write(file: Path, data: bytes) -> None:
+    file.write_bytes(data)
+
+
+async def _model_file(stage: Stage) -> Path:
+    """On the decode worker's volume. Raises Broken."""
     assert stage.cluster.volumes is not None
-    claim = next(name for name in await _claims(stage) if "decode-0" in name)
+    claim = next(name for name in await _claims(stage) if DECODE_0 in name)
     folder = stage.cluster.volumes.folder(NAMESPACE, claim)
-    files = sorted(folder.rglob("*.gguf")) if folder else []
-    if not files:
+    found = sorted(path for path in folder.rglob("*.gguf") if "random" not in path.name) if folder else []
+    if not found:
         raise Broken(f"claim {claim} has no folder with a model")
-    whole = files[0].read_bytes()
-    files[0].write_bytes(whole[:-100] + bytes([whole[-100] ^ 0x55]) + whole[-99:])
+    return found[0]
+
+
+async def _spoilt(stage: Stage, mend: Callable[[], None], pattern: str, seed: int) -> str:
+    """The decode worker starts again with a model that is not well; what it says; and who answers meanwhile."""
     try:
         await stage.do("delete", "pod", DECODE_0, "--wait=false")
-        line = await _heard(stage, "a message about the hash", lambda: _log_of(stage, DECODE_0), r"sha256|sha-256|hash")
-        answered = await _still_serves(stage, 102)
+        line = await _heard(stage, f"a message like {pattern}", lambda: _log_of(stage, DECODE_0), pattern)
+        answered = await _still_serves(stage, seed)
         if answered == DECODE_0:
             raise Broken("a worker answers with a model that is not the right one")
     finally:
-        files[0].write_bytes(whole)
+        await asyncio.to_thread(mend)
         await stage.do("delete", "pod", DECODE_0, "--ignore-not-found", "--wait=false")
     return f"{answered} answers meanwhile; it says: {line}"
 
@@ -103,24 +126,28 @@ async def _claims(stage: Stage) -> list[str]:
 async def too_little_memory(stage: Stage) -> str:
     """Model and KV do not fit into the pod's memory: it refuses to start, with the sum."""
     values = {"EDGE_LLM_WORKER_N_CTX": "8192", "EDGE_LLM_WORKER_SLOTS": "64"}
-    return await _worker_says(stage, values, r"memory|MiB|GiB", 103)
+    return await _worker_says(stage, values, r"does not fit: it needs", 103)
 
 
 async def unknown_role_label(stage: Stage) -> str:
     """A typing mistake in a node's label, and one in a pod's."""
-    stage.edge.label_node("node-c", "decod")
+    taken = stage.edge.node_of(DECODE_0)
+    free = next(node for node, role in ROLES.items() if role == "decode" and node != taken)
+    stage.edge.label_node(free, "decod")
     stage.edge.scale(DECODE, 2)
+
+    def events() -> str:
+        return "\n".join(stage.edge.events("edge-llm-decode-1"))
+
     try:
-
-        def events() -> str:
-            return "\n".join(stage.edge.events("edge-llm-decode-1"))
-
-        event = await _heard(stage, "an event of the pod that has no place", events, "node")
-        line = await _worker_says(stage, {"EDGE_LLM_WORKER_ROLE": "decod"}, r"role.*decod\b", 104)
+        event = await _heard(stage, "an event of the pod that has no place", events, "FailedScheduling.*node")
+        answered = await _still_serves(stage, 105)
     finally:
-        stage.edge.label_node("node-c", ROLES["node-c"])
+        stage.edge.label_node(free, ROLES[free])
         stage.edge.scale(DECODE, 1)
-    return f"node: {event}; pod: {line}"
+    await stage.settle()
+    line = await _worker_says(stage, {"EDGE_LLM_WORKER_ROLE": "decod"}, r"role.*decod\b", 104)
+    return f"node: {answered} answers meanwhile; {event}; pod: {line}"
 
 
 @asynccontextmanager
