@@ -170,7 +170,7 @@ def fitted(one: Planned, later: Sequence[Planned], left_minutes: float, pace: fl
         return one
     if pace * one.step.small_minutes <= left_minutes:
         return replace(one, is_small=True)
-    return replace(one, why_not=f"left out: {left_minutes:.1f} minutes of the budget were left")
+    return replace(one, why_not=f"left out: {max(0.0, left_minutes):.1f} minutes of the budget were left")
 
 
 def _cannot(step: Step, machine: Machine) -> str:

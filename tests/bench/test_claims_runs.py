@@ -194,10 +194,20 @@ def test_the_end_of_the_budget_ends_a_step_which_keeps_what_it_has(stage: Stage)
     found = stage.run("gateway", plan=[short], budget_minutes=0.05)
     (verdict, *_) = found.figures().claims
     assert verdict.verdict == UNTESTED
+    assert "cut off: the time of --budget-minutes" in verdict.reason
     assert found.steps[0].error.startswith("cut off")
     assert found.steps[0].record is not None
     assert not load(stage.results / found.steps[0].record).is_complete
     assert not found.run.failures
+
+
+def test_a_step_that_takes_far_too_long_leaves_the_others_their_time(stage: Stage) -> None:
+    stage.script(gateway={"figures": GATEWAY, "hangs": True}, turns={"figures": TURNS})
+    slow = Planned(Step("gateway", ("bench", "gateway"), minutes=0.001, small_minutes=0.001))
+    kept = Planned(Step("turns", ("bench", "turns"), minutes=9.96, small_minutes=9.95))
+    stage.run("gateway", "turns", plan=[slow, kept], budget_minutes=10.0)
+    assert stage.found.steps[0].error.startswith("cut off")
+    assert stage.found.steps[0].took_s < 60
 
 
 class Clock:
