@@ -227,6 +227,19 @@ async def _told(stage: Stage, worker: str) -> str:
     raise Broken(f"/cluster says nothing of {worker} after {_TOLD_S:.0f} s")
 
 
+async def _listens(ip: str, port: int) -> None:
+    """Raises TimeoutError."""
+    async with asyncio.timeout(_TOLD_S):
+        while True:
+            try:
+                _, writer = await asyncio.open_connection(ip, port)
+            except OSError:
+                await asyncio.sleep(0.1)
+            else:
+                writer.close()
+                return
+
+
 async def forged_worker(stage: Stage) -> str:
     """Somebody on the network answers as a worker, in a slice with the right labels, without the cluster's key."""
     node = stage.cluster.site.nodes[1]
@@ -237,8 +250,11 @@ async def forged_worker(stage: Stage) -> str:
     command += ["--name", "edge-llm-decode-7", "--host", node.ip, "--port", "9107", "--key-file", str(key)]
     stage.cluster.daemons.start("forged", node.namespace, *command)
     try:
+        await _listens(node.ip, 9107)
         async with _endpoint(stage, "forged", "edge-llm-decode-7", node.ip, 9107), _under_load(stage, 7000) as load:
             line = await _told(stage, "edge-llm-decode-7")
+            if "connect" in line.lower():
+                raise Broken(f"it was not asked: {line}")
             await asyncio.sleep(5)
             ready = await stage.outside.ready()
         if "edge-llm-decode-7" in ready or load.used("decode_node")["edge-llm-decode-7"]:
