@@ -12,7 +12,9 @@ import click
 
 from edge_llm.commands.accuracy import accuracy
 from edge_llm.commands.bench_cluster import cluster
+from edge_llm.commands.bench_job import job
 from edge_llm.commands.bench_serve import serve
+from edge_llm.commands.claims import claims
 from edge_llm.commands.compare import compare
 from edge_llm.commands.faults import faults
 from edge_llm.commands.gateway_load import gateway_load
@@ -180,7 +182,7 @@ def _last_core() -> int:
 
 
 _SPEED = (node, net, serve, goodput, cluster)
-_CLAIMS = (theorem, faults, gateway_load, turns, pools, overload)
+_CLAIMS = (claims, theorem, faults, gateway_load, turns, pools, overload)
 _RECORDS = (report_of_records, compare)
-for command in (*_SPEED, accuracy, *_CLAIMS, *_RECORDS):
+for command in (*_SPEED, accuracy, *_CLAIMS, *_RECORDS, job):
     bench.add_command(command)
