@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SETUP = $(PYTHON) -I edge_llm/bootstrap.py
 
-.PHONY: help up test lint types unit verify lock reference-tools setup setup-dev clean manifests manifests-check \
+.PHONY: help up test lint types unit verify lock reference-tools setup setup-dev clean manifests manifests-check test-cluster \
 	image image-base
 
 help:
@@ -16,6 +16,7 @@ help:
 	@echo "make test             set up, then run every check"
 	@echo "make verify           measure on this machine how exact this build is (ARGS='--model NAME')"
 	@echo "make reference-tools  build llama.cpp's own tools to compare with"
+	@echo "make test-cluster     a real Kubernetes of three nodes on this machine, as root, and everything tried on it (20 minutes)"
 	@echo "make manifests        write the version and install.yaml into k3s_manifests"
 	@echo "make manifests-check  checkov's policies on every overlay (installs 290 MB once)"
 	@echo "make image            the container image into dist (ARCH=arm64, BASE=..., ARGS='--builder podman')"
@@ -54,6 +55,10 @@ reference-tools: setup
 # What `make test` compares with: the version in the manifests, and install.yaml.
 manifests: setup-dev
 	$(BIN)/python -m tests.manifests.rendering
+
+# Builds Kubernetes from Go modules once (10 minutes); says what this machine lacks, --install fetches that by apt.
+test-cluster: setup-dev
+	$(BIN)/python -m tests.kubernetes $(ARGS)
 
 # 290 MB of checkov in an environment of its own, so not part of `make test`.
 CHECKOV ?= .venv-checkov
