@@ -5,9 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from edge_llm.catalogue.resolve import resolve
 from edge_llm.config import DEFAULT_MODEL
+
+# A busy machine is no failure: how long an example takes says nothing about what it shows.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session")

@@ -41,16 +41,17 @@ def results(tmp_path: Path) -> Path:
     return folder
 
 
-def test_records_become_a_table_with_a_column_for_their_board(results: Path) -> None:
+def test_records_become_a_table_with_a_column_for_their_board(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(results.parent)  # links are relative to where the command runs
     done = run("--from", str(results))
     assert done.exit_code == 0, done.output
     head, _, *rows = done.stdout.splitlines()
     assert head == "| claim | bar | Raspberry Pi 5 |"
     assert len(rows) == len(CLAIMS)
     (row,) = (row for row in rows if "`exact.turns`" in row)
-    assert "holds: tokens equal ([record](turns.json))" in row
+    assert "holds: tokens equal ([record](bench_results/turns.json))" in row
     (row,) = (row for row in rows if "`handoff.export`" in row)
-    assert f"**{MISSED}**: **50 %** ([record](handoff.json))" in row
+    assert f"**{MISSED}**: **50 %** ([record](bench_results/handoff.json))" in row
 
 
 def test_the_records_of_this_repository_fill_one_column_and_leave_that_of_the_pi_empty(
