@@ -6,7 +6,6 @@ import asyncio
 import csv
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -22,8 +21,8 @@ from edge_llm.commands.bench_cluster import cluster
 from edge_llm.commands.cluster_places import gateway_for
 from edge_llm.commands.supervisor import free_port, new_key
 from edge_llm.engine.random_model import make_model
+from tests.programs import DEADLINE_S, at_home_in, bench, bench_command
 
-DEADLINE_S = 180.0
 SERVE = (sys.executable, "-m", "edge_llm", "serve", "worker", "--simulate", "--simulated-step-s", "0.005")
 FEW = ("--requests", "2", "--answer-tokens", "4", "--prompt-tokens", "24")
 
@@ -35,31 +34,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    folders = ("XDG_STATE_HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME")
-    return {**os.environ, **{name: str(tmp_path / name) for name in folders}}
+    return at_home_in(tmp_path)
 
 
 def command(*arguments: str) -> list[str]:
-    """Inside the group that turns our errors into words and exit codes."""
-    lines = (
-        "from edge_llm.cli import LazyGroup",
-        "from edge_llm.commands.bench_cluster import cluster",
-        "LazyGroup.get_command = lambda group, context, name: cluster",
-        "LazyGroup('edge-llm')()",
-    )
-    return [sys.executable, "-c", "; ".join(lines), "cluster", *arguments]
+    return bench_command("cluster", *arguments)
 
 
 def run(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*arguments),
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=DEADLINE_S,
-        stdin=subprocess.DEVNULL,
-    )
+    return bench(environment, "cluster", *arguments)
 
 
 def test_a_model_of_ones_own_gets_speed_cost_accuracy_and_verdicts_and_a_broken_one_is_a_failure(

@@ -8,15 +8,14 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from edge_llm.bench.record import load
 from edge_llm.engine.random_model import make_model
+from tests.programs import DEADLINE_S, at_home_in, bench, bench_command
 
-DEADLINE_S = 120.0
 SMALL = ("-p", "32", "-t", "1", "-r", "2")
 
 
@@ -27,31 +26,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    folders = {name: str(tmp_path / name) for name in ("XDG_STATE_HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME")}
-    return {**os.environ, **folders}
+    return at_home_in(tmp_path)
 
 
 def command(*arguments: str) -> list[str]:
-    """Inside the group that turns our errors into words and exit codes."""
-    lines = (
-        "from edge_llm.cli import LazyGroup",
-        "from edge_llm.commands.node import node",
-        "LazyGroup.get_command = lambda group, context, name: node",
-        "LazyGroup('edge-llm')()",
-    )
-    return [sys.executable, "-c", "; ".join(lines), "node", *arguments]
+    return bench_command("node", *arguments)
 
 
 def run(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*arguments),
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=DEADLINE_S,
-        stdin=subprocess.DEVNULL,
-    )
+    return bench(environment, "node", *arguments)
 
 
 def test_rows_for_programs_are_alone_on_standard_output_and_the_record_is_named_beside(
