@@ -175,7 +175,7 @@ async def _running(started: Any) -> AsyncIterator[Any]:
 
 @asynccontextmanager
 async def gateway_for(workers: Mapping[str, str], key: bytes) -> AsyncIterator[Any]:
-    """A gateway on this machine for workers elsewhere, for a block. Raises WorkerError when none of them answers it."""
+    """A gateway on this machine for workers elsewhere, for a block. Raises WorkerError when one does not answer it."""
     from edge_llm.bench.layout import LocalProcess, Started
     from edge_llm.cluster.static import text_of
     from edge_llm.commands.child import Child
@@ -198,17 +198,19 @@ async def gateway_for(workers: Mapping[str, str], key: bytes) -> AsyncIterator[A
 
 
 async def _until_known(url: str, workers: Iterable[str]) -> None:
-    """Until the gateway has heard of a model."""
+    """Until the gateway has heard of all `workers`: a placement that lacks one would be measured as another."""
     import aiohttp
 
+    missing = set(workers)
     try:
         async with asyncio.timeout(_KNOWN_S), aiohttp.ClientSession(url) as session:
             while True:
-                async with session.get("/v1/models") as reply:
-                    if reply.status == 200 and (await reply.json())["data"]:
-                        return
+                async with session.get("/cluster") as reply:
+                    missing -= {node["worker"] for node in (await reply.json())["nodes"]}
+                if not missing:
+                    return
                 await asyncio.sleep(_LOOK_S)
     except TimeoutError as late:
         raise WorkerError(
-            f"none of the workers {', '.join(workers)} answered within {_KNOWN_S:.0f} s: are they up, is it their key?"
+            f"no answer within {_KNOWN_S:.0f} s from {', '.join(sorted(missing))}: are they up, is it their key?"
         ) from late

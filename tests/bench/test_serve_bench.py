@@ -343,7 +343,10 @@ def test_slowdown_sends_some_requests_alone_first(server: Server) -> None:
 def test_two_servers_share_the_load_when_both_are_named(server: Server) -> None:
     with running() as other:
         measured(replace(PLAN, warm_up=0), Contender("two", (server.url, other.url)))
-        assert (len(server.measured), len(other.measured)) == (3, 3)
+        # which of them is free sooner is theirs to say
+        assert server.measured
+        assert other.measured
+        assert len(server.measured) + len(other.measured) == 6
 
 
 # -- an independent client

@@ -221,7 +221,7 @@ async def test_cancel_ends_the_work_of_the_prefill_worker_too(cluster: Cluster) 
 
 async def test_a_gateway_that_went_away_loses_its_slots_after_its_lease_and_no_other_does(cluster: Cluster) -> None:
     clock = SkippingClock()
-    decode = await cluster.start("decode", "d1", replace(SLOW, n_ctx=1 << 13), clock=clock)
+    decode = await cluster.start("decode", "d1", replace(SLOW, n_ctx=1 << 15), clock=clock)
     leaving = cluster.second_gateway()
     # they would end by themselves only long after this test's deadline
     far = int(3 * DEADLINE_S / SLOW.decode_run_s)

@@ -169,7 +169,7 @@ async def test_below_exact_only_whole_chunks_of_prompts_are_used(cluster: Cluste
 # -- the reverse hand-off
 
 
-SLOW_PREFILL = SimulatedSettings(n_ctx=512, slots=0, chunk_tokens=CHUNK, prompt_token_s=0.004)
+SLOW_PREFILL = SimulatedSettings(n_ctx=512, slots=0, chunk_tokens=CHUNK, prompt_token_s=0.04)
 
 
 async def long_turn(cluster: Cluster, prefill: Node, decode: Node) -> tuple[list[int], int]:
