@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import structlog
 import uvicorn
-from fastapi import FastAPI
+from starlette.applications import Starlette
 
 from edge_llm.config import LogLevel
 from edge_llm.errors import ConfigError
@@ -68,7 +68,7 @@ class Server:
 
     def __init__(
         self,
-        app: FastAPI,
+        app: Starlette,
         bound: socket,
         drain: Callable[[], Awaitable[None]],
         log_level: LogLevel = "info",

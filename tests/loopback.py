@@ -18,7 +18,7 @@ from typing import Final, Literal
 
 import aiohttp
 import uvicorn
-from fastapi import FastAPI
+from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -30,11 +30,12 @@ from edge_llm.gateway.wire import bound_connections
 from edge_llm.kv.snapshot import ids_digest
 from edge_llm.request import FinishReason, Generation, SamplingParams
 from edge_llm.serving import bind
-from edge_llm.worker.app import Worker, create_app
+from edge_llm.worker.app import create_app
 from edge_llm.worker.client import Peer, WorkerClient
 from edge_llm.worker.messages import DecodeRequest, EventBatch, Failed, PrefillCandidate, PromptReport, Role, Sampling
 from edge_llm.worker.pull import PATIENCE, Patience
 from edge_llm.worker.tickets import KeyRing
+from edge_llm.worker.worker import Worker
 
 KEYS: Final = KeyRing.parse("test1:" + "5a" * 32, "the tests' key")
 CHUNK: Final = 8
@@ -134,7 +135,7 @@ class LoopbackServer(uvicorn.Server):
 
 @asynccontextmanager
 async def listening(
-    app: FastAPI, http: type[asyncio.Protocol] | Literal["auto"] = "auto", stall_s: float | None = None
+    app: Starlette, http: type[asyncio.Protocol] | Literal["auto"] = "auto", stall_s: float | None = None
 ) -> AsyncIterator[tuple[str, LoopbackServer]]:
     """An app on a loopback port; gives `ip:port` and the server. With `stall_s` connections are bounded as a gateway's
     are."""

@@ -17,7 +17,8 @@ from edge_llm.engine.engine import Engine, Vocabulary
 from edge_llm.errors import ConfigError
 from edge_llm.machine import available_memory_bytes, usable_cores
 from edge_llm.serving import Server, bind, read_keys
-from edge_llm.worker.app import Worker, create_app
+from edge_llm.worker.app import create_app
+from edge_llm.worker.worker import Worker
 
 log = structlog.get_logger()
 

@@ -25,11 +25,11 @@ from edge_llm.gateway.app import Gateway, create_app
 from edge_llm.gateway.keys import NoKeys
 from edge_llm.gateway.serve import discovery_of
 from edge_llm.kv.snapshot import Identity
-from edge_llm.worker.app import Worker
 from edge_llm.worker.app import create_app as worker_app
 from edge_llm.worker.client import Peer
 from edge_llm.worker.messages import Role, encode
 from edge_llm.worker.tickets import KeyRing
+from edge_llm.worker.worker import Worker
 from tests.cluster.fake_apiserver import NAMESPACE, FakeApiServer, endpoint, endpoint_slice, kubeconfig, serving_api
 from tests.loopback import DEADLINE_S, KEYS, Cluster, Node, listening, running_cluster, settings_of, until
 from tests.nodes import node_of
