@@ -18,6 +18,7 @@ import structlog
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import BaseRoute, Route
 
 from edge_llm.cluster.discovery import Discovery, Heard
 from edge_llm.cluster.probe import Prober
@@ -151,7 +152,7 @@ def create_app(gateway: Gateway) -> FastAPI:
         async with gateway.running():
             yield
 
-    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(routes=_answering(gateway), lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(
         Edge,
         credentials=gateway.credentials,
@@ -219,16 +220,22 @@ def create_app(gateway: Gateway) -> FastAPI:
         return Response(body, media_type="application/json")
 
     add_routes(app, lambda: gateway.operating, gateway.bodies)
+    return app
 
-    @app.post("/v1/chat/completions")
+
+def _answering(gateway: Gateway) -> list[BaseRoute]:
+    """The two routes that every request waits for: plain ones, which FastAPI adds nothing to, and looked at first."""
+
     async def chat_completions(request: Request) -> Response:
         return await _answer(gateway, request, is_chat=True)
 
-    @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         return await _answer(gateway, request, is_chat=False)
 
-    return app
+    return [
+        Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+        Route("/v1/completions", completions, methods=["POST"]),
+    ]
 
 
 async def _answer(gateway: Gateway, request: Request, *, is_chat: bool) -> Response:
