@@ -57,6 +57,11 @@ def test_it_runs_the_image_of_this_version_and_nothing_asks_for_it_over_the_netw
     assert container["imagePullPolicy"] == "IfNotPresent"
 
 
+def test_what_runs_says_of_which_version_it_is_and_the_template_too(items: list[Manifest], job: dict[str, Any]) -> None:
+    for labelled in (named(items, "CronJob", TEMPLATE), job, job["spec"]["template"]):
+        assert labelled["metadata"]["labels"]["app.kubernetes.io/version"] == edge_llm.__version__
+
+
 def test_the_policies_of_an_overlay_are_about_its_pod(job: dict[str, Any]) -> None:
     labels = job["spec"]["template"]["metadata"]["labels"]
     about = [
