@@ -7,6 +7,7 @@
     - {name: pi-c, ram: 4GB, role: prefill}        # arch: arm64|amd64, cpu: a word, cores: 4
   slots: 4                      # all from here on: optional, of all workers; without: edge_llm/config.py's own
   n_ctx: 4096
+  components: [network-policy, model-on-board]     # of k3s_manifests, instead of those that are chosen
 
 `name` is the node's name in Kubernetes. `ram` is what the board is sold with. Owns the format and its errors: it is
 closed, unknown and repeated keys are errors that name the place. Refuses to know whether anything fits (fit.py).
@@ -17,10 +18,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from edge_llm.config import ClosedLoader, WorkerConfig, WorkerRole
 from edge_llm.errors import ConfigError
@@ -30,9 +31,18 @@ from edge_llm.plan.fit import Arch, Board, Settings
 _UNITS: Final = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS_OF_1024: Final = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40}
 _SIZE: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?(|[KMGT]i?)B?")
-# A name of a Kubernetes node, and of a file in a models folder.
-_NODE: Final = r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$"
+_LABEL: Final = r"[a-z0-9]([a-z0-9-]*[a-z0-9])?"
+_DIGEST: Final = r"(@sha256:[0-9a-f]{64})?"
 _WORKER: Final = WorkerConfig.model_construct()
+# Less is a number without its unit.
+_LEAST_RAM_BYTES: Final = 64 << 20
+# What a key whose text has a form is, for people.
+_FORMS: Final = {
+    "name": "a node's name as Kubernetes has it (small letters, digits, - and .)",
+    "model": "a name in models.yaml, or where its .gguf file lies on the boards",
+    "components": "names of folders in k3s_manifests/components",
+    "image": "NAME:TAG or NAME@sha256:DIGEST",
+}
 
 
 def bytes_of(value: object) -> int:
@@ -43,6 +53,13 @@ def bytes_of(value: object) -> int:
     if found is None:
         raise ValueError("a size is a number of bytes, or like 8GB, 7.8GiB, 512Mi")
     return int(float(found[1]) * (_UNITS | _UNITS_OF_1024)[found[2]])
+
+
+def _ram(value: object) -> int:
+    size = bytes_of(value)
+    if size < _LEAST_RAM_BYTES:
+        raise ValueError(f"{size} bytes are no board's memory: write its unit, like 8GB")
+    return size
 
 
 Size = Annotated[int, BeforeValidator(bytes_of), Field(ge=0, le=1 << 50)]
@@ -57,8 +74,8 @@ class _Closed(BaseModel):
 
 
 class _Board(_Closed):
-    name: Annotated[str, Field(pattern=_NODE)]
-    ram: Size
+    name: Annotated[str, Field(pattern=rf"^{_LABEL}(\.{_LABEL})*$", max_length=253)]
+    ram: Annotated[int, BeforeValidator(_ram), Field(le=1 << 50)]
     arch: Arch = "arm64"
     cpu: Annotated[str, Field(max_length=64)] = ""
     cores: Annotated[int, Field(ge=1, le=1024)] = 4
@@ -77,12 +94,19 @@ class _Cluster(_Closed):
     spare_slots: Annotated[int, Field(ge=0, le=64)] = _WORKER.spare_slots
     spare_prompts: bool = _WORKER.spare_prompts
     n_ctx: Annotated[int, Field(ge=64, le=1 << 20)] = _WORKER.n_ctx
-    chunk_tokens: Annotated[int, Field(ge=1, le=4096)] = _WORKER.chunk_tokens
+    chunk_tokens: Annotated[int, Field(ge=8, le=1024)] = _WORKER.chunk_tokens
+    """As wide as `edge-llm verify` can measure."""
     k_type: Literal["f16", "f32", "bf16", "q8_0", "q4_0"] = _WORKER.k_type
     v_type: Literal["f16", "f32", "bf16"] = "f16"
     prefix_cache: Size = _WORKER.prefix_cache_bytes
     components: tuple[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")], ...] = ()
-    image: Annotated[str, Field(pattern=r"^[a-z0-9][A-Za-z0-9._/:@-]*$")] | None = None
+    image: Annotated[str, Field(pattern=rf"^[a-z0-9]([A-Za-z0-9._/:-]*[A-Za-z0-9])?{_DIGEST}$")] | None = None
+
+    @model_validator(mode="after")
+    def _sizes_come_from_one_place(self) -> Self:
+        if self.gguf and self.facts:
+            raise ValueError("gguf and facts both say how large the model is: give one of them")
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,22 +134,24 @@ def read_description(path: Path) -> Description:
 
 
 def parse_description(text: str, where: str, folder: Path = Path()) -> Description:
+    content: Any = None
     try:
-        content: Any = yaml.load(text, Loader=ClosedLoader)
+        content = yaml.load(text, Loader=ClosedLoader)
         cluster = _Cluster.model_validate(content)
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        place = ".".join(map(str, problem["loc"])) or "the file"
-        raise ConfigError(f"{where}: {place}: {problem['msg']}; {_known(problem['loc'])}") from None
+        raise ConfigError(f"{where}: {_complaint(error, content)}") from None
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ConfigError(f"{where} is not YAML: {line}{error.problem or error}") from None
     except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"{where} is not YAML: {getattr(error, 'problem', None) or error}") from None
+        raise ConfigError(f"{where} is not YAML: {error}") from None
     names = [board.name for board in cluster.boards]
     if len(names) != len(set(names)):
         raise ConfigError(f"{where}: boards: {max(names, key=names.count)} is there twice")
     return Description(
         model=cluster.model,
-        gguf=folder / Path(cluster.gguf).expanduser() if cluster.gguf else None,
-        facts=folder / Path(cluster.facts).expanduser() if cluster.facts else None,
+        gguf=_path(cluster.gguf, folder, where),
+        facts=_path(cluster.facts, folder, where),
         boards=tuple(map(_board, cluster.boards)),
         policy=cluster.policy,
         settings=Settings(
@@ -156,7 +182,50 @@ def _board(board: _Board) -> Board:
     )
 
 
-def _known(place: tuple[int | str, ...]) -> str:
-    """The keys that are allowed there."""
+def _path(name: str | None, folder: Path, where: str) -> Path | None:
+    try:
+        return folder / Path(name).expanduser() if name else None
+    except RuntimeError:
+        raise ConfigError(f"{where}: {name}: there is no such user on this machine") from None
+
+
+def _complaint(error: ValidationError, content: object) -> str:
+    """The first thing that is wrong: where it is, and what is allowed there."""
+    problem = error.errors(include_url=False, include_input=False)[0]
+    place = problem["loc"]
     kind: type[_Closed] = _Board if len(place) > 1 and place[0] == "boards" else _Cluster
-    return f"the keys are {', '.join(kind.model_fields)}"
+    keys = f"the keys are {', '.join(kind.model_fields)}"
+    match problem["type"]:
+        case "missing":
+            words = f"is missing; {keys}"
+        case "extra_forbidden":
+            words = f"is not known; {keys}"
+        case "model_type":
+            words = f"must be keys and values; {keys}"
+        case "tuple_type":
+            words = "must be a list"
+        case "too_short":
+            words = "there must be at least one"
+        case "string_type":
+            words = "must be text; a number, yes, no, on and off need quotes to be that"
+        case "string_pattern_mismatch":
+            words = f"must be {_FORMS[_key(place)]}"
+        case "value_error":
+            words = str(problem["ctx"]["error"])
+        case _:
+            words = problem["msg"].replace("Input should", "must", 1)
+    return ": ".join([*_place(place, content), words])
+
+
+def _key(place: tuple[int | str, ...]) -> str:
+    return next(str(part) for part in reversed(place) if isinstance(part, str))
+
+
+def _place(place: tuple[int | str, ...], content: object) -> list[str]:
+    """A board by its name where it has one, else by its number."""
+    if len(place) < 2 or place[0] != "boards" or not isinstance(place[1], int) or not isinstance(content, dict):
+        return [".".join(map(str, place))] if place else []
+    board = content["boards"][place[1]]
+    name = board.get("name") if isinstance(board, dict) else None
+    which = f"board {name}" if isinstance(name, str) and name.isprintable() else f"board number {place[1] + 1}"
+    return [which, *map(str, place[2:])]
