@@ -7,6 +7,7 @@ Owns finding the model's sizes and the output: a folder for `kubectl apply -k`, 
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -48,6 +49,8 @@ def render(description: Path, output: Path | None, check: bool, as_json: bool) -
     from edge_llm.plan.manifests import manifests_folder, read_shipped, write_overlay
     from edge_llm.plan.overlay import kustomization
 
+    if as_json and not check and output is None:
+        raise click.UsageError("--json goes with --check or -o: without them manifests are printed")
     described = read_description(description)
     folder = manifests_folder()
     shipped = read_shipped(folder)
@@ -122,7 +125,7 @@ def _tell(described: Description, fit: Fitted, model: KnownModel, output: Path |
             "kv_bytes_per_token": model.kv_bytes_per_token,
             "boards": table(fit),
             "sums": {group.role: group.sum.parts for group in fit.groups},
-            "labels": labels(fit),
+            "labels": labels(described, fit),
             "notes": list(fit.notes),
             "output": None if output is None else str(output),
         }
@@ -130,7 +133,7 @@ def _tell(described: Description, fit: Fitted, model: KnownModel, output: Path |
         return
     _summary(described, fit, model)
     if output is not None:
-        for line in (*labels(fit), f"kubectl apply -k {output}"):
+        for line in (*labels(described, fit), f"kubectl apply -k {shlex.quote(str(output))}"):
             click.echo(f"  {line}")
 
 
@@ -148,5 +151,5 @@ def _summary(described: Description, fit: Fitted, model: KnownModel, to_stderr: 
     for note in fit.notes:
         click.echo(f"note: {note}", err=to_stderr)
     if to_stderr and sys.stderr.isatty():
-        for line in labels(fit):
+        for line in labels(described, fit):
             click.echo(f"  {line}", err=True)

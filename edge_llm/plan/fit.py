@@ -116,10 +116,12 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """A cluster that fits. `notes`: what is worth knowing, for people."""
+    """A cluster that fits. `notes`: what is worth knowing, for people. `gateways`: how many have room beside the
+    workers."""
 
     groups: tuple[Group, ...]
     notes: tuple[str, ...]
+    gateways: int
 
     def group(self, role: WorkerRole) -> Group | None:
         return next((group for group in self.groups if group.role == role), None)
@@ -146,7 +148,8 @@ def fitted(boards: Sequence[Board], settings: Settings, sizes: SizesOf, *, split
             f"has left is {_mib(max(room))}. Give a board a smaller role (prefill needs least), fewer slots or a "
             "smaller n_ctx, or add a board"
         )
-    return Fitted(groups, (*_unverified(groups), *_notes(placed, settings, room, gateway_bytes)))
+    gateways = sum(left // gateway_bytes for left in room if left > 0)
+    return Fitted(groups, (*_unverified(groups), *_notes(placed, settings, gateways, gateway_bytes)), gateways)
 
 
 # -- roles
@@ -312,7 +315,7 @@ def _unverified(groups: Iterable[Group]) -> Iterable[str]:
             )
 
 
-def _notes(boards: Sequence[Board], settings: Settings, room: Sequence[int], gateway_bytes: int) -> Iterable[str]:
+def _notes(boards: Sequence[Board], settings: Settings, gateways: int, gateway_bytes: int) -> Iterable[str]:
     kinds = sorted({(board.arch, board.cpu) for board in boards})
     if len(kinds) > 1:
         words = ", ".join(" ".join(filter(None, kind)) for kind in kinds)
@@ -321,14 +324,17 @@ def _notes(boards: Sequence[Board], settings: Settings, room: Sequence[int], gat
             "where that is faster, and such answers have level none"
         )
     # an update starts the new gateway before it stops the old one
-    if sum(left // gateway_bytes for left in room if left > 0) < 2:
+    if gateways < 2:
         yield (
             f"there is room for one gateway only ({_mib(gateway_bytes)}): an update of it waits until a board has room "
             "for a second one; free memory, or let it be replaced (strategy Recreate)"
         )
     few = sorted(board.name for board in boards if board.cores < 2)
     if few:
-        yield f"{', '.join(few)}: with one core everything waits for everything"
+        yield (
+            f"{', '.join(few)}: a worker asks for a whole core, so with one core its pod may find no place beside the "
+            "system's, and everything waits for everything"
+        )
     if settings.spare_slots and settings.spare_slots < settings.slots and any(b.role == "prefill" for b in boards):
         yield (
             f"a prefill worker has {settings.spare_slots} slots for the time that it decodes (`cluster role`, or when "

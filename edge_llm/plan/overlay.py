@@ -23,9 +23,17 @@ SHIPPED: Final = "edge-llm"
 VERIFY: Final = "verify"
 HEADER: Final = "# Rendered by `edge-llm cluster render`"
 _GIB: Final = 1 << 30
-# With it a worker's volume holds the model; else it comes from elsewhere.
 _DOWNLOAD: Final = "model-download"
+_ON_BOARD: Final = "model-on-board"
+# With these the model comes from elsewhere; else a worker's volume must hold it.
+_NO_DOWNLOAD: Final = frozenset({"model-image-volume", _ON_BOARD})
+_SOURCES: Final = frozenset({_DOWNLOAD, *_NO_DOWNLOAD})
+_POLICY: Final = "network-policy"
 _PI5: Final = frozenset({"cortex-a76", "pi5"})
+# What components/pi5 takes for granted: its workers ask for three of them.
+_PI5_CORES: Final = 4
+# Of components/high-availability, and one more that an update starts before it stops another.
+_GATEWAYS_UPDATING: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +67,7 @@ def kustomization(described: Description, fit: Fitted, shipped: Shipped, file_by
         "patches": [
             patch
             for group in fit.groups
-            for patch in _patches(group, shipped, file_bytes if _DOWNLOAD in components else 0, len(described.boards))
+            for patch in _patches(group, shipped, 0 if _NO_DOWNLOAD & set(components) else file_bytes, described)
         ],
     }
     if described.image:
@@ -84,9 +92,9 @@ def settings(described: Description) -> dict[str, str]:
     return {f"EDGE_LLM_WORKER_{key.upper()}": str(value) for key, value in values.items()}
 
 
-def labels(fit: Fitted) -> list[str]:
-    """The commands that say which board does what; none where one board does all."""
-    if sum(len(group.boards) for group in fit.groups) == 1:
+def labels(described: Description, fit: Fitted) -> list[str]:
+    """The commands that say which board does what; none where one board does all, unless its volumes ask for it."""
+    if len(described.boards) == 1 and _ON_BOARD not in (described.components or ()):
         return []
     return [
         f"kubectl label node --overwrite {' '.join(board.name for board in group.boards)} edge-llm/role={group.role}"
@@ -128,28 +136,40 @@ def _text(content: object) -> str:
 def _components(described: Description, fit: Fitted, shipped: Shipped) -> Sequence[str]:
     """Those asked for, or those that fit what is described; `release` comes last, it reaches what others add."""
     if described.components is not None:
-        unknown = set(described.components) - shipped.components
-        if unknown:
-            raise ConfigError(
-                f"components: {', '.join(sorted(unknown))}: not shipped; there are "
-                f"{', '.join(sorted(shipped.components))}"
-            )
-        wanted = [name for name in described.components if name != "release"]
+        _check_components(set(described.components), shipped)
+        wanted = [name for name in dict.fromkeys(described.components) if name != "release"]
     else:
-        wanted = ["network-policy", _DOWNLOAD]
-        if all(board.cpu.lower() in _PI5 for board in described.boards):
+        wanted = [_POLICY, _DOWNLOAD]
+        if all(board.cpu.lower() in _PI5 and board.cores >= _PI5_CORES for board in described.boards):
             wanted.append("pi5")
-        if len(described.boards) > 1:
+        if len(described.boards) > 1 and fit.gateways >= _GATEWAYS_UPDATING:
             wanted.append("high-availability")
     return [name for name in [*wanted, "release"] if name in shipped.components]
 
 
-def _patches(group: Group, shipped: Shipped, file_bytes: int, boards: int) -> Iterable[Mapping[str, Any]]:
+def _check_components(wanted: set[str], shipped: Shipped) -> None:
+    """Raises ConfigError for what is not there, and for what would leave workers without their model."""
+    if unknown := wanted - shipped.components:
+        raise ConfigError(
+            f"components: {', '.join(sorted(unknown))}: not shipped; there are {', '.join(sorted(shipped.components))}"
+        )
+    sources = sorted(wanted & _SOURCES)
+    if len(sources) > 1:
+        raise ConfigError(f"components: {' and '.join(sources)}: a model comes from one place, keep one of them")
+    if _POLICY in wanted and not sources:
+        raise ConfigError(
+            f"components: {_POLICY} lets workers out to each other only, so they cannot fetch their model: add one of "
+            f"{', '.join(sorted(_SOURCES))}"
+        )
+
+
+def _patches(group: Group, shipped: Shipped, file_bytes: int, described: Description) -> Iterable[Mapping[str, Any]]:
+    """`file_bytes`: of what is downloaded."""
     name = f"edge-llm-{group.role}"
     spec: dict[str, Any] = {"containers": [{"name": "worker", "resources": _memory(group.limit_bytes)}]}
     if shipped.verifies:
         spec["initContainers"] = [_verify(group)]
-    if boards == 1:
+    if len(described.boards) == 1:
         spec["nodeSelector"] = None  # one board needs no label
     whole = {
         "apiVersion": "apps/v1",
@@ -195,7 +215,7 @@ def _image(image: str) -> dict[str, str]:
 def _comment(described: Description, fit: Fitted) -> Iterable[str]:
     yield f"{HEADER}: {described.model}, {described.settings.slots} slots of {described.settings.n_ctx} tokens."
     yield "# Rendering again replaces this folder. Put changes of your own into an overlay that has it as a resource."
-    for line in labels(fit):
+    for line in labels(described, fit):
         yield f"#   {line}"
     for group in fit.groups:
         parts = ", ".join(f"{name} {size // MIB:,}" for name, size in group.sum.parts.items() if size)

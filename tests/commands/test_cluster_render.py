@@ -105,3 +105,15 @@ def test_a_place_on_the_boards_needs_a_file_here(tmp_path: Path) -> None:
     done = run(file)
     assert done.exit_code == 1
     assert "gguf: FILE" in done.stderr
+
+
+def test_json_of_a_figure_is_not_asked_for_where_manifests_are_printed(gguf: Path, tmp_path: Path) -> None:
+    done = run(described(tmp_path, f"gguf: {gguf}"), "--json")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "--json goes with --check or -o" in done.stderr
+
+
+def test_the_command_to_apply_a_folder_can_be_pasted_whatever_it_is_called(gguf: Path, tmp_path: Path) -> None:
+    target = tmp_path / "my cluster"
+    done = run(described(tmp_path, f"gguf: {gguf}"), "-o", target)
+    assert f"kubectl apply -k '{target}'" in done.stdout

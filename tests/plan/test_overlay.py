@@ -57,6 +57,11 @@ def applied(text: str, shipped: Shipped, target: Path, file_bytes: int = FILE_BY
     return [item for item in yaml.safe_load_all(rendered(target)) if item]
 
 
+def labels_of(text: str, shipped: Shipped) -> list[str]:
+    described = parse_description(text, "test")
+    return labels(described, fit(described, shipped))
+
+
 def one(items: list[dict[str, Any]], kind: str, name: str) -> dict[str, Any]:
     (found,) = [
         item
@@ -108,13 +113,12 @@ def test_one_board_needs_no_label_and_no_second_one(shipped: Shipped, tmp_path: 
     items = applied(ONE, shipped, tmp_path / "cluster")
     workload = one(items, "StatefulSet", "edge-llm-mixed")
     assert "nodeSelector" not in workload["spec"]["template"]["spec"]
-    assert labels(fit(parse_description(ONE, "x"), shipped)) == []
+    assert labels_of(ONE, shipped) == []
     assert [item["metadata"]["name"] for item in items if item["kind"] == "StatefulSet"] == ["edge-llm-mixed"]
 
 
 def test_the_labels_name_every_board_once(shipped: Shipped) -> None:
-    found = labels(fit(parse_description(FOUR, "x"), shipped))
-    assert found == [
+    assert labels_of(FOUR, shipped) == [
         "kubectl label node --overwrite pi-a edge-llm/role=prefill",
         "kubectl label node --overwrite pi-b pi-c pi-d edge-llm/role=decode",
     ]
@@ -149,6 +153,54 @@ def test_components_can_be_chosen_and_what_is_not_shipped_is_refused(shipped: Sh
     described = parse_description(FOUR + "components: [telepathy]\n", "x")
     with pytest.raises(ConfigError, match=r"telepathy: not shipped; there are .*network-policy"):
         kustomization(described, fit(described, shipped), shipped, FILE_BYTES)
+
+
+def test_volumes_that_are_for_labelled_boards_only_make_the_one_board_need_its_label(shipped: Shipped) -> None:
+    on_board = ONE.replace("}], slots", "}], components: [model-on-board], slots")
+    assert labels_of(on_board, shipped) == ["kubectl label node --overwrite pi edge-llm/role=mixed"]
+
+
+@pytest.mark.parametrize(
+    ("components", "complaint"),
+    [
+        ("[model-on-board, model-download]", "model-download and model-on-board: a model comes from one place"),
+        ("[network-policy]", "cannot fetch their model: add one of model-download, model-image-volume, model-on-board"),
+    ],
+)
+def test_components_that_leave_workers_without_their_model_are_refused(
+    components: str, complaint: str, shipped: Shipped
+) -> None:
+    described = parse_description(f"{FOUR}components: {components}\n", "x")
+    with pytest.raises(ConfigError, match=complaint):
+        kustomization(described, fit(described, shipped), shipped, FILE_BYTES)
+
+
+@pytest.mark.parametrize(
+    ("components", "storage"), [("[]", "17Gi"), ("[model-download]", "17Gi"), ("[model-on-board]", "10Gi")]
+)
+def test_a_volume_holds_the_model_where_it_is_downloaded(
+    components: str, storage: str, shipped: Shipped, tmp_path: Path
+) -> None:
+    items = applied(f"{FOUR}components: {components}\n", shipped, tmp_path / "cluster", file_bytes=8 << 30)
+    (claim,) = one(items, "StatefulSet", "edge-llm-decode")["spec"]["volumeClaimTemplates"]
+    assert claim["spec"]["resources"]["requests"]["storage"] == storage
+
+
+def test_two_gateways_are_for_where_an_update_has_room_for_a_third(shipped: Shipped, tmp_path: Path) -> None:
+    roomy = one(applied(FOUR, shipped, tmp_path / "roomy"), "Deployment", "edge-llm-gateway")
+    assert roomy["spec"]["replicas"] == 2
+    tight = FOUR.replace("ram: 8GB, cpu", "ram: 3.4GB, role: decode, cpu").replace("n_ctx: 2048", "n_ctx: 512")
+    tight = tight.replace("ram: 8GB, k3s: server", "ram: 4.2GB, k3s: agent, role: prefill")
+    assert fit(parse_description(tight, "x"), shipped).gateways < 3
+    assert one(applied(tight, shipped, tmp_path / "tight"), "Deployment", "edge-llm-gateway")["spec"]["replicas"] == 1
+
+
+def test_boards_that_are_called_pi_5_but_lack_its_cores_keep_settings_for_any_board(
+    shipped: Shipped, tmp_path: Path
+) -> None:
+    items = applied(FOUR.replace("ram: 8GB", "ram: 8GB, cores: 2"), shipped, tmp_path / "cluster")
+    worker = one(items, "StatefulSet", "edge-llm-decode")["spec"]["template"]["spec"]["containers"][0]
+    assert worker["resources"]["requests"]["cpu"] == "1"
 
 
 def test_rendering_again_replaces_what_was_rendered_and_nothing_else(shipped: Shipped, tmp_path: Path) -> None:
