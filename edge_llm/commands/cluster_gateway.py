@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import click
 
@@ -47,9 +47,7 @@ class Gateway:
     @classmethod
     def of(cls, url: str, api_key_file: Path | None) -> Gateway:
         """Raises ConfigError for an address or a key that cannot be used."""
-        if not url.startswith(("http://", "https://")):
-            raise ConfigError(f"--url is an address like http://10.0.0.10:8080, not {url!r}")
-        return cls(url.rstrip("/"), _headers(api_key_file))
+        return cls(_base(url), _headers(api_key_file))
 
     def overview(self) -> dict[str, Any]:
         """GET /cluster."""
@@ -74,6 +72,18 @@ class Gateway:
         if not isinstance(found, dict):
             raise WorkerUnreachable(f"{self.url} gives no answer of ours; is it the gateway?")
         return found
+
+
+def _base(url: str) -> str:
+    """Without the /v1 that OpenAI's clients want, and `edge-llm up` shows."""
+    try:
+        parts = urlsplit(url)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # half an IPv6 address, a port that is none
+        is_address = False
+    if not is_address or not url.isascii() or not url.isprintable() or " " in url:
+        raise ConfigError(f"--url is an address like http://10.0.0.10:8080, not {url!r}")
+    return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
 def _headers(api_key_file: Path | None) -> dict[str, str]:

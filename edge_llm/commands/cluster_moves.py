@@ -22,10 +22,11 @@ _POD: Final = re.compile(r"edge-llm-(prefill|decode|mixed)-([0-9]+)")
 @dataclass(frozen=True, slots=True)
 class Moves:
     """Words of kubectl, in order, and the workers that they stop: the one on the board, and one that takes its place in
-    the smaller workload."""
+    the smaller workload. `replicas`: of the two workloads then, for the overlay that made them."""
 
     steps: tuple[tuple[str, ...], ...]
     stopped: tuple[str, ...]
+    replicas: Mapping[str, int]
 
 
 def moves(pod: str, role: str, board: str, replicas: Mapping[str, int], *, is_bound: bool = True) -> Moves:
@@ -45,14 +46,14 @@ def moves(pod: str, role: str, board: str, replicas: Mapping[str, int], *, is_bo
             "(`edge-llm cluster render`) and apply it"
         )
     left = replicas[old] - 1
+    then = {old: left, new: replicas[new] + 1}
     steps: list[tuple[str, ...]] = [
         ("label", "node", board, "--overwrite", f"edge-llm/role={role}"),
-        ("scale", "statefulset", old, f"--replicas={left}"),
-        ("scale", "statefulset", new, f"--replicas={replicas[new] + 1}"),
+        *(("scale", "statefulset", name, f"--replicas={count}") for name, count in then.items()),
     ]
     if ordinal >= left:
-        return Moves(tuple(steps), (pod,))
+        return Moves(tuple(steps), (pod,), then)
     if is_bound:
         steps.append(("delete", "pvc", f"data-{pod}", "--wait=false"))
     steps.append(("delete", "pod", pod, "--wait=false"))
-    return Moves(tuple(steps), (pod, f"{old}-{left}"))
+    return Moves(tuple(steps), (pod, f"{old}-{left}"), then)

@@ -23,6 +23,9 @@ from edge_llm.commands.cluster_gateway import Gateway, gateway_options
 from edge_llm.errors import ConfigError, WorkerUnreachable
 
 POLL_S: Final = 0.5
+# A gateway asks its workers how they are about once a second, and gives up a question after 1.5 s.
+SEEN_S: Final = 5.0
+SEEN_POLL_S: Final = 0.1
 INTERRUPTED: Final = 130
 _force = click.option("--force", is_flag=True, help="Even if nobody else serves its model.")
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -50,12 +53,12 @@ def drain(
     gateway = Gateway.of(url, api_key_file)
     now = found(gateway.overview(), node)
     if undo:
-        now = gateway.order(node, "drain", {"is_draining": False})
+        now = _ordered(gateway, node, "drain", "is_draining", False)
         _tell(now, as_json, f"{node} takes work again")
         return
     if not force:
         _refuse_to_strand(gateway.overview(), [node])
-    now = gateway.order(node, "drain", {"is_draining": True})
+    now = _ordered(gateway, node, "drain", "is_draining", True)
     if wait:
         now = _drained(gateway, now, timeout_s)
     left = left_of(now)
@@ -92,9 +95,10 @@ def role(
     before = gateway.overview()
     was = found(before, node)
     if kubeconfig is not None:
-        _move(gateway, before, node, role, kubeconfig, namespace, force)
+        moved = _move(gateway, before, node, role, kubeconfig, namespace, force)
+        _tell(moved, as_json, _moved_words(moved))
         return
-    now = gateway.order(node, "role", {"role": role})
+    now = _ordered(gateway, node, "role", "role", role)
     lines = [f"{node}: {was['role']} -> {now['role']}, until it starts again"]
     lines += remarks({**before, "nodes": [*_others(before, node), now]}, now)
     _tell(now, as_json, "\n".join(lines))
@@ -157,6 +161,19 @@ def _refuse_to_strand(overview: Mapping[str, Any], names: Collection[str]) -> No
         )
 
 
+def _ordered(gateway: Gateway, name: str, what: str, key: str, value: object) -> dict[str, Any]:
+    """Order it, and wait a moment until the gateway sees it: the next command goes by what the gateway shows. How the
+    worker is then; a worker that says goodbye to its sequences may be out of sight for longer."""
+    now = gateway.order(name, what, {key: value})
+    until_s = time.monotonic() + SEEN_S
+    while time.monotonic() < until_s:
+        shown = next((node for node in gateway.overview()["nodes"] if node["worker"] == name), None)
+        if shown is not None and shown[key] == now[key]:
+            return dict(shown)
+        time.sleep(SEEN_POLL_S)
+    return now
+
+
 def _drained(gateway: Gateway, now: dict[str, Any], timeout_s: float) -> dict[str, Any]:
     """Wait until the node is empty, or for so long; how it is then. `now`: what it said when it was told to drain. What
     was ordered stays so when this is interrupted."""
@@ -191,7 +208,7 @@ def _move(
     kubeconfig: Path,
     namespace: str,
     force: bool,
-) -> None:
+) -> dict[str, Any]:
     """Replace a worker by one of another role on the same board, after everything that stops has been handed over."""
     from edge_llm.commands.cluster_moves import moves
     from edge_llm.commands.kubectl import Kubectl
@@ -205,13 +222,21 @@ def _move(
     plan = moves(name, role, board, replicas, is_bound=kept.get("whenScaled") == "Delete")
     if not force:
         _refuse_to_strand(overview, plan.stopped)
-    leaving = [gateway.order(stopped, "drain", {"is_draining": True}) for stopped in plan.stopped]
+    leaving = [_ordered(gateway, stopped, "drain", "is_draining", True) for stopped in plan.stopped]
     for node in leaving:
         _drained(gateway, node, timeout_s=180.0)
     for step in plan.steps:
         click.echo(f"kubectl -n {namespace} {' '.join(step)}", err=True)
         kubectl.run(*step)
-    click.echo(f"{board} starts a worker of role {role}; `edge-llm cluster status` shows it when its model is loaded")
+    return {"board": board, "role": role, "stopped": list(plan.stopped), "replicas": dict(plan.replicas)}
+
+
+def _moved_words(moved: Mapping[str, Any]) -> str:
+    sizes = ", ".join(f"{workload} {count}" for workload, count in moved["replicas"].items())
+    return (
+        f"{moved['board']} starts a worker of role {moved['role']}; `edge-llm cluster status` shows it when its model "
+        f"is loaded\nreplicas are now {sizes}: write that into your overlay, or the next `kubectl apply -k` takes it back"
+    )
 
 
 def _tell(node: Mapping[str, Any], as_json: bool, words: str) -> None:

@@ -18,6 +18,7 @@ def test_a_worker_that_is_the_last_of_its_workload_goes_by_itself() -> None:
         ("scale", "statefulset", "edge-llm-prefill", "--replicas=2"),
     )
     assert plan.stopped == ("edge-llm-decode-2",)
+    assert plan.replicas == {"edge-llm-decode": 2, "edge-llm-prefill": 2}
 
 
 def test_another_one_is_deleted_with_its_volume_and_the_last_one_takes_its_number() -> None:

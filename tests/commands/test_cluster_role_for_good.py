@@ -4,6 +4,7 @@ is told."""
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -64,17 +65,22 @@ class Kubernetes:
 
     async def role(self, service: Service, *words: str) -> tuple[int, str]:
         """Exit code, and standard error."""
+        code, _, said = await self.run(service, *words)
+        return code, said
+
+    async def run(self, service: Service, *words: str) -> tuple[int, str, str]:
+        """Exit code, standard output and standard error."""
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "edge_llm", "cluster", "role", *words),
             *("--url", service.url, "--kubeconfig", str(self.config)),
             env={"PATH": f"{self.folder}:/usr/bin:/bin", "HOME": str(self.folder)},
             stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
         )
-        _, said = await process.communicate()
+        answered, said = await process.communicate()
         assert process.returncode is not None
-        return process.returncode, said.decode()
+        return process.returncode, answered.decode(), said.decode()
 
 
 @pytest.fixture
@@ -123,6 +129,24 @@ async def test_nothing_moves_while_nobody_else_would_serve(service: Service, kub
         "delete pvc data-edge-llm-decode-0 --wait=false",
         "delete pod edge-llm-decode-0 --wait=false",
     ]
+
+
+async def test_what_the_overlay_must_say_from_now_on_is_told(service: Service, kubernetes: Kubernetes) -> None:
+    kubernetes.with_decoders(2)
+    await service.start("decode", "edge-llm-decode-0")
+    await service.start("decode", "edge-llm-decode-1")
+    code, told, said = await kubernetes.run(service, "edge-llm-decode-1", "prefill")
+    assert code == 0, said
+    assert "replicas are now edge-llm-decode 1, edge-llm-prefill 2: write that into your overlay" in told
+    await service.start("decode", "edge-llm-decode-2")
+    code, told, said = await kubernetes.run(service, "edge-llm-decode-0", "prefill", "--json")
+    assert code == 0, said
+    assert json.loads(told) == {
+        "board": "pi-b",
+        "role": "prefill",
+        "stopped": ["edge-llm-decode-0", "edge-llm-decode-1"],
+        "replicas": {"edge-llm-decode": 1, "edge-llm-prefill": 2},
+    }
 
 
 async def test_a_worker_that_these_manifests_did_not_make_is_left_alone(
