@@ -235,7 +235,7 @@ def _moved_words(moved: Mapping[str, Any]) -> str:
     sizes = ", ".join(f"{workload} {count}" for workload, count in moved["replicas"].items())
     return (
         f"{moved['board']} starts a worker of role {moved['role']}; `edge-llm cluster status` shows it when its model "
-        f"is loaded\nreplicas are now {sizes}: write that into your overlay, or the next `kubectl apply -k` takes it back"
+        f"is loaded\nreplicas are now {sizes}: say so in your overlay, or the next `kubectl apply -k` takes it back"
     )
 
 

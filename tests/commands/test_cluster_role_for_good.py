@@ -137,7 +137,7 @@ async def test_what_the_overlay_must_say_from_now_on_is_told(service: Service, k
     await service.start("decode", "edge-llm-decode-1")
     code, told, said = await kubernetes.run(service, "edge-llm-decode-1", "prefill")
     assert code == 0, said
-    assert "replicas are now edge-llm-decode 1, edge-llm-prefill 2: write that into your overlay" in told
+    assert "replicas are now edge-llm-decode 1, edge-llm-prefill 2: say so in your overlay" in told
     await service.start("decode", "edge-llm-decode-2")
     code, told, said = await kubernetes.run(service, "edge-llm-decode-0", "prefill", "--json")
     assert code == 0, said
