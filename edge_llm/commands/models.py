@@ -15,7 +15,7 @@ from edge_llm.catalogue.gguf import ModelCard, read_card
 from edge_llm.catalogue.manifest import ModelEntry, load_manifest, record_pin, write_pin
 from edge_llm.catalogue.resolve import find, resolve
 from edge_llm.commands.progress import progress
-from edge_llm.config import DEFAULT_MODEL
+from edge_llm.config import DEFAULT_MODEL, cache_dir
 from edge_llm.errors import CatalogueError, ChecksumMismatch
 from edge_llm.plan.sizes import facts_of
 
@@ -107,6 +107,22 @@ def quantize(model: str, kind: str, target: Path, as_json: bool) -> None:
     with progress(model, is_bytes=True) as report:
         source = resolve(model, report).path
     _print({"path": str(target), **asdict(convert(source, target, kind))}, as_json)
+
+
+@models.command("random")
+@click.argument("shape")
+@click.argument("kind", metavar="TYPE", default="Q4_0")
+@json_option
+def random_model(shape: str, kind: str, as_json: bool) -> None:
+    """Make a model of SHAPE with random weights in the cache: it says nothing of sense, and is as fast as a real one.
+
+    Shapes: llama-3.2-1b (1.24 billion weights; 2.5 GB on the disk beside the file), and small ones for tests: dense,
+    sliding-window, recurrent, wide-kv, head-size-256, mqa, moe.
+    """
+    from edge_llm.engine.random_model import make_model
+
+    path = make_model(cache_dir() / "random", shape, kind)
+    _print({"path": str(path), "size": path.stat().st_size, "sha256": sha256_of(path)}, as_json)
 
 
 def _print(facts: Mapping[str, Any], as_json: bool) -> None:

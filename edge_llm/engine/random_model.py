@@ -1,14 +1,17 @@
-"""Small models with random weights: every shape and format in seconds, without a download.
+"""Models with random weights: every shape and format in seconds, without a download.
 
-Owns the recipes (tensor names and header keys as llama.cpp's loaders want them) for `edge-llm verify --random` and the
-tests. Refuses to know sequences. The weights are seeded, so a file is the same everywhere; they are scaled so that
-the logits of neighbouring tokens lie close together and a wrong bit shows in the text.
+Owns the recipes (tensor names and header keys as llama.cpp's loaders want them) for `edge-llm verify --random`,
+`edge-llm models random` and the tests. Refuses to know sequences. The weights are seeded, so a file is the same
+everywhere; they are scaled so that the logits of neighbouring tokens lie close together and a wrong bit shows in the
+text.
 
 A random model can hide what a real one shows (attention is nearly uniform): it proves formats and shapes, not models.
+Time and memory of a step follow from shape and format alone, so a shape of real size measures a board.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +20,13 @@ from typing import Any, Final
 import gguf
 import numpy as np
 
-from edge_llm.engine.quantize import quantize
+from edge_llm.engine.quantize import file_type, quantize
+from edge_llm.errors import CatalogueError
 
 _SPECIAL: Final = ("<unk>", "<s>", "</s>")
 _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6
+# Weights drawn at a time: they come as doubles, and a vocabulary of them all would take gigabytes.
+_AT_ONCE: Final = 1 << 22
 _TEMPLATE: Final = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
@@ -29,7 +35,8 @@ _TEMPLATE: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What to build. `window` > 0 needs an architecture with sliding windows, `experts` a mixture."""
+    """What to build. `window` > 0 needs an architecture with sliding windows, `experts` a mixture; where `is_tied` the
+    embedding is the output matrix too."""
 
     architecture: str = "llama"
     n_layer: int = 2
@@ -42,29 +49,48 @@ class Shape:
     window: int = 0
     experts: int = 0
     n_ctx: int = 4096
+    is_tied: bool = False
     keys: Mapping[str, float | int] = field(default_factory=dict)
 
 
 SHAPES: Final[Mapping[str, Shape]] = {
     "dense": Shape(),
-    "sliding-window": Shape("gemma2", n_layer=4, window=96, keys={"attn_logit_softcapping": 50.0}),
+    "sliding-window": Shape("gemma2", n_layer=4, window=96, is_tied=True, keys={"attn_logit_softcapping": 50.0}),
     "recurrent": Shape("mamba"),
     "wide-kv": Shape(n_layer=32, n_embd=64, n_head=32, n_head_kv=32, head_size=96, n_ff=64),
     "head-size-256": Shape(n_head=2, n_head_kv=2, head_size=256),
     "mqa": Shape(n_head=8, n_head_kv=1, head_size=32),
     "moe": Shape(experts=4),
+    # meta-llama/Llama-3.2-1B's config.json; 1.24 billion weights
+    "llama-3.2-1b": Shape(
+        n_layer=16,
+        n_embd=2048,
+        n_head=32,
+        n_head_kv=8,
+        n_ff=8192,
+        n_vocab=128_256,
+        n_ctx=131_072,
+        is_tied=True,
+    ),
 }
 
 
 def make_model(folder: Path, shape: str = "dense", quantization: str = "Q4_0", seed: int = 1) -> Path:
-    """The file of this shape, format and seed in `folder`, made if it is not there."""
+    """The file of this shape, format and seed in `folder`, made if it is not there. Raises CatalogueError for a shape
+    or format that is none."""
+    if shape not in SHAPES:
+        raise CatalogueError(f"no shape is called {shape!r}: there are {', '.join(SHAPES)}")
+    if quantization != "F16":
+        file_type(quantization)
     target = folder / f"random-{shape}-{quantization}-{seed}.gguf"
     if target.is_file():
         return target
     folder.mkdir(parents=True, exist_ok=True)
     plain = folder / f"random-{shape}-F16-{seed}.gguf"
     if not plain.is_file():
-        write_model(plain, SHAPES[shape], seed)
+        draft = plain.with_name(f"{plain.name}.{os.getpid()}.draft")
+        write_model(draft, SHAPES[shape], seed)
+        draft.replace(plain)
     if quantization != "F16":
         quantize(plain, target, quantization)
     return target
@@ -132,8 +158,7 @@ def _write_vocabulary(writer: Any, n_vocab: int) -> None:
 def _tensors(shape: Shape) -> dict[str, tuple[int, ...]]:
     """Names and numpy shapes (rows first)."""
     found = {"token_embd.weight": (shape.n_vocab, shape.n_embd), "output_norm.weight": (shape.n_embd,)}
-    # gemma's loaders take the embedding as output matrix
-    if shape.architecture != "gemma2":
+    if not shape.is_tied:
         found["output.weight"] = (shape.n_vocab, shape.n_embd)
     layer = _mamba_layer(shape) if shape.architecture == "mamba" else _attention_layer(shape)
     for number in range(shape.n_layer):
@@ -196,4 +221,7 @@ def _values(rng: np.random.Generator, name: str, dims: tuple[int, ...]) -> Any:
         return (0.1 * rng.standard_normal(dims)).astype(np.float32)
     # embeddings and attention a little louder than neutral, so that positions matter
     scale = 1.0 if name.startswith("token_embd") else 2.0 / np.sqrt(dims[-1])
-    return (scale * rng.standard_normal(dims)).astype(np.float16)
+    found = np.empty(dims, np.float16)
+    for rows in np.array_split(found.reshape(-1, dims[-1]), max(1, found.size // _AT_ONCE)):
+        rows[:] = scale * rng.standard_normal(rows.shape)
+    return found

@@ -204,3 +204,19 @@ def test_progress_goes_to_stderr_and_the_answer_alone_to_stdout(desk: Desk) -> N
     done = desk.run("pull", "good", "--json")
     assert json.loads(done.stdout)
     assert done.stderr.startswith("good.gguf: ")
+
+
+def test_a_random_model_is_made_in_the_cache_once_and_named(desk: Desk) -> None:
+    made = json.loads(desk.ok("random", "dense", "Q8_0", "--json"))
+    path = Path(made["path"])
+    assert path.is_relative_to(desk.folder)
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == made["sha256"]
+    assert json.loads(desk.ok("show", made["path"], "--json"))["quantization"] == "Q8_0"
+    assert json.loads(desk.ok("random", "dense", "Q8_0", "--json")) == made
+
+
+@pytest.mark.parametrize("wrong", [("klein-bottle", "Q4_0"), ("dense", "Q4_9")])
+def test_a_shape_or_format_that_is_none_is_refused_with_those_there_are(desk: Desk, wrong: tuple[str, str]) -> None:
+    said = desk.refusal("random", *wrong)
+    assert any(word in said for word in wrong)
+    assert "llama-3.2-1b" in said or "Q4_0" in said
