@@ -1,7 +1,8 @@
 """`make test-cluster`: a real Kubernetes on this machine, edge-llm on it as README says, and what may go wrong.
 
-Owns the command line, the order, Ctrl-C and the exit code: 0 all passed, 1 something failed, 2 this machine lacks
-something (the message says what), 130 interrupted. Refuses to know how anything is done.
+Owns the command line, the order, Ctrl-C, the time and the exit code: 0 all passed, 1 something failed (the image could
+not be built, too), 2 this machine lacks something (the message says what), 3 nothing failed, but the time was up before
+all was tried, 130 interrupted. Refuses to know how anything is done.
 """
 
 from __future__ import annotations
@@ -20,35 +21,42 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
-import aiohttp
-
 import edge_llm
 from edge_llm.bench.models import local_model
 from edge_llm.bench.record import RESULTS_DIR
 from edge_llm.bench.run import Run
 from edge_llm.config import DEFAULT_MODEL, cache_dir
 from edge_llm.errors import EdgeLLMError
-from tests.kubernetes import requirements, scenarios_cluster, scenarios_scale, scenarios_serving, scenarios_trouble
+from tests.kubernetes import (
+    image,
+    requirements,
+    scenarios_cluster,
+    scenarios_scale,
+    scenarios_serving,
+    scenarios_trouble,
+    scenarios_upgrade,
+)
 from tests.kubernetes.build import CLUSTER, KUBERNETES
 from tests.kubernetes.cluster import Cluster, clean, cluster, only_one
-from tests.kubernetes.deploy import NAMESPACE, Deployed, image_archive, make_keys
+from tests.kubernetes.deploy import NAMESPACE, Deployed, make_keys
 from tests.kubernetes.ledger import Ledger
 from tests.kubernetes.models import Shelf
 from tests.kubernetes.outside import outside
+from tests.kubernetes.play import Ends, play
 from tests.kubernetes.shell import Broken, moved_to
 from tests.kubernetes.site import NODE_PORT, OUTSIDE, PREFIX
-from tests.kubernetes.stage import ROLES, NotHere, Scenario, Stage
+from tests.kubernetes.stage import ROLES, Scenario, Stage
 
 ALL: Final[tuple[Scenario, ...]] = (
     *scenarios_serving.SCENARIOS,
     *scenarios_cluster.SCENARIOS,
     *scenarios_trouble.SCENARIOS,
     *scenarios_scale.SCENARIOS,
+    *scenarios_upgrade.SCENARIOS,  # the last one: it leaves the cluster upgraded
 )
 # Without these nothing else can be tried.
 _FIRST: Final = 2
-_SCENARIO_S: Final = 1200.0
-_LOGS: Final = "logs"
+_NOT_FINISHED: Final = 3
 
 
 def arguments(words: Sequence[str]) -> argparse.Namespace:
@@ -56,6 +64,8 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--only", action="append", default=[], metavar="WORDS", help="scenarios with these words only")
     parser.add_argument("--list", action="store_true", help="name the scenarios")
     parser.add_argument("--image", type=Path, help="OCI archive of edge-llm (default: what `make image` left in dist)")
+    parser.add_argument("--build-image", action="store_true", help="build that of this checkout first")
+    parser.add_argument("--time-s", type=float, help="stop in an orderly way when so many seconds are over")
     parser.add_argument("--output", type=Path, default=Path(RESULTS_DIR), help="folder of the record")
     parser.add_argument("--install", action="store_true", help="install what is missing by apt-get")
     parser.add_argument(
@@ -67,7 +77,7 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
 
 
 def main(words: Sequence[str]) -> int:
-    asked = arguments(words)
+    began_s, asked = time.monotonic(), arguments(words)
     if asked.list:
         print("\n".join(scenario.name for scenario in ALL))
         return 0
@@ -81,7 +91,7 @@ def main(words: Sequence[str]) -> int:
             with only_one():
                 clean(print)
             return 0
-        return _tested(asked)
+        return _tested(asked, Ends(began_s, asked.time_s))
     except EdgeLLMError as error:
         print(f"test-cluster: {error.message}", file=sys.stderr)
         return 2
@@ -92,99 +102,83 @@ def _is_ready(asked: argparse.Namespace) -> int:
     lacks = [f"package {name}" for name in requirements.missing()]
     lacks += [] if os.geteuid() == 0 else ["root"]
     lacks += [] if CLUSTER.is_built else [f"Kubernetes {KUBERNETES} in the cache"]
-    lacks += [] if _image(asked).is_file() else [f"an image at {_image(asked)} (`make image`)"]
+    lacks += _lacks_image(asked)
     print(f"test-cluster: {'ready' if not lacks else 'not here: no ' + ', no '.join(lacks)}")
     return 2 if lacks else 0
 
 
-def _image(asked: argparse.Namespace) -> Path:
-    return asked.image or image_archive()
+def _lacks_image(asked: argparse.Namespace) -> list[str]:
+    if asked.build_image:
+        return [lack] if (lack := image.cannot_build()) else []
+    archive = _archive(asked)
+    return [] if archive.is_file() else [f"image at {archive} (`make image`)"]
 
 
-def _tested(asked: argparse.Namespace) -> int:
-    image = _image(asked)
-    if not image.is_file():
-        raise Broken(f"there is no image {image}: `make image` builds it, --image FILE names another one")
+def _archive(asked: argparse.Namespace) -> Path:
+    return asked.image or image.archive()
+
+
+def _tested(asked: argparse.Namespace, ends: Ends) -> int:
+    if asked.build_image:
+        try:
+            image.build(ends.left_s)
+        except TimeoutError as error:
+            print(f"test-cluster: not finished in time: {error}", file=sys.stderr)
+            return _NOT_FINISHED
+        except Broken as error:
+            print(f"test-cluster: {error.message}", file=sys.stderr)
+            return 1
+    archive = _archive(asked)
+    if not archive.is_file():
+        raise Broken(f"there is no image {archive}: `make image` builds it, --image FILE names another one")
     signal.signal(signal.SIGTERM, _as_interrupt)
     run = Run("test-cluster", ["make", "test-cluster", *sys.argv[1:]], {"only": asked.only}, folder=asked.output)
     run.models.append(local_model(DEFAULT_MODEL, lambda *_: None).facts)
-    ledger, image = Ledger(run, KUBERNETES), _kept(image)
+    ledger, archive = Ledger(run, KUBERNETES), _kept(archive)
     ledger.say(
         f"edge-llm {edge_llm.__version__}, commit {run.source.commit}{' and changes' * bool(run.source.is_dirty)}"
     )
     shelf = Shelf(cache_dir())
     labels = {node: {"edge-llm/role": role} for node, role in ROLES.items()}
-    measured: dict[str, object] = {}
     is_complete = False
     try:
-        with cluster(len(ROLES), {"edge-llm": image}, labels, shelf.stock, ledger.say) as made, moved_to(OUTSIDE):
-            asyncio.run(_played(made, ledger, asked, shelf, measured))
-            is_complete = True
+        with cluster(len(ROLES), {"edge-llm": archive}, labels, shelf.stock, ledger.say) as made, moved_to(OUTSIDE):
+            asyncio.run(_played(made, ledger, asked, shelf, ends))
+            is_complete = not ends.is_over
     except KeyboardInterrupt:
         print("interrupted: keeping what was tried", file=sys.stderr)
     ledger.last_lines()
-    path = ledger.write(measured, is_complete, asked.output)
+    path = ledger.write(is_complete, asked.output)
     print(f"record: {path}")
-    return 130 if not is_complete else 1 if ledger.failed else 0
+    if ledger.failed:
+        return 1
+    return 0 if is_complete else _NOT_FINISHED if ends.is_over else 130
 
 
-def _kept(image: Path) -> Path:
+def _kept(archive: Path) -> Path:
     """A copy: all nodes import the same bytes, whoever builds the next one meanwhile."""
     folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}image-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(shutil.copy(image, folder))
+    return Path(shutil.copy(archive, folder))
 
 
 def _as_interrupt(_signal: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-async def _played(
-    made: Cluster, ledger: Ledger, asked: argparse.Namespace, shelf: Shelf, measured: dict[str, object]
-) -> None:
+async def _played(made: Cluster, ledger: Ledger, asked: argparse.Namespace, shelf: Shelf, ends: Ends) -> None:
     keys = make_keys(made.site.run / "keys")
     edge = Deployed(made, keys)
     async with outside(f"http://{made.site.control.ip}:{NODE_PORT}", keys.api_key.read_text()) as client:
-        stage = Stage(made, edge, client, ledger, "", measured=measured)
-        for number, scenario in enumerate(_chosen(asked)):
-            is_well = await _play(stage, scenario)
-            shelf.keep_levels(made.site.run / "volumes")
-            if not is_well and number < _FIRST:
-                ledger.say("without that nothing else can be tried")
-                break
+        stage = Stage(made, edge, client, ledger)
+        rest = [one for one in ALL[_FIRST:] if not asked.only or any(words in one.name for words in asked.only)]
+        await play(stage, ALL[:_FIRST], rest, ends, lambda: shelf.keep_levels(made.site.run / "volumes"))
         if asked.keep:
             ledger.say(
                 f"the cluster stays until Ctrl-C: nsenter --net=/run/netns/{made.site.control.namespace} "
                 f"{made.site.binaries}/kubectl --kubeconfig {made.site.admin} -n {NAMESPACE} get pods"
             )
             await asyncio.Event().wait()
-
-
-def _chosen(asked: argparse.Namespace) -> list[Scenario]:
-    first, rest = ALL[:_FIRST], ALL[_FIRST:]
-    return [*first, *(one for one in rest if not asked.only or any(words in one.name for words in asked.only))]
-
-
-async def _play(stage: Stage, scenario: Scenario) -> bool:
-    began_s = time.monotonic()
-    try:
-        async with asyncio.timeout(_SCENARIO_S):
-            if scenario.settles:
-                await stage.settle()
-            began_s = time.monotonic()
-            detail = await scenario.play(stage)
-    except NotHere as error:
-        stage.ledger.leaves_out(scenario.name, str(error))
-        return True
-    except (EdgeLLMError, aiohttp.ClientError, TimeoutError, OSError, LookupError) as error:
-        why = error.message if isinstance(error, EdgeLLMError) else repr(error)
-        stage.ledger.fails(scenario.name, why, time.monotonic() - began_s)
-        folder = cache_dir() / "kubernetes" / _LOGS / scenario.name.replace(" ", "-")
-        await asyncio.to_thread(stage.edge.keep_logs, folder)
-        stage.say(f"logs: {folder}")
-        return False
-    stage.ledger.passes(scenario.name, detail, time.monotonic() - began_s)
-    return True
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -43,14 +44,16 @@ _STRAY: Final = tuple(
 
 @dataclass(slots=True)
 class Cluster:
-    """A running one."""
+    """A running one. `images`: archives that its nodes imported; `ends`: nobody waits for anything any more."""
 
     site: Site
     daemons: Daemons
     control: Control
     boards: tuple[Board, ...]
+    images: Mapping[str, Path] = field(default_factory=dict)
     volumes: LocalPath | None = None
     kubectl_calls: int = field(default=0)
+    ends: threading.Event = field(default_factory=threading.Event)
 
     def board(self, name: str) -> Board:
         return next(board for board in self.boards if board.node.name == name)
@@ -87,11 +90,11 @@ class Cluster:
     def until(self, what: str, condition: Callable[[], bool], deadline_s: float = _READY_S) -> float:
         """Seconds until it held. Raises Broken."""
         began_s = time.monotonic()
-        while time.monotonic() - began_s < deadline_s:
+        while time.monotonic() - began_s < deadline_s and not self.ends.is_set():
             with suppress(Broken):  # an API server that is away says nothing about the condition
                 if condition():
                     return time.monotonic() - began_s
-            time.sleep(_POLL_S)
+            self.ends.wait(_POLL_S)
         self.daemons.check()
         raise Broken(f"{what}: not within {deadline_s:.0f} s")
 
@@ -128,9 +131,9 @@ def cluster(
         clean(say)
         folder = _in_memory()
         (folder / _BEFORE).write_text(json.dumps({"folders": _there(), "namespaces": _pod_namespaces()}))
-        made = _arranged(site(folder, binaries, nodes))
+        made = _arranged(site(folder, binaries, nodes), images)
         try:
-            _up(made, images, labels, stock, say)
+            _up(made, labels, stock, say)
             yield made
         finally:
             say("taking the cluster down")
@@ -149,15 +152,13 @@ def _undisturbed() -> Iterator[None]:
             signal.signal(one, handler)
 
 
-def _arranged(place: Site) -> Cluster:
+def _arranged(place: Site, images: Mapping[str, Path] | None = None) -> Cluster:
     daemons = Daemons(place.run)
     boards = tuple(Board(place, node, daemons) for node in place.nodes)
-    return Cluster(place, daemons, Control(place, daemons), boards)
+    return Cluster(place, daemons, Control(place, daemons), boards, images or {})
 
 
-def _up(
-    made: Cluster, images: Mapping[str, Path], labels: Mapping[str, Mapping[str, str]], stock: Stock, say: Say
-) -> None:
+def _up(made: Cluster, labels: Mapping[str, Mapping[str, str]], stock: Stock, say: Say) -> None:
     began_s = time.monotonic()
 
     def lap(what: str) -> None:
@@ -171,7 +172,7 @@ def _up(
     oci.write_image(pause, PAUSE, {"pause": (made.site.binaries / "pause").read_bytes()}, ["/pause"])
     with ThreadPoolExecutor(len(made.boards)) as pool:
         started = [
-            pool.submit(board.start, {"pause": pause, **images}, labels.get(board.node.name, {}))
+            pool.submit(board.start, {"pause": pause, **made.images}, labels.get(board.node.name, {}))
             for board in made.boards
         ]
         for one in started:

@@ -7,7 +7,6 @@ a scenario wants of them.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import sys
@@ -174,11 +173,3 @@ def patch_lines(overlay: Path) -> int:
     """What a test overlay adds to the shipped one."""
     lines = [line.strip() for path in overlay.rglob("*") if path.is_file() for line in path.read_text().splitlines()]
     return sum(1 for line in lines if line and not line.startswith("#"))
-
-
-def image_archive() -> Path:
-    """Where `make image` leaves it for this machine."""
-    import edge_llm
-
-    machine = {"x86_64": "amd64", "aarch64": "arm64"}.get(os.uname().machine, os.uname().machine)
-    return Path("dist") / f"edge-llm-{edge_llm.__version__}-{machine}.oci.tar"

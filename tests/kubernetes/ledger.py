@@ -36,6 +36,7 @@ class Ledger:
     passed: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     untested: dict[str, str] = field(default_factory=dict)
+    measured: dict[str, Any] = field(default_factory=dict)
 
     def say(self, line: str) -> None:
         """A line of progress, kept too."""
@@ -65,16 +66,16 @@ class Ledger:
         for line in (*(f"{name}: {why}" for name, why in self.untested.items()), *NOT_COVERED):
             self.say(f"not covered: {line}")
 
-    def figures(self, measured: dict[str, Any]) -> dict[str, Any]:
+    def figures(self) -> dict[str, Any]:
         return {
             "passed": len(self.passed),
             "failed": len(self.failed),
             "kubernetes": self.kubernetes,
             "scenarios": {name: "passed" for name in self.passed} | dict.fromkeys(self.failed, "failed"),
             "not_covered": [*NOT_COVERED, *(f"{name}: {why}" for name, why in self.untested.items())],
-            "measured": measured,
+            "measured": self.measured,
             "log": self.lines,
         }
 
-    def write(self, measured: dict[str, Any], is_complete: bool, folder: Path) -> Path:
-        return write(self.run.record(self.figures(measured), is_complete), folder)
+    def write(self, is_complete: bool, folder: Path) -> Path:
+        return write(self.run.record(self.figures(), is_complete), folder)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Final
@@ -12,7 +11,7 @@ from typing import Final
 from edge_llm.bench.record import load as load_record
 from tests.kubernetes.deploy import DECODE, PREFILL, SHIPPED
 from tests.kubernetes.outside import Load
-from tests.kubernetes.shell import Broken, run
+from tests.kubernetes.shell import Broken
 from tests.kubernetes.stage import ROLES, NotHere, Scenario, Stage
 
 _INSTALL: Final = SHIPPED / "install.yaml"
@@ -30,14 +29,14 @@ async def flips_a_role(stage: Stage) -> str:
     try:
         async with stage.outside.load(lambda number: stage.body(3000 + number, prompt=300, answer=16), 3) as load:
             began_s = time.monotonic()
-            await asyncio.to_thread(_edge_llm, stage, "cluster", "role", worker, "prefill")
+            await stage.edge_llm("cluster", "role", worker, "prefill")
             await _reads_prompts(stage, load, worker)
             at_once_s = time.monotonic() - began_s
             if stage.edge.restarts() != before:
                 raise Broken("something was restarted for it")
             began_s = time.monotonic()
             for_good = ("cluster", "role", worker, "prefill", "--kubeconfig", str(stage.cluster.site.admin))
-            await asyncio.to_thread(_edge_llm, stage, *for_good)
+            await stage.edge_llm(*for_good)
             names = {"edge-llm-prefill-0", "edge-llm-prefill-1", "edge-llm-decode-0"}
             await stage.outside.until("two prefill workers and one of decode", lambda ready: set(ready) == names, 300)
             await _reads_prompts(stage, load, "edge-llm-prefill-1")
@@ -63,14 +62,6 @@ async def _reads_prompts(stage: Stage, load: Load, worker: str) -> None:
         if len(load.streams) > already + 80:
             raise Broken(f"80 requests later {worker} had read none: {dict(load.used('prefill_node'))}")
         await asyncio.sleep(0.2)
-
-
-def _edge_llm(stage: Stage, *words: str, with_gateway: bool = True, deadline_s: float = 240.0) -> str:
-    """A command of ours, from the client's place outside, with our kubectl."""
-    gateway = ("--url", stage.outside.url, "--api-key-file", str(stage.edge.keys.api_key)) if with_gateway else ()
-    environment = {"PATH": f"{stage.cluster.site.binaries}:/usr/sbin:/usr/bin:/sbin:/bin"}
-    command = (sys.executable, "-m", "edge_llm", *words, *gateway)
-    return run(*command, deadline_s=deadline_s, environment=environment)
 
 
 async def overlays_are_accepted(stage: Stage) -> str:
@@ -111,7 +102,7 @@ async def benches_inside(stage: Stage) -> str:
     words = ["bench", "serve", "--cluster", "--kubeconfig", str(stage.cluster.site.admin), "--output", str(folder)]
     words += ["--requests", str(_REQUESTS), "--concurrency", "2", "--warm-up", "1", "--mode", "split"]
     words += ["--prompt-tokens", "64", "--answer-tokens", "16"]
-    await asyncio.to_thread(lambda: _edge_llm(stage, *words, with_gateway=False, deadline_s=_JOB_S))
+    await stage.edge_llm(*words, with_gateway=False, deadline_s=_JOB_S)
     records = [load_record(path) for path in folder.glob("*.json")]
     if len(records) != 1 or not records[0].is_complete or records[0].failures:
         raise Broken(f"{len(records)} records came back: {[record.failures for record in records]}")

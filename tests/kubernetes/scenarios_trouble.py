@@ -22,6 +22,7 @@ DECODE_0: Final = "edge-llm-decode-0"
 _AWAY_S: Final = 60.0
 _HEARD_S: Final = 240.0
 _TOLD_S: Final = 30.0
+_AT_ONCE_S: Final = 20.0
 _STALE_IP: Final = "10.78.2.250"
 
 
@@ -150,6 +151,31 @@ async def unknown_role_label(stage: Stage) -> str:
     return f"node: {answered} answers meanwhile; {event}; pod: {line}"
 
 
+async def deleted_while_measuring(stage: Stage) -> str:
+    """A pod that is deleted while it measures its level does not wait for the end of that, nor for its grace period."""
+    changed = {"EDGE_LLM_WORKER_K_TYPE": "q8_0"}  # of this nothing is known yet
+    stage.edge.set_env([DECODE], changed)
+
+    def measures() -> bool:
+        found = stage.edge.get("pod", DECODE_0)["status"].get("initContainerStatuses", [])
+        is_running = any(one["name"] == "verify" and "running" in one["state"] for one in found)
+        return is_running and bool(stage.edge.k("logs", DECODE_0, "-c", "verify").strip())
+
+    try:
+        await asyncio.to_thread(stage.cluster.until, "a pod that measures its level", measures, _HEARD_S)
+        line = stage.edge.k("logs", DECODE_0, "-c", "verify").strip().splitlines()[-1]
+        answered = await _still_serves(stage, 106)
+        began_s = time.monotonic()
+        await stage.do("delete", "pod", DECODE_0, deadline_s=_HEARD_S)  # returns when it is gone
+        gone_s = time.monotonic() - began_s
+    finally:
+        stage.edge.set_env([DECODE], dict.fromkeys(changed))
+        await stage.do("delete", "pod", DECODE_0, "--ignore-not-found", "--wait=false")
+    if gone_s > _AT_ONCE_S:
+        raise Broken(f"it was gone only after {gone_s:.0f} s, while it measured: {line}")
+    return f"gone after {gone_s:.1f} s; {answered} answers meanwhile; it had said: {line}"
+
+
 @asynccontextmanager
 async def _under_load(stage: Stage, first_seed: int) -> AsyncIterator[Load]:
     """Raises Broken when a request failed."""
@@ -269,6 +295,7 @@ SCENARIOS: Final = (
     Scenario("wrong sha256", wrong_sha256),
     Scenario("too little memory", too_little_memory),
     Scenario("unknown role label", unknown_role_label),
+    Scenario("a pod is deleted while it measures", deleted_while_measuring),
     Scenario("API server away for a minute", apiserver_away),
     Scenario("stale endpoint", stale_endpoint),
     Scenario("forged worker", forged_worker),

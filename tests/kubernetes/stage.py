@@ -7,8 +7,9 @@ scenarios do.
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
 from tests.kubernetes import net
@@ -16,6 +17,7 @@ from tests.kubernetes.cluster import Cluster
 from tests.kubernetes.deploy import DECODE, GATEWAY, PREFILL, Deployed
 from tests.kubernetes.ledger import Ledger
 from tests.kubernetes.outside import Outside, completion
+from tests.kubernetes.shell import run
 
 ROLES: Final = {"node-a": "prefill", "node-b": "decode", "node-c": "decode"}
 
@@ -26,15 +28,17 @@ class NotHere(Exception):
 
 @dataclass(slots=True)
 class Stage:
-    """`vocab_size`: of the model that the overlay serves. `image`: what the pods run."""
+    """`vocab_size`: of the model that the overlay serves."""
 
     cluster: Cluster
     edge: Deployed
     outside: Outside
     ledger: Ledger
-    image: str
     vocab_size: int = 0
-    measured: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def measured(self) -> dict[str, Any]:
+        return self.ledger.measured
 
     def say(self, line: str) -> None:
         self.ledger.say(f"       {line}")
@@ -45,6 +49,13 @@ class Stage:
 
     async def rolled_out(self, *workloads: str) -> None:
         await asyncio.to_thread(self.edge.rolled_out, *workloads)
+
+    async def edge_llm(self, *words: str, with_gateway: bool = True, deadline_s: float = 240.0) -> str:
+        """A command of ours, from the client's place outside, with our kubectl."""
+        gateway = ("--url", self.outside.url, "--api-key-file", str(self.edge.keys.api_key)) if with_gateway else ()
+        environment = {"PATH": f"{self.cluster.site.binaries}:/usr/sbin:/usr/bin:/sbin:/bin"}
+        command = (sys.executable, "-m", "edge_llm", *words, *gateway)
+        return await asyncio.to_thread(run, *command, deadline_s=deadline_s, environment=environment)
 
     async def settle(self) -> None:
         """One worker of each role, no link cut, nothing left over of the scenario before."""
