@@ -138,6 +138,7 @@ def _tested(asked: argparse.Namespace, ends: Ends) -> int:
     ledger.say(
         f"edge-llm {edge_llm.__version__}, commit {run.source.commit}{' and changes' * bool(run.source.is_dirty)}"
     )
+    ledger.say(f"image of commit {image.revision(archive)}")
     shelf = Shelf(cache_dir())
     labels = {node: {"edge-llm/role": role} for node, role in ROLES.items()}
     is_complete = False

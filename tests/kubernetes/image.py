@@ -16,6 +16,7 @@ import edge_llm
 from edge_llm.bootstrap import SetupError
 from edge_llm.image.build import find_builder, local_base
 from edge_llm.image.wheel import architecture_of
+from tests.kubernetes import oci
 from tests.kubernetes.shell import Broken
 
 _FOLDER: Final = Path("dist")
@@ -30,6 +31,11 @@ def archive() -> Path:
 
 def _architecture() -> str:
     return architecture_of(os.uname().machine)
+
+
+def revision(path: Path) -> str:
+    """The commit that it was built of."""
+    return oci.labels(path).get("org.opencontainers.image.revision", "unknown")
 
 
 def cannot_build() -> str:

@@ -58,6 +58,13 @@ def find_file(archive: Path, ending: str) -> tuple[str, bytes]:
     raise LookupError(f"{archive.name} has no file ...{ending}")
 
 
+def labels(archive: Path) -> dict[str, str]:
+    """Of the archive's first image."""
+    with tarfile.open(archive) as whole:
+        config = json.load(_member(whole, _path(_manifest(whole)["config"]["digest"])))
+    return dict(config["config"].get("Labels") or {})
+
+
 def write_others(path: Path, archive: Path, others: Mapping[str, Mapping[str, bytes | None]]) -> None:
     """The archive's first image but for these files (None: not there any more), by what a pod calls each."""
     with tarfile.open(archive) as whole, tarfile.open(path, "w") as made:
