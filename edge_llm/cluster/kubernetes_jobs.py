@@ -1,14 +1,14 @@
 """A Job in a Kubernetes namespace, from a template that is there: started, followed to its end, stopped.
 
 Owns the requests for CronJobs, Jobs, pods, events and logs, beside kubernetes.py, which owns EndpointSlices and the way
-to the API server. Needs get on CronJobs, create and delete on Jobs, list on pods and events, get on pods/log: those of
-whoever applied the manifests. Refuses to know what a Job measures.
+to the API server. Needs get on CronJobs, get, create and delete on Jobs, list on pods and events, get on pods/log:
+those of whoever applied the manifests. Refuses to know what a Job measures.
 
 The template is a CronJob that is suspended: image, volumes, Secret and policies are those of the cluster, and nothing
 of them is known here. Of its first container the arguments after `--` are replaced.
 
 Invariants: a log is read from its beginning to its end, whatever connection breaks on the way: lines that were heard
-are skipped. A Job whose pod cannot start says why and is not left behind.
+are skipped. A Job whose pod cannot start says why and is not left behind; one that is gone is not waited for.
 """
 
 from __future__ import annotations
@@ -32,12 +32,17 @@ _OF_JOB: Final = "batch.kubernetes.io/job-name"
 _CREATED_BY: Final = "cronjob.kubernetes.io/instantiate"
 _ENDED: Final = ("Succeeded", "Failed")
 _BLOCK: Final = 1 << 16
+_LATER: Final = 429
 
 
 class JobTrouble(EdgeLLMError):
     """A Job could not be started, or came to no end that says something."""
 
     code = "job_trouble"
+
+
+class Refused(JobTrouble):
+    """The API server answered, and will answer the same again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,11 +149,20 @@ class Jobs:
     async def _started(self, job: str, say: Callable[[str], None]) -> str:
         """The name of its pod, once its container has started. The Job is deleted when it cannot start in time."""
         said, began_s = "", time.monotonic()
+        heard_s = began_s
         while True:
-            pod = await self._pod(job)
-            if pod is not None and (pod["status"].get("phase") in _ENDED or _is_running(pod)):
-                return str(pod["metadata"]["name"])
-            why = (await self._why(job, pod)) or "waiting for a board that takes it"
+            try:
+                pod = await self._pod(job)
+                if pod is not None and (pod["status"].get("phase") in _ENDED or _is_running(pod)):
+                    return str(pod["metadata"]["name"])
+                why = (await self._why(job, pod)) or "waiting for a board that takes it"
+                if pod is None:
+                    await self._is_there(job)
+                heard_s = time.monotonic()
+            except JobTrouble as error:
+                if isinstance(error, Refused) or time.monotonic() - heard_s > self._patience.lost_s:
+                    raise
+                why = f"trying again: {error.message}"
             if why != said:
                 said = why
                 say(f"{job}: {why}")
@@ -156,6 +170,17 @@ class Jobs:
                 await self.stop(job)
                 raise JobTrouble(f"the Job {job} did not start within {self._patience.start_s:.0f} s: {why}")
             await asyncio.sleep(self._patience.look_s)
+
+    async def _is_there(self, job: str) -> None:
+        """Raises ConfigError when it is not: never made, or deleted."""
+        await self._asked(
+            f"read the Job {job}",
+            lambda seconds: self._batch.read_namespaced_job_without_preload_content(
+                job, self._namespace, _request_timeout=seconds
+            ),
+            missing=f"there is no Job {job} in namespace {self._namespace}: it was deleted before it started, or never "
+            "was",
+        )
 
     async def _pod(self, job: str) -> dict[str, Any] | None:
         found = await self._asked(
@@ -277,7 +302,8 @@ async def _refuse(what: str, reply: aiohttp.ClientResponse) -> None:
         said = msgspec.json.decode(said, type=dict[str, Any]).get("message", said)
     except msgspec.DecodeError:
         pass
-    raise JobTrouble(f"the API server refuses to {what}: {reply.status} {said}".rstrip())
+    kind = Refused if reply.status < 500 and reply.status != _LATER else JobTrouble
+    raise kind(f"the API server refuses to {what}: {reply.status} {said}".rstrip())
 
 
 async def _lines(content: aiohttp.StreamReader, silent_s: float) -> AsyncIterator[str]:

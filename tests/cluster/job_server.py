@@ -19,6 +19,7 @@ from aiohttp import web
 
 NAMESPACE = "edge-llm"
 POD = "bench-pod"
+JOB = "edge-llm-bench-1"
 TEMPLATE: dict[str, Any] = {
     "metadata": {"name": "edge-llm-bench"},
     "spec": {
@@ -44,19 +45,21 @@ TEMPLATE: dict[str, Any] = {
 class JobServer:
     """`log`: what the container writes; it ends with `exit_code` after that, or when it is told to stop, when it is
     `endless`. `breaks_after`: the first connection to the log is cut after so many lines. `waits`: looks at the pod
-    until it runs, -1: for ever, with `waiting` and `events`."""
+    until it runs, -1: for ever, with `waiting` and `events`; `waiting` None: there is no pod yet. `away`: so many looks
+    at the pod fail. A Job is there until it is deleted, if it has the right name."""
 
     log: list[str] = field(default_factory=list)
     exit_code: int = 0
     reason: str = "Completed"
     template: dict[str, Any] | None = field(default_factory=lambda: TEMPLATE)
     waits: int = 0
-    waiting: dict[str, str] = field(default_factory=dict)
+    waiting: dict[str, str] | None = field(default_factory=dict)
     events: list[dict[str, str]] = field(default_factory=list)
     breaks_after: int | None = None
     endless: bool = False
     last_words: list[str] = field(default_factory=list)
     refuses: int | None = None
+    away: int = 0
     created: list[dict[str, Any]] = field(default_factory=list)
     deleted: list[str] = field(default_factory=list)
     log_reads: int = 0
@@ -73,6 +76,7 @@ class JobServer:
         app.router.add_get(f"{batch}/cronjobs/edge-llm-bench", self._template)
         app.router.add_post(f"{batch}/jobs", self._create)
         app.router.add_delete(f"{batch}/jobs/{{name}}", self._delete)
+        app.router.add_get(f"{batch}/jobs/{{name}}", self._job)
         app.router.add_get(f"{core}/pods", self._pods)
         app.router.add_get(f"{core}/events", self._events)
         app.router.add_get(f"{core}/pods/{POD}/log", self._log)
@@ -119,8 +123,20 @@ class JobServer:
         self.stopped.set()
         return web.json_response({})
 
+    async def _job(self, request: web.Request) -> web.Response:
+        name = request.match_info["name"]
+        if name in self.deleted or name != JOB:
+            return web.json_response({"kind": "Status", "message": "not found"}, status=404)
+        return web.json_response({"metadata": {"name": name}})
+
     async def _pods(self, request: web.Request) -> web.Response:
         assert request.query["labelSelector"].startswith("batch.kubernetes.io/job-name=")
+        if self.away:
+            self.away -= 1
+            return web.json_response({"kind": "Status", "message": "etcd has no leader"}, status=503)
+        if self.waits and self.waiting is None:
+            self.waits -= self.waits > 0
+            return web.json_response({"items": []})
         if self.is_over:
             state: dict[str, Any] = {"terminated": {"exitCode": self.exit_code, "reason": self.reason}}
         elif self.waits:

@@ -118,6 +118,46 @@ def test_a_pod_that_never_starts_is_given_up_with_the_reason_and_taken_away(tmp_
     assert server.deleted == ["edge-llm-bench-1"]
 
 
+def test_a_server_that_is_away_for_a_moment_before_the_pod_starts_ends_nothing(tmp_path: Path) -> None:
+    ended, lines, said = with_jobs(JobServer(log=["a"], away=3), tmp_path, followed)
+    assert (ended.exit_code, lines) == (0, ["a"])
+    assert said == ["edge-llm-bench-1: trying again: the API server refuses to list pods: 503 etcd has no leader"]
+
+
+def test_a_server_that_stays_away_is_given_up_and_the_job_is_left_to_run(tmp_path: Path) -> None:
+    server = JobServer(away=10_000)
+    patience = Patience(ask_s=5.0, look_s=0.02, start_s=60.0, silent_s=0.1, lost_s=0.2)
+    with pytest.raises(JobTrouble, match="503 etcd has no leader"):
+        with_jobs(server, tmp_path, followed, patience)
+    assert server.deleted == []
+
+
+def test_a_job_without_a_pod_is_waited_for_while_it_is_there(tmp_path: Path) -> None:
+    _, lines, said = with_jobs(JobServer(log=["a"], waits=3, waiting=None), tmp_path, followed)
+    assert lines == ["a"]
+    assert said == ["edge-llm-bench-1: waiting for a board that takes it"]
+
+
+def test_a_job_that_is_deleted_before_it_starts_is_not_waited_for(tmp_path: Path) -> None:
+    """By Ctrl-C, or somebody else."""
+    server = JobServer(waits=-1, waiting=None)
+
+    async def stopped(jobs: Jobs) -> Any:
+        await jobs.stop("edge-llm-bench-1")
+        return await followed(jobs)
+
+    with pytest.raises(ConfigError, match="no Job edge-llm-bench-1 in namespace edge-llm: it was deleted"):
+        with_jobs(server, tmp_path, stopped)
+
+
+def test_a_job_that_never_was_is_not_waited_for(tmp_path: Path) -> None:
+    async def of_another_name(jobs: Jobs) -> Any:
+        return await jobs.follow("edge-llm-bench-typo", lambda _: None, lambda _: None)
+
+    with pytest.raises(ConfigError, match="no Job edge-llm-bench-typo"):
+        with_jobs(JobServer(waits=-1, waiting=None), tmp_path, of_another_name)
+
+
 def test_a_container_that_was_killed_says_why(tmp_path: Path) -> None:
     ended, _, _ = with_jobs(JobServer(log=["a"], exit_code=137, reason="OOMKilled"), tmp_path, followed)
     assert ended == Ended(137, "OOMKilled")
