@@ -150,6 +150,10 @@ async def _followed(asked: Asked, reader: Any) -> tuple[Any, bool]:
             ended = await following
         except asyncio.CancelledError:
             ended = Ended(None, "left")
+        except ConfigError as error:  # it is gone before it started
+            if not stopping:
+                raise
+            ended = Ended(None, error.message)
         finally:
             loop.remove_signal_handler(signal.SIGINT)
             await asyncio.gather(*stopping)

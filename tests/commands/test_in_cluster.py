@@ -131,6 +131,20 @@ def test_ctrl_c_stops_the_job_and_keeps_what_it_then_says(tmp_path: Path) -> Non
     assert json.loads(output)["comparisons"] == 400
 
 
+def test_ctrl_c_before_the_pod_started_waits_for_nothing(tmp_path: Path) -> None:
+    server = JobServer(waits=-1, waiting=None)
+    with in_background(server, tmp_path) as (kubeconfig, _):
+        where = ("--cluster", "--kubeconfig", str(kubeconfig), "--output", str(tmp_path / "out"))
+        child = subprocess.Popen(command("theorem", *where), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert child.stderr is not None
+        assert any("waiting for a board" in line for line in child.stderr)
+        child.send_signal(signal.SIGINT)
+        _, errors = child.communicate(timeout=DEADLINE_S)
+    assert child.returncode == 130, errors
+    assert server.deleted == ["edge-llm-bench-1"]
+    assert "Traceback" not in errors
+
+
 def test_a_job_that_was_left_can_be_followed_again_without_starting_another(tmp_path: Path) -> None:
     server = JobServer(log=FULL_LOG)
     with in_background(server, tmp_path) as (kubeconfig, _):
