@@ -47,7 +47,7 @@ class Desk:
             capture_output=True,
             text=True,
             check=False,
-            timeout=30,
+            timeout=120,
             stdin=subprocess.DEVNULL,
         )
         assert "Traceback" not in done.stderr, done.stderr
