@@ -39,7 +39,7 @@ class Contents:
 
 
 class OciArchive:
-    """A tar file with an OCI image layout. Raises ValueError for anything else."""
+    """A tar file with an OCI image layout, for boards that we build for. Raises ValueError for anything else."""
 
     def __init__(self, tar: tarfile.TarFile) -> None:
         self._tar = tar
@@ -48,8 +48,11 @@ class OciArchive:
             self.names = tuple(_name(manifest) for manifest in index["manifests"])
             self.manifest = self._json(index["manifests"][0])
             self.image = self._json(self.manifest["config"])
+            self.architecture = str(self.image["architecture"])
         except (KeyError, IndexError, json.JSONDecodeError) as error:
             raise ValueError(f"this is no OCI archive: {error}") from error
+        if self.architecture not in BASELINES:
+            raise ValueError(f"this image is for {self.architecture}: there are {', '.join(BASELINES)}")
 
     def files(self) -> Iterator[tuple[tarfile.TarInfo, IO[bytes] | None]]:
         """Members of all layers, the lowest first; a stream for plain files."""
@@ -76,10 +79,17 @@ def _name(manifest: dict[str, Any]) -> str:
 
 
 def read_archive(path: Path) -> Contents:
-    """Raises ValueError, or OSError and tarfile.TarError for a file that cannot be read."""
+    """Raises ValueError, or OSError for a file that cannot be read."""
+    try:
+        return _read(path)
+    except tarfile.TarError as error:
+        raise ValueError(f"{path} is no whole tar file: {error}") from error
+
+
+def _read(path: Path) -> Contents:
     with ExitStack() as stack:
         archive = OciArchive(stack.enter_context(tarfile.open(path)))
-        machine = BASELINES[archive.image["architecture"]].machine
+        machine = BASELINES[archive.architecture].machine
         found: list[str] = []
         unloadable: list[str] = []
         sbom, size = None, 0
@@ -94,7 +104,7 @@ def read_archive(path: Path) -> Contents:
             elif why := problem(stream.read(_HEADERS), machine):
                 unloadable.append(f"/{name} {why}")
     return Contents(
-        architecture=archive.image["architecture"],
+        architecture=archive.architecture,
         config=archive.image.get("config", {}),
         names=tuple(found),
         sbom=sbom,

@@ -191,14 +191,7 @@ def make_base(architecture: str, host: str, builder: str) -> str:
 
 def slim(root: Path) -> None:
     """What Debian's own slim images leave out too: caches, logs, manuals and translations; licences stay."""
-    for place in (
-        "var/cache/apt",
-        "var/lib/apt/lists",
-        "var/log",
-        "usr/share/man",
-        "usr/share/locale",
-        "usr/share/info",
-    ):
+    for place in _UNNEEDED:
         for path in (root / place).iterdir() if (root / place).is_dir() else ():
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     for path in sorted((root / "usr/share/doc").rglob("*"), reverse=True):
@@ -261,7 +254,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         architecture, builder = options.arch or host, find_builder(options.builder)
         if options.make_base:
             for each in sorted({architecture, host}):
-                say(f"made {local_base(builder, each) or make_base(each, host, builder)}")
+                here = local_base(builder, each)
+                say(f"{here} is there already" if here else f"made {make_base(each, host, builder)}")
             return 0
         base = options.base or local_base(builder, architecture)
         build_base = options.build_base or options.base or local_base(builder, host)

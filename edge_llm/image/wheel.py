@@ -165,9 +165,8 @@ def build(architecture: str, lock: str, python: str, cache: Path) -> Path:
     baseline, given = BASELINES[architecture], flags(architecture)
     machine = os.uname().machine
     c, cxx = compilers(baseline, machine)
-    compiler = subprocess.run([cxx, "--version"], stdout=subprocess.PIPE, text=True, check=True).stdout.partition("\n")[
-        0
-    ]
+    said = subprocess.run([cxx, "--version"], stdout=subprocess.PIPE, text=True, check=True).stdout
+    compiler = said.partition("\n")[0]
     pinned = bootstrap.only(bootstrap.PACKAGE, lock)
     version = pinned.partition("==")[2].split()[0]
     kept = cache / f"{architecture}-{cache_key(version, given, compiler)}"
@@ -212,8 +211,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True, help="the folder that gets the wheel")
     options = parser.parse_args(argv)
-    architecture = options.arch or architecture_of(os.uname().machine)
-    wheel = build(architecture, options.lock.read_text(), sys.executable, options.cache)
+    try:
+        architecture = options.arch or architecture_of(os.uname().machine)
+        wheel = build(architecture, options.lock.read_text(), sys.executable, options.cache)
+    except bootstrap.SetupError as error:
+        sys.stderr.write(f"edge-llm: {error}\n")
+        return 1
+    except subprocess.CalledProcessError as error:
+        sys.stderr.write(f"edge-llm: compiling failed, its output is above: {' '.join(map(str, error.cmd))}\n")
+        return 1
     options.output.mkdir(parents=True, exist_ok=True)
     shutil.copy(wheel, options.output)
     return 0

@@ -97,3 +97,15 @@ def test_a_tar_file_of_something_else_says_so(tmp_path: Path) -> None:
     (tmp_path / "other.tar").write_bytes(packed({"a": b""}))
     with pytest.raises(ValueError, match="no OCI archive"):
         read_archive(tmp_path / "other.tar")
+
+
+def test_an_image_for_boards_that_there_is_no_build_for_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="for riscv64: there are amd64, arm64"):
+        found(tmp_path, GOOD, architecture="riscv64")
+
+
+def test_an_archive_that_was_cut_off_says_so(tmp_path: Path) -> None:
+    whole = archive(tmp_path / "image.tar", GOOD)
+    whole.write_bytes(whole.read_bytes()[:700])
+    with pytest.raises(ValueError, match=r"image\.tar is no whole tar file"):
+        read_archive(whole)
