@@ -47,7 +47,7 @@ _FILE: Final = click.Path(path_type=Path, exists=True, dir_okay=False)
 @click.option("--resume", type=_FILE, help="Lines (.cases.jsonl) of a run that was cut: go on from there.")
 @click.option("--model", help=f"Name in models.yaml or path of a .gguf file.  [default: {DEFAULT_MODEL}]")
 @click.option(
-    "--url", help="A gateway that runs: exactness and the paper's table are of it, not of clusters started here."
+    "--url", help="A gateway that runs: the theorem and the paper's table are of it, not of clusters started here."
 )
 @click.option("--api-key-file", type=_FILE, help="A key for --url.")
 @click.option(
@@ -76,6 +76,7 @@ def claims(
     """
     chosen = _chosen(given["only"])
     if sources:
+        _refuse_to_run({**given, "plan": is_plan})
         _judge(sources, chosen, output_format or "md", as_json, check)
         return
     _check(given)
@@ -84,6 +85,13 @@ def claims(
         _show_plan(plan, chosen, as_json)
         return
     _run(chosen, plan, machine, given, output, output_format or "list", as_json, check)
+
+
+def _refuse_to_run(given: Mapping[str, Any]) -> None:
+    """Of options for runs nothing would be heeded."""
+    if meant := [name for name, value in given.items() if value and name != "only"]:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in meant)
+        raise click.UsageError(f"--from runs nothing: leave out {options}, or --from")
 
 
 def _check(given: Mapping[str, Any]) -> None:

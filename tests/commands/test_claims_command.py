@@ -113,6 +113,8 @@ def test_a_plan_says_what_would_run_and_runs_nothing(tmp_path: Path, monkeypatch
         (("--api-key-file", __file__), "--url"),
         (("--workers-file", __file__), "--key-file"),
         (("--key-file", __file__), "--workers-file"),
+        (("--from", str(ROOT), "--quick", "--budget-minutes", "5"), "leave out --quick, --budget-minutes, or --from"),
+        (("--from", str(ROOT), "--plan"), "leave out --plan"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_before_anything_runs(arguments: tuple[str, ...], words: str) -> None:
