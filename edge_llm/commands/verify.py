@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 @click.option("--policy", type=click.Choice(["exact", "fast"]), default="exact", show_default=True)
 @click.option("--flash-attention", type=click.Choice(["auto", "on", "off"]), default="auto", show_default=True)
 @click.option("--k-type", type=click.Choice(["f16", "f32", "bf16", "q8_0", "q4_0"]), default="f16", show_default=True)
+@click.option("--v-type", type=click.Choice(["f16", "f32", "bf16", "q8_0", "q4_0"]), default="f16", show_default=True)
 @click.option("--chunk-tokens", type=click.IntRange(8, 1024), default=128, show_default=True)
 @click.option("--quick", is_flag=True, help="Depths 0 and 200 only: a look, nothing is recorded.")
 @click.option("--no-write", is_flag=True, help="Do not record the level for workers.")
@@ -71,6 +72,7 @@ def _settings(report: Any, **options: Any) -> Any:
         slots=8,
         chunk_tokens=options["chunk_tokens"],
         k_type=options["k_type"],
+        v_type=options["v_type"],
         policy=options["policy"],
         flash_attention=options["flash_attention"],
     )
