@@ -1,6 +1,11 @@
 """`python -m edge_llm` is the `edge-llm` command."""
 
-from edge_llm.cli import main
+import sys
 
 if __name__ == "__main__":
-    main()
+    try:
+        from edge_llm.cli import main
+
+        main()
+    except KeyboardInterrupt:  # before a command ran
+        sys.exit(130)

@@ -62,5 +62,8 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point of the `edge-llm` command."""
-    cli(prog_name="edge-llm", windows_expand_args=False)
+    try:
+        cli(prog_name="edge-llm", windows_expand_args=False)
+    except KeyboardInterrupt:  # while a command was being imported
+        sys.exit(130)
     sys.exit(0)

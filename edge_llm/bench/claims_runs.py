@@ -314,12 +314,15 @@ def finished(path: Path, run: Run, folder: Path) -> dict[str, StepRun]:
         lines = list(lines_of(path.read_bytes(), path.name))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    steps = [line for line in lines if {"arguments", "record", "exit_code"} <= line.keys()]
+    steps = [line for line in lines if {"case", "arguments", "record", "exit_code"} <= line.keys()]
     if not steps:
         raise ConfigError(f"{path} has no finished step of `bench claims`: give the .cases.jsonl beside its record")
     known: dict[str, StepRun] = {}
     for line in steps:
-        done = msgspec.convert({**line, "step": line["case"]}, StepRun, strict=False)
+        try:
+            done = msgspec.convert({**line, "step": line["case"]}, StepRun, strict=False)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"{path} was not written by `bench claims`: {error}") from None
         if done.record is not None and _is_whole(path.parent / done.record, run):
             known[done.step] = done
     return known

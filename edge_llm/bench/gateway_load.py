@@ -3,8 +3,9 @@
 Owns the experiment. The gateway has one core for itself; the workers (simulated, many slots each, so that a step brings
 many tokens) and the client share another. While the streams run, probes ask a further worker that is idle and as fast
 as it goes, by turns through the gateway (text: it is tokenized) and directly (token ids, the worker's own protocol):
-the difference of the medians is what the gateway adds to the time to the first token. CPU is the process's own
-accounting over the steady part, divided by the tokens it passed on in it.
+the difference of the medians is what the gateway adds to the time to the first token. The loaded workers step back for
+the client and the probed one (nice): they are on the same core here, and on other boards in a cluster. CPU is the
+process's own accounting over the steady part, divided by the tokens it passed on in it.
 Refuses to know how clusters are started, and the gateway's code.
 """
 
@@ -40,6 +41,7 @@ LOAD_MODEL: Final = "simulated"
 BARS: Final[Mapping[str, float]] = {"ttft_added_ms_p50": 4.0, "cpu_us_per_token": 60.0, "rss_mb": 150.0, "failed": 0}
 _START_S: Final = 60.0
 _PROBE_TEXT: Final = "What does a gateway add to the time until the first token of an answer? " * 2
+_BEHIND: Final = 10
 _PROBE_EVERY_S: Final = 0.05
 _PROBE_TOKENS: Final = 4
 # What the gateway itself says of a probe, to find out where time goes.
@@ -90,6 +92,9 @@ async def measure(plan: Plan, launch: LoadLaunch, keys: KeyRing, run: Run, progr
         async with launch(load, (("mixed-1", place),)) as cluster:
             gateway = next(process for process in cluster.processes if process.name == "gateway")
             move(gateway.pid, plan.gateway_core)
+            for process in cluster.processes:
+                if process is not gateway:
+                    step_back(process.pid)
             await _loaded(plan, cluster.url, gateway, Peer("mixed-1", place), keys, run, progress)
     return figures(run)
 
@@ -98,6 +103,13 @@ def move(pid: int, core: int) -> None:
     """All threads of a process to one core."""
     for thread in os.listdir(f"/proc/{pid}/task"):
         os.sched_setaffinity(int(thread), {core})
+
+
+def step_back(pid: int) -> None:
+    """All threads of a process behind others on their core: a cluster's workers have boards of their own, so what
+    these take from the client and the probed worker is not the gateway's to answer for."""
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        os.setpriority(os.PRIO_PROCESS, int(thread), _BEHIND)
 
 
 async def _loaded(

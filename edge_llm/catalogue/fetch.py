@@ -264,8 +264,16 @@ class _Transfer:
                 raise CatalogueError(f"{url!r} is no address: {error}") from error
             failures = 1 if self._size() > before else failures + 1
             if failures >= TRIES:
-                raise CatalogueError(f"the download broke off ({problem}); the next try continues there")
+                raise CatalogueError(self._broke_off(url, problem))
             self._pause(min(8.0, 0.25 * 2**failures))
+
+    def _broke_off(self, url: str, problem: Exception) -> str:
+        why: object = problem
+        if isinstance(problem, urllib.error.URLError) and not isinstance(problem, urllib.error.HTTPError):
+            why = problem.reason
+        if not self._size():
+            return f"nothing came from {url} ({why})"
+        return f"the download broke off after {self._size()} bytes ({why}); the next try continues there"
 
     def _request(self, url: str, token: str | None) -> None:
         """Continue the partial file when the server still has the same version; begin again when not."""

@@ -28,6 +28,8 @@ def resolve(name_or_path: str, report: Report = quiet) -> LocalModel:
     """Fetch if needed. Raises CatalogueError with what to do."""
     if not is_path(name_or_path):
         entry = find(name_or_path)
+        if not is_path(entry.file):
+            raise CatalogueError(f"{entry.name} is {entry.file}, no .gguf file: the benches use it, it answers nothing")
         return LocalModel(entry.name, fetch(entry, report), entry.sha256 or "")
     try:
         path = Path(name_or_path).expanduser()
@@ -47,9 +49,15 @@ def is_path(word: str) -> bool:
 
 def find(name: str) -> ModelEntry:
     """An entry by name, with the nearest names when there is none."""
+    if is_path(name):
+        raise CatalogueError(f"{name} is a path: a file of yours is used as it is, and has no entry in models.yaml")
     entries = load_manifest()
     if name in entries:
         return entries[name]
     near = difflib.get_close_matches(name.lower(), entries, n=3, cutoff=0.5)
-    known = f"did you mean {', '.join(near)}?" if near else f"known are {', '.join(sorted(entries))}."
+    known = (
+        f"did you mean {', '.join(near)}?"
+        if near
+        else f"known are {', '.join(sorted(n for n, e in entries.items() if is_path(e.file)))}."
+    )
     raise CatalogueError(f"unknown model {name!r}: {known} The path of a .gguf file works too.")

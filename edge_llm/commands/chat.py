@@ -14,12 +14,13 @@ from typing import Any
 
 import click
 
-from edge_llm.commands.endpoint import open_url
+from edge_llm.commands.cluster_state import url_of_the_only_one
+from edge_llm.commands.endpoint import open_url, reason_of
 from edge_llm.errors import WorkerUnreachable
 
 
 @click.command()
-@click.option("--url", default="http://127.0.0.1:8080", show_default=True, help="The endpoint.")
+@click.option("--url", help="The endpoint (default: that of the only cluster of `up`, or http://127.0.0.1:8080).")
 @click.option(
     "--api-key-file", type=click.Path(path_type=Path, dir_okay=False, exists=True), help="File with your API key alone."
 )
@@ -28,9 +29,10 @@ from edge_llm.errors import WorkerUnreachable
 @click.option("--max-tokens", type=int, default=512, show_default=True)
 @click.option("--temperature", type=float, default=0.7, show_default=True)
 @click.option("--mode", type=click.Choice(["auto", "split", "local"]), default="auto", show_default=True)
-def chat(url: str, api_key_file: Path | None, system: str | None, **options: Any) -> None:
+def chat(url: str | None, api_key_file: Path | None, system: str | None, **options: Any) -> None:
     """Chat; answers stream. /reset forgets, /quit leaves. Reads one question per line when piped; then the first
     failure ends it. At a terminal a question that failed is forgotten and can be asked again."""
+    url = url or url_of_the_only_one()
     history = [{"role": "system", "content": system}] if system else []
     start = list(history)
     headers = {"authorization": f"Bearer {api_key_file.read_text().strip()}"} if api_key_file else {}
@@ -60,7 +62,9 @@ def _check_reachable(url: str, headers: dict[str, str]) -> None:
         with open_url(urllib.request.Request(f"{url}/v1/models", headers=headers), timeout_s=10):
             return
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise WorkerUnreachable(f"no answer from {url}: {error}; is a cluster running (`edge-llm up`)?") from error
+        raise WorkerUnreachable(
+            f"no answer from {url}: {reason_of(error)}; is a cluster running (`edge-llm up`)?"
+        ) from error
 
 
 def _questions() -> Iterator[str]:
@@ -112,7 +116,9 @@ def _open(url: str, request: urllib.request.Request) -> http.client.HTTPResponse
     except urllib.error.HTTPError as error:
         raise WorkerUnreachable(_complaint(error) or f"{url} answered {error.code} {error.reason}") from error
     except (OSError, http.client.HTTPException) as error:
-        raise WorkerUnreachable(f"no answer from {url}: {error}; is a cluster running (`edge-llm up`)?") from error
+        raise WorkerUnreachable(
+            f"no answer from {url}: {reason_of(error)}; is a cluster running (`edge-llm up`)?"
+        ) from error
 
 
 def _complaint(error: urllib.error.HTTPError) -> str:

@@ -145,7 +145,9 @@ def _summary(described: Description, fit: Fitted, model: KnownModel, to_stderr: 
     head = f"{described.model}: {model.kv_bytes_per_token / 1024:,.1f} KiB of KV a token, {settings.slots} slots of"
     click.echo(f"{head} {settings.n_ctx:,} tokens", err=to_stderr)
     for row in table(fit):
-        sizes = {key: int(str(row[key])) >> 20 for key in ("sum_bytes", "limit_bytes", "room_bytes", "left_bytes")}
+        sizes = {
+            key: round(int(str(row[key])) / _MIB) for key in ("sum_bytes", "limit_bytes", "room_bytes", "left_bytes")
+        }
         gets = f"gets {sizes['limit_bytes']:>6,} of {sizes['room_bytes']:>6,}; {sizes['left_bytes']:>6,} left"
         click.echo(f"  {row['board']:<20} {row['role']:<8} needs {sizes['sum_bytes']:>6,} MiB, {gets}", err=to_stderr)
     for note in fit.notes:

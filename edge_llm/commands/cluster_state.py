@@ -72,15 +72,22 @@ def running_clusters() -> Iterator[ClusterState]:
 
 
 def need_state(port: int | None) -> ClusterState:
-    """The cluster on `port`; None: the only one, or else that on the default port. Raises ConfigError."""
+    """The cluster on `port`; None: the only one. Raises ConfigError, also where several could be meant."""
     running = {state.port: state for state in running_clusters()}
     if port is None and len(running) == 1:
         return next(iter(running.values()))
-    wanted = DEFAULT_PORT if port is None else port
-    if wanted in running:
-        return running[wanted]
-    others = f"; others run: --port {' or '.join(map(str, running))}" if running else ""
-    raise ConfigError(f"no cluster of `edge-llm up` runs on port {wanted}{others}")
+    if port in running:
+        return running[port]
+    named = " or ".join(f"--port {one.port} ({one.model})" for one in running.values())
+    if port is None:
+        raise ConfigError(f"several clusters run: say {named}" if running else "no cluster of `edge-llm up` runs")
+    raise ConfigError(f"no cluster of `edge-llm up` runs on port {port}{f'; others run: {named}' if named else ''}")
+
+
+def url_of_the_only_one() -> str:
+    """Where a cluster of this user answers: the only one that runs, or else the default port."""
+    running = list(running_clusters())
+    return running[0].url if len(running) == 1 else f"http://127.0.0.1:{DEFAULT_PORT}"
 
 
 def forget_state(port: int) -> None:

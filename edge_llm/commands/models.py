@@ -13,7 +13,7 @@ import click
 from edge_llm.catalogue.fetch import fetch, fetch_unverified, installed_path, remember_sha256, sha256_of
 from edge_llm.catalogue.gguf import ModelCard, read_card
 from edge_llm.catalogue.manifest import ModelEntry, load_manifest, record_pin, write_pin
-from edge_llm.catalogue.resolve import find, resolve
+from edge_llm.catalogue.resolve import find, is_path, resolve
 from edge_llm.commands.progress import progress
 from edge_llm.config import DEFAULT_MODEL, cache_dir
 from edge_llm.errors import CatalogueError, ChecksumMismatch
@@ -65,14 +65,18 @@ def pull(model: str, as_json: bool) -> None:
 @click.argument("names", metavar="[MODEL]...", nargs=-1)
 @json_option
 def verify(names: tuple[str, ...], as_json: bool) -> None:
-    """Read the installed files of MODEL... (all fetched ones when none is named) again and compare their sha256."""
-    entries = [find(name) for name in names] or [e for e in load_manifest().values() if installed_path(e).is_file()]
+    """Read the installed files of MODEL... (all fetched ones when none is named) again and compare their sha256.
+
+    Of a path, the header is read and the sha256 said: nothing is known to compare it with. With --json a line for each.
+    """
     problems = []
-    for entry in entries:
+    for name in names or [entry.name for entry in load_manifest().values() if installed_path(entry).is_file()]:
         try:
-            _print({"model": entry.name, "sha256": _verified(entry), "ok": True}, as_json)
+            _print({"model": name, "sha256": _verified(name), "ok": True}, as_json)
         except CatalogueError as error:
             problems.append(error.message)
+            if as_json:
+                _print({"model": name, "ok": False, "problem": error.message}, as_json)
     if problems:
         raise CatalogueError("\n  ".join(problems))
 
@@ -133,7 +137,13 @@ def _print(facts: Mapping[str, Any], as_json: bool) -> None:
         click.echo(f"{name.replace('_', ' '):<22} {'-' if value is None else value}")
 
 
-def _verified(entry: ModelEntry) -> str:
+def _verified(name: str) -> str:
+    """The sha256 of its file. Raises CatalogueError when it is not what it should be."""
+    if is_path(name):
+        path = resolve(name).path
+        read_card(path)
+        return sha256_of(path)
+    entry = find(name)
     path = installed_path(entry)
     if entry.sha256 is None:
         raise CatalogueError(f"{entry.name} has no sha256 to compare with: `edge-llm models pin {entry.name}`")

@@ -209,7 +209,7 @@ def check_port_free(port: int) -> None:
         try:
             probe.bind((LOOPBACK, port))
         except OSError as error:
-            raise ConfigError(f"port {port} is in use: choose another with --port, or `edge-llm down` first") from error
+            raise ConfigError(f"port {port} is in use: choose another with --port") from error
 
 
 def free_port() -> int:

@@ -18,13 +18,15 @@ from typing import Any
 import click
 
 from edge_llm.commands.cluster_state import ClusterState, forget_state, need_state, read_state, state_path, write_state
-from edge_llm.commands.endpoint import open_url
+from edge_llm.commands.endpoint import open_url, reason_of
+from edge_llm.commands.greeting import greeting, own_command
 from edge_llm.commands.serve import SLO_SETTINGS, config_option, slo_option
 from edge_llm.commands.supervisor import SIMULATED_MODEL, Supervisor, check_port_free
 from edge_llm.config import UpConfig, load_settings
 from edge_llm.errors import ConfigError, WorkerUnreachable
 
-_port = click.option("--port", type=int, help="Port of the endpoint; needed where several clusters run.")
+_PORTS = click.IntRange(1, 65535)
+_port = click.option("--port", type=_PORTS, help="Port of the endpoint; needed where several clusters run.")
 STATUS_S = 5.0
 
 
@@ -35,17 +37,19 @@ STATUS_S = 5.0
 @click.option("--mixed", type=int, help="Workers that do both (default 0).")
 @click.option("--simulated", type=int, help="So many simulated workers, no model: for load and fault tests.")
 @click.option("--model", help="Name in models.yaml or path of a .gguf file.")
-@click.option("--port", type=int, help="Port of the endpoint (default 8080).")
+@click.option("--port", type=_PORTS, help="Port of the endpoint (default 8080).")
 @click.option("--threads", type=int, help="Threads per worker; 0 shares the cores out.")
 @click.option("--pin/--no-pin", default=None, help="Give each worker cores of its own.")
 @click.option("--show-logs/--no-show-logs", default=None, help="Pass the logs of gateway and workers on to stderr.")
 @slo_option
 @click.option("--detach", is_flag=True, help="Return when the cluster is ready; stop it with `edge-llm down`.")
+@click.option("--detached", is_flag=True, hidden=True, help="What --detach starts: Ctrl-C does not reach it.")
 @click.argument("worker_options", nargs=-1, type=click.UNPROCESSED)
 def up(
     config: Path | None,
     slo: Mapping[str, float] | None,
     detach: bool,
+    detached: bool,
     worker_options: tuple[str, ...],
     **flags: Any,
 ) -> None:
@@ -54,16 +58,20 @@ def up(
     Options after `--` go to every worker, e.g. `edge-llm up -- --policy fast --slots 4`, or
     `edge-llm up --simulated 8 -- --simulated-prompt-tokens-per-s 1000 --simulated-step-s 0.01 --simulated-row-s 0.001`.
     """
+    if worker_options and not worker_options[0].startswith("-"):
+        raise click.UsageError(f"{worker_options[0]!r} is no option, of `up` or of workers")
     settings = load_settings(UpConfig, flags, config)
     running = read_state(settings.port)
     if running is not None:
         raise ConfigError(
-            f"a cluster already runs on port {settings.port} (pid {running.pid}); `edge-llm down` stops it"
+            f"a cluster already runs on port {settings.port} (pid {running.pid}); "
+            f"`edge-llm down --port {settings.port}` stops it"
         )
     if detach:
         _detach(settings.port)
     else:
-        _run(settings, worker_options, slo_arguments(slo))
+        stop = f"`{own_command()} down --port {settings.port}`" if detached else "Ctrl-C"
+        _run(settings, worker_options, slo_arguments(slo), stop)
 
 
 @click.command()
@@ -78,7 +86,8 @@ def down(port: int | None) -> None:
     deadline_s = time.monotonic() + state.stop_s
     while state.is_running and time.monotonic() < deadline_s:
         time.sleep(0.1)
-    click.echo(f"process {state.pid} is still stopping" if state.is_running else "stopped")
+    which = f"the cluster on port {state.port} ({state.model})"
+    click.echo(f"{which} is still stopping (pid {state.pid})" if state.is_running else f"stopped {which}")
 
 
 @click.command()
@@ -107,7 +116,8 @@ def _asked(state: ClusterState) -> Any:
             return json.load(reply)
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise WorkerUnreachable(
-            f"the cluster on port {state.port} runs (pid {state.pid}), but its gateway does not answer: {error}"
+            f"the cluster on port {state.port} runs (pid {state.pid}), but its gateway does not answer: "
+            f"{reason_of(error)}"
         ) from error
 
 
@@ -117,7 +127,7 @@ def slo_arguments(slo: Mapping[str, float] | None) -> Sequence[str]:
     return ("--slo", limits) if limits else ()
 
 
-def _run(settings: UpConfig, worker_options: Sequence[str], gateway_options: Sequence[str] = ()) -> None:
+def _run(settings: UpConfig, worker_options: Sequence[str], gateway_options: Sequence[str], stop: str) -> None:
     check_port_free(settings.port)
     name, wanted = (SIMULATED_MODEL, SIMULATED_MODEL) if settings.simulated else _fetched(settings.model)
     supervisor = Supervisor(
@@ -132,7 +142,8 @@ def _run(settings: UpConfig, worker_options: Sequence[str], gateway_options: Seq
     def on_ready() -> None:
         state = ClusterState.of_this_process(settings.port, name, workers, supervisor.stop_s)
         write_state(state)
-        click.echo(_greeting(state.url, name, _levels(supervisor)))
+        can_split = {"prefill", "decode"} <= set(settings.roles)
+        click.echo(greeting(state.url, name, _levels(supervisor), can_split, stop))
 
     try:
         asyncio.run(_until_signal(supervisor, on_ready))
@@ -176,10 +187,10 @@ def _root_of(group: BaseException) -> BaseException:
 
 
 def _detach(port: int) -> None:
-    """The same command in the background, until its state file says that it is ready."""
+    """The same command in the background, until its state file says that it is ready. Interrupted, it is stopped."""
     log = state_path(port).with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
-    arguments = [argument for argument in sys.argv[1:] if argument != "--detach"]
+    arguments = ["--detached" if argument == "--detach" else argument for argument in sys.argv[1:]]
     with log.open("w") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "edge_llm", *arguments],
@@ -188,29 +199,20 @@ def _detach(port: int) -> None:
             stderr=output,
             start_new_session=True,
         )
-    while read_state(port) is None:
-        if process.poll() is not None:
-            raise ConfigError(f"the cluster could not start:\n{log.read_text()[-2000:]}")
-        time.sleep(0.1)
+    try:
+        while read_state(port) is None:
+            if process.poll() is not None:
+                words = log.read_text()[-2000:].strip().removeprefix("edge-llm: ")
+                raise ConfigError(f"the cluster could not start: {words}")
+            time.sleep(0.1)
+    except KeyboardInterrupt:
+        process.terminate()
+        process.wait()
+        click.echo("stopped before the cluster was ready", err=True)
+        raise
     click.echo(log.read_text(), nl=False)
 
 
 def _levels(supervisor: Any) -> set[str]:
     """What the workers promise of their exactness."""
     return {child.ready["level"] for child in supervisor.workers if child.ready}
-
-
-def _greeting(url: str, model: str, levels: set[str]) -> str:
-    question = '{"role": "user", "content": "What is a prefill?"}'
-    body = f'{{"messages": [{question}], "stream": true, "edge_llm": {{"mode": "split"}}}}'
-    hint = (
-        "Not verified yet whether this build is exact here: `edge-llm verify` measures it, "
-        "and answers name the level after the next start.\n"
-        if "unverified" in levels
-        else ""
-    )
-    return (
-        f"\nThe cluster is ready: {model} at {url}/v1\nTry it in another terminal:\n\n"
-        f"  curl -N {url}/v1/chat/completions -H 'content-type: application/json' \\\n    -d '{body}'\n\n"
-        f"or `edge-llm chat`. {hint}Ctrl-C stops the cluster."
-    )

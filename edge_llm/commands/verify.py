@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 @click.command()
 @click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Name in models.yaml or path of a .gguf file.")
 @click.option("--random", "random_format", help="A small random-weight model in this format instead (Q4_0, Q6_K, ...).")
-@click.option("--shape", default="dense", show_default=True, help="Shape of the random model.")
+@click.option(
+    "--shape",
+    default="dense",
+    show_default=True,
+    help="Shape of the random model: dense, sliding-window, recurrent, wide-kv, head-size-256, mqa, moe, llama-3.2-1b.",
+)
 @click.option("--policy", type=click.Choice(["exact", "fast"]), default="exact", show_default=True)
 @click.option("--flash-attention", type=click.Choice(["auto", "on", "off"]), default="auto", show_default=True)
 @click.option("--k-type", type=click.Choice(["f16", "f32", "bf16", "q8_0", "q4_0"]), default="f16", show_default=True)

@@ -36,7 +36,7 @@ def file_type(name: str) -> int:
     for prefix in ("MOSTLY_", "ALL_"):
         if f"{prefix}{name}" in LlamaFileType.__members__:
             return int(LlamaFileType[f"{prefix}{name}"])
-    known = ", ".join(sorted(kind.removeprefix("MOSTLY_") for kind in LlamaFileType.__members__))
+    known = ", ".join(sorted(kind.removeprefix("MOSTLY_") for kind in LlamaFileType.__members__ if kind != "GUESSED"))
     raise CatalogueError(f"unknown quantization {name!r}: known are {known}")
 
 

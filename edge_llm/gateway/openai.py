@@ -85,12 +85,18 @@ class _StreamOptions(_Body):
     include_usage: StrictBool = False
 
 
-class _Limits(_Body):
+class _Ours(_Body):
+    """Fields that no other server has: one that is unknown is a mistake, and would change nothing without a word."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class _Limits(_Ours):
     ttft_s: Annotated[Number, Field(gt=0, le=MAX_DEADLINE_S)] | None = None
     tpot_s: Annotated[Number, Field(gt=0, le=MAX_DEADLINE_S)] | None = None
 
 
-class _Vendor(_Body):
+class _Vendor(_Ours):
     mode: Literal["auto", "split", "local"] = "auto"
     return_token_ids: StrictBool = False
     deadline_s: Annotated[Number, Field(gt=0, le=MAX_DEADLINE_S)] | None = None
@@ -254,7 +260,7 @@ def _refuse_unsupported(body: _Chat | _Completion) -> None:
 def _messages(messages: Sequence[_Message]) -> tuple[tuple[str, str], ...]:
     if not messages:
         raise InvalidRequest("messages is empty: send at least one message", param="messages")
-    return tuple((_role(m.role, i), _content(m.content, i)) for i, m in enumerate(messages))
+    return tuple((_role(m.role, i), _content(m, i)) for i, m in enumerate(messages))
 
 
 def _role(role: str, index: int) -> str:
@@ -265,8 +271,11 @@ def _role(role: str, index: int) -> str:
     return role
 
 
-def _content(content: str | Sequence[_Part] | None, index: int) -> str:
+def _content(message: _Message, index: int) -> str:
+    content = message.content
     if content is None:
+        if message.role != "assistant":  # one that called a tool says nothing
+            raise InvalidRequest(f"messages[{index}].content is missing", param="messages")
         return ""
     if isinstance(content, str):
         return content
@@ -326,13 +335,16 @@ def _stop(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     return words
 
 
+_WORDS: Final = {"missing": "is missing", "extra_forbidden": "is no field of edge_llm"}
+
+
 def _first_problem(error: ValidationError) -> InvalidRequest:
     """The first wrong field; where it may have several forms, the one that the value comes closest to."""
     problems = error.errors(include_url=False, include_input=False)
     name = str(problems[0]["loc"][0]) if problems[0]["loc"] else "body"
     problem = max((p for p in problems if p["loc"][:1] == problems[0]["loc"][:1]), key=lambda p: len(p["loc"]))
     path = ".".join(str(part) for part in problem["loc"] if not _BRANCH.fullmatch(str(part)))
-    what = "is missing" if problem["type"] == "missing" else problem["msg"]
+    what = _WORDS.get(problem["type"], problem["msg"])
     return InvalidRequest(f"{path or name}: {what}", param=name)
 
 

@@ -218,6 +218,6 @@ def _comment(described: Description, fit: Fitted) -> Iterable[str]:
     for line in labels(described, fit):
         yield f"#   {line}"
     for group in fit.groups:
-        parts = ", ".join(f"{name} {size // MIB:,}" for name, size in group.sum.parts.items() if size)
+        parts = ", ".join(f"{name} {size / MIB:,.0f}" for name, size in group.sum.parts.items() if size)
         limit = f"with head room {group.limit_bytes // MIB:,}"
-        yield f"# {group.role}: {group.sum.total_bytes // MIB:,} MiB ({parts}), {limit}"
+        yield f"# {group.role}: {group.sum.total_bytes / MIB:,.0f} MiB ({parts}), {limit}"

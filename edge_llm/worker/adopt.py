@@ -68,8 +68,9 @@ class PromptRecord:
         """The engine did not take the snapshot: everything is computed here after all."""
         self.mode, self.fallback, self.is_same_class, self.cached_tokens = "local", reason, True, 0
 
-    def on_local_progress(self, done: int, total: int, now_s: float) -> None:
-        self.first_frame_s = self.first_frame_s or now_s
+    def on_local_progress(self, done: int, total: int, step_s: float, now_s: float) -> None:
+        """A step with `step_s` of prompt work has ended: its turn came that long before the end of the first."""
+        self.first_frame_s = self.first_frame_s or max(self.accepted_s, now_s - step_s)
         if done == total:
             self.computed_s = now_s
 

@@ -29,7 +29,7 @@ from typing import Final
 import structlog
 
 from edge_llm.engine.batch import smoothed
-from edge_llm.engine.engine import Engine, EngineFacts, KeptKV, Step
+from edge_llm.engine.engine import Engine, EngineFacts, KeptKV, PromptProgress, Step
 from edge_llm.errors import (
     ContextTooLong,
     DeadlinePassed,
@@ -175,7 +175,7 @@ class DecodeRole:
         for kept in step.kept:
             self._keep(kept)
         for progress in step.progress:
-            self._on_progress(progress.request_id, progress.done, progress.total)
+            self._on_progress(progress, step.prompt_s)
         for event in step.events:
             running = self._running.get(event.request_id)
             if running is None or running.request.epoch != event.epoch:
@@ -326,13 +326,13 @@ class DecodeRole:
         if step.prompt_tokens:
             self.prompt_token_s = smoothed(self.prompt_token_s, step.prompt_s / step.prompt_tokens)
 
-    def _on_progress(self, request_id: str, done: int, total: int) -> None:
-        running = self._running.get(request_id)
+    def _on_progress(self, progress: PromptProgress, prompt_s: float) -> None:
+        running = self._running.get(progress.request_id)
         if running is None or not running.is_begun:
             return
-        self._outboxes.add_progress(running.request.gateway, running.generation, done, total)
-        running.prompt.on_local_progress(done, total, self._clock())
-        if done == total:
+        self._outboxes.add_progress(running.request.gateway, running.generation, progress.done, progress.total)
+        running.prompt.on_local_progress(progress.done, progress.total, prompt_s, self._clock())
+        if progress.done == progress.total:
             self._report(running)
 
     def _report(self, running: _Running) -> None:

@@ -270,6 +270,9 @@ def test_lines_of_another_folder_or_machine_or_of_something_else_are_refused(sta
     other.write_text('{"case": "x", "at": "2026-01-01T00:00:00Z"}\n')
     with pytest.raises(ConfigError, match="no finished step"):
         stage.run("turns", resume=other)
+    other.write_text('{"case": "turns", "arguments": "all", "record": "x.json", "exit_code": 0}\n')
+    with pytest.raises(ConfigError, match=r"other\.cases\.jsonl was not written by `bench claims`"):
+        stage.run("turns", resume=other)
 
 
 def test_ctrl_c_reaches_the_child_keeps_its_record_and_stops_the_rest(stage: Stage) -> None:

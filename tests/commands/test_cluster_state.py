@@ -15,7 +15,14 @@ import pytest
 from click.testing import CliRunner
 
 from edge_llm.cli import cli
-from edge_llm.commands.cluster_state import ClusterState, need_state, read_state, state_path, write_state
+from edge_llm.commands.cluster_state import (
+    ClusterState,
+    need_state,
+    read_state,
+    state_path,
+    url_of_the_only_one,
+    write_state,
+)
 from edge_llm.commands.supervisor import free_port
 from edge_llm.errors import ConfigError
 from edge_llm.machine import process_life
@@ -61,18 +68,24 @@ def test_a_file_of_a_version_that_did_not_note_lives_is_no_cluster() -> None:
 def test_down_stops_the_only_cluster_whatever_its_port(process: subprocess.Popen[bytes]) -> None:
     write_state(state(9001, process.pid))
     done = CliRunner().invoke(cli, ["down"])
-    assert done.output == "stopped\n"
+    assert done.output.startswith("stopped the cluster on port 9001 (")
     assert process.wait(10) == -signal.SIGTERM
 
 
-def test_among_several_the_default_port_is_meant_and_else_they_are_named() -> None:
-    write_state(state(9001))
+def test_among_several_none_is_meant_until_its_port_is_named() -> None:
+    write_state(state(8080))
     write_state(state(9002))
-    with pytest.raises(ConfigError, match="9001 or 9002"):
+    with pytest.raises(ConfigError, match=r"several clusters run: say --port 8080 .* or --port 9002"):
         need_state(None)
     assert need_state(9002).port == 9002
-    write_state(state(8080))
-    assert need_state(None).port == 8080
+
+
+def test_chat_finds_the_only_cluster_and_else_asks_the_default_port() -> None:
+    assert url_of_the_only_one() == "http://127.0.0.1:8080"
+    write_state(state(9001))
+    assert url_of_the_only_one() == state(9001).url
+    write_state(state(9002))
+    assert url_of_the_only_one() == "http://127.0.0.1:8080"
 
 
 def test_a_port_that_is_named_is_the_only_one_that_counts() -> None:

@@ -65,7 +65,12 @@ def taken_port() -> Iterator[int]:
         (["up", "--", "--slots", "0"], "slots"),
         (["verify", "--model", "missing.gguf"], "missing.gguf"),
         (["verify", "--random", "Q9_9"], "Q9_9"),
+        (["verify", "--random", "Q4_0", "--shape", "klein-bottle"], "sliding-window"),
         (["models", "show", "no-such-model"], "no-such-model"),
+        (["models", "pull", "mine/model.gguf"], "is a path"),
+        (["up", "--port", "0"], "--port"),
+        (["up", "nonsense"], "nonsense"),
+        (["up", "--model", "all-minilm-l6-v2-int8"], "no .gguf"),
         (["serve", "worker", "--simulate"], "key"),
         (["status"], "edge-llm up"),
         (["chat", "--url", "http://127.0.0.1:9"], "127.0.0.1:9"),
@@ -136,8 +141,34 @@ def test_a_cluster_comes_up_says_so_and_goes_down(port: int, environment: dict[s
     supervisor, workers = up(port, environment)
     assert set(workers) == {"prefill-1", "decode-1"}
     assert "already runs" in run(["up", "--port", str(port), "--", "--simulate"], environment).stderr
-    assert "stopped" in run(["down", "--port", str(port)], environment).stdout
+    assert f"stopped the cluster on port {port}" in run(["down", "--port", str(port)], environment).stdout
     wait_until_gone([supervisor, *workers.values()])
+
+
+def test_a_detached_cluster_says_how_to_talk_to_it_and_how_to_stop_it(port: int, environment: dict[str, str]) -> None:
+    said = run(
+        ["up", "--port", str(port), "--mixed", "1", "--prefill", "0", "--decode", "0", "--detach", "--", "--simulate"],
+        environment,
+    ).stdout
+    assert f"chat --url http://127.0.0.1:{port}`" in said
+    assert f"down --port {port}` stops the cluster" in said
+    assert '"mode": "split"' not in said, "a worker that does both has nobody to split with"
+    run(["down"], environment)
+
+
+def test_ctrl_c_before_a_detached_cluster_is_ready_leaves_none(port: int, environment: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "edge_llm", "up", "--port", str(port), "--detach", "--", "--simulate"]
+    log = Path(environment["XDG_STATE_HOME"]) / "edge-llm" / "up" / f"{port}.log"
+    starting = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    while not log.exists():
+        assert starting.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.2)  # the other process is there, and far from ready
+    starting.send_signal(signal.SIGINT)
+    _, said = starting.communicate(timeout=DEADLINE_S)
+    assert starting.returncode == 130
+    assert "stopped before the cluster was ready" in said
+    assert run(["status", "--port", str(port)], environment).returncode == 1
 
 
 def test_what_dies_is_started_again_under_the_same_name(port: int, environment: dict[str, str]) -> None:

@@ -159,7 +159,6 @@ def test_every_known_role_is_passed_on(role: str) -> None:
         ("plain", "plain"),
         ([{"type": "text", "text": "one "}, {"type": "text", "text": "two"}], "one two"),
         ([], ""),
-        (None, ""),
         ("ж\U0001f600", "ж\U0001f600"),
     ],
 )
@@ -169,6 +168,20 @@ def test_content_is_text_or_parts_of_text(content: object, text: str) -> None:
 
 def test_a_message_may_have_no_content_at_all() -> None:
     assert chat(messages=[{"role": "assistant", "tool_calls": []}]).messages == (("assistant", ""),)
+    assert chat(messages=[{"role": "assistant", "content": None}]).messages == (("assistant", ""),)
+
+
+@pytest.mark.parametrize("message", [{"role": "user"}, {"role": "system", "content": None}])
+def test_who_says_something_says_it(message: dict[str, object]) -> None:
+    error = refusal(lambda: chat(messages=[{"role": "user", "content": "x"}, message]))
+    assert error.message == "messages[1].content is missing"
+    assert error.param == "messages"
+
+
+def test_a_field_that_edge_llm_does_not_have_is_a_mistake() -> None:
+    error = refusal(lambda: completion(edge_llm={"mood": "split"}))
+    assert (error.message, error.param) == ("edge_llm.mood: is no field of edge_llm", "edge_llm")
+    assert "slo" in refusal(lambda: completion(edge_llm={"slo": {"ttft": 1}})).message
 
 
 @pytest.mark.parametrize(

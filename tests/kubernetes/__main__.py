@@ -42,7 +42,7 @@ from tests.kubernetes.deploy import NAMESPACE, Deployed, make_keys
 from tests.kubernetes.ledger import Ledger
 from tests.kubernetes.models import Shelf
 from tests.kubernetes.outside import outside
-from tests.kubernetes.play import Ends, play
+from tests.kubernetes.play import OUT_OF_TIME, Ends, play
 from tests.kubernetes.shell import Broken, moved_to
 from tests.kubernetes.site import NODE_PORT, OUTSIDE, PREFIX
 from tests.kubernetes.stage import ROLES, Scenario, Stage
@@ -119,19 +119,12 @@ def _archive(asked: argparse.Namespace) -> Path:
 
 
 def _tested(asked: argparse.Namespace, ends: Ends) -> int:
-    if asked.build_image:
-        try:
-            image.build(ends.left_s)
-        except TimeoutError as error:
-            print(f"test-cluster: not finished in time: {error}", file=sys.stderr)
-            return _NOT_FINISHED
-        except Broken as error:
-            print(f"test-cluster: {error.message}", file=sys.stderr)
-            return 1
+    signal.signal(signal.SIGTERM, _as_interrupt)
+    if asked.build_image and (status := _built(ends)):
+        return status
     archive = _archive(asked)
     if not archive.is_file():
         raise Broken(f"there is no image {archive}: `make image` builds it, --image FILE names another one")
-    signal.signal(signal.SIGTERM, _as_interrupt)
     run = Run("test-cluster", ["make", "test-cluster", *sys.argv[1:]], {"only": asked.only}, folder=asked.output)
     run.models.append(local_model(DEFAULT_MODEL, lambda *_: None).facts)
     ledger, archive = Ledger(run, KUBERNETES), _kept(archive)
@@ -145,15 +138,30 @@ def _tested(asked: argparse.Namespace, ends: Ends) -> int:
     try:
         with cluster(len(ROLES), {"edge-llm": archive}, labels, shelf.stock, ledger.say) as made, moved_to(OUTSIDE):
             asyncio.run(_played(made, ledger, asked, shelf, ends))
-            is_complete = not ends.is_over
+            is_complete = OUT_OF_TIME not in ledger.untested.values()
     except KeyboardInterrupt:
         print("interrupted: keeping what was tried", file=sys.stderr)
     ledger.last_lines()
     path = ledger.write(is_complete, asked.output)
     print(f"record: {path}")
-    if ledger.failed:
+    if not is_complete and OUT_OF_TIME not in ledger.untested.values():
+        return 130
+    return 1 if ledger.failed else 0 if is_complete else _NOT_FINISHED
+
+
+def _built(ends: Ends) -> int:
+    """The exit code that its end means; 0: go on."""
+    try:
+        image.build(ends.left_s)
+    except KeyboardInterrupt:
+        return 130
+    except TimeoutError as error:
+        print(f"test-cluster: {OUT_OF_TIME}: {error}", file=sys.stderr)
+        return _NOT_FINISHED
+    except Broken as error:
+        print(f"test-cluster: {error.message}", file=sys.stderr)
         return 1
-    return 0 if is_complete else _NOT_FINISHED if ends.is_over else 130
+    return 0
 
 
 def _kept(archive: Path) -> Path:

@@ -139,7 +139,11 @@ def test_every_setting_is_one_that_the_program_knows(items: list[Manifest], tmp_
             settings_of(workload, container, items, tmp_path)
             environ = environment_of(container, items)
             for word in [*container.get("command", ()), *container.get("args", ())]:
-                assert set(re.findall(r"\$\(?\"?(EDGE_LLM_\w+)", word)) <= environ.keys()
+                # used where it is set (${NAME:+...}): it need not be, but must be one that could
+                may_be_set = re.findall(r"\$\{EDGE_LLM_WORKER_(\w+):\+", word)
+                assert {name.lower() for name in may_be_set} <= WorkerConfig.model_fields.keys()
+                always = re.sub(r"\$\{\w+:\+[^}]*\}", "", word)
+                assert set(re.findall(r"\$\(?\"?(EDGE_LLM_\w+)", always)) <= environ.keys()
 
 
 def test_the_keys_are_read_where_they_are_mounted(items: list[Manifest], tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def test_whatever_is_given_somebody_decodes_and_somebody_reads_or_it_is_refused(
     try:
         placed = with_roles(boards, splits=True)
     except ConfigError:
-        assert None not in [board.role for board in boards] or len({board.role for board in boards}) == 2
+        assert None not in [board.role for board in boards], "a board that may do anything does what is missing"
         return
     assert {board.role for board in placed} & {"decode", "mixed"}
     assert {board.role for board in placed} & {"prefill", "mixed"}

@@ -95,6 +95,13 @@ async def test_the_report_accounts_for_every_position_and_byte(cluster: Cluster,
     assert local.progress[-1:] == ([(n, n)] if n else [])
 
 
+async def test_a_prompt_of_one_chunk_was_computed_and_did_not_wait(cluster: Cluster) -> None:
+    settings = replace(settings_of("decode"), serves_prompts=True, prompt_token_s=0.05)
+    decode = await cluster.start("decode", "d1", settings)
+    answer = await (await cluster.gateway.ask(decode.peer, prompt_of(CHUNK))).over()
+    assert answer.report.prefill_ms >= 1e3 * 0.05 * (CHUNK - 1)
+
+
 async def test_most_bytes_of_a_long_prompt_arrive_while_it_is_computed(cluster: Cluster) -> None:
     slow = replace(settings_of("prefill"), prompt_token_s=0.002)
     prefill, decode = await cluster.start("prefill", "p1", slow), await cluster.start("decode", "d1")
