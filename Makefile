@@ -16,7 +16,7 @@ help:
 	@echo "make test             set up, then run every check"
 	@echo "make verify           measure on this machine how exact this build is (ARGS='--model NAME')"
 	@echo "make reference-tools  build llama.cpp's own tools to compare with"
-	@echo "make test-cluster     a real Kubernetes of three nodes on this machine, as root, and everything tried on it (20 minutes)"
+	@echo "make test-cluster     a real Kubernetes of three nodes on this machine, as root, and everything tried on it (30 minutes)"
 	@echo "make manifests        write the version and install.yaml into k3s_manifests"
 	@echo "make manifests-check  checkov's policies on every overlay (installs 290 MB once)"
 	@echo "make image            the container image into dist (ARCH=arm64, BASE=..., ARGS='--builder podman')"

@@ -11,7 +11,7 @@ import shlex
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from edge_llm.plan.fit import Fitted
     from edge_llm.plan.sizes import KnownModel
 
-_MIB = 1 << 20
+_MIB: Final = 1 << 20
+_SHOWN: Final = ("sum_bytes", "limit_bytes", "room_bytes", "left_bytes")
 
 
 @click.command()
@@ -145,9 +146,7 @@ def _summary(described: Description, fit: Fitted, model: KnownModel, to_stderr: 
     head = f"{described.model}: {model.kv_bytes_per_token / 1024:,.1f} KiB of KV a token, {settings.slots} slots of"
     click.echo(f"{head} {settings.n_ctx:,} tokens", err=to_stderr)
     for row in table(fit):
-        sizes = {
-            key: round(int(str(row[key])) / _MIB) for key in ("sum_bytes", "limit_bytes", "room_bytes", "left_bytes")
-        }
+        sizes = {key: round(int(str(row[key])) / _MIB) for key in _SHOWN}
         gets = f"gets {sizes['limit_bytes']:>6,} of {sizes['room_bytes']:>6,}; {sizes['left_bytes']:>6,} left"
         click.echo(f"  {row['board']:<20} {row['role']:<8} needs {sizes['sum_bytes']:>6,} MiB, {gets}", err=to_stderr)
     for note in fit.notes:
