@@ -95,7 +95,7 @@ async def measure(plan: Plan, launch: LoadLaunch, keys: KeyRing, run: Run, progr
             move(gateway.pid, plan.gateway_core)
             for process in cluster.processes:
                 if process is not gateway:
-                    await step_back(process.pid)
+                    await asyncio.to_thread(step_back, process.pid)
             await _loaded(plan, cluster.url, gateway, Peer("mixed-1", place), keys, run, progress)
     return figures(run)
 
@@ -106,7 +106,7 @@ def move(pid: int, core: int) -> None:
         os.sched_setaffinity(int(thread), {core})
 
 
-async def step_back(pid: int) -> None:
+def step_back(pid: int) -> None:
     """All threads of a process behind others on their core: a cluster's workers have boards of their own, so what
     these take from the client and the probed worker is not the gateway's to answer for."""
     for thread in os.listdir(f"/proc/{pid}/task"):
@@ -117,7 +117,7 @@ async def step_back(pid: int) -> None:
         try:
             group.write_text(str(_BEHIND))
         except BlockingIOError:  # the kernel takes ten a second from who is not root
-            await asyncio.sleep(0.15)
+            time.sleep(0.15)
             group.write_text(str(_BEHIND))
 
 
