@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Coroutine
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -22,17 +22,34 @@ Result = TypeVar("Result")
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """What `work` comes to. A client that hangs up ends it: then nobody hears what is raised."""
-    doing = asyncio.create_task(work, name="before the answer")
+    """What `work` comes to. A client that hangs up ends it: then nobody hears what is raised. It runs in the caller's
+    own task: under load each further one waits for its turn."""
+    now_s = asyncio.get_running_loop().time
     gone = asyncio.create_task(_disconnected(request), name="disconnect")
+    async with _cut("the client hung up before its request was accepted") as cut:
+
+        def end(_: asyncio.Task[None]) -> None:
+            cut.reschedule(now_s())
+
+        gone.add_done_callback(end)
+        try:
+            return await work
+        finally:
+            gone.remove_done_callback(end)
+            gone.cancel()
+
+
+@asynccontextmanager
+async def _cut(words: str) -> AsyncIterator[asyncio.Timeout]:
+    """A block that ends when its timeout is set to now: with InvalidRequest of these words."""
+    cut = asyncio.timeout(None)
     try:
-        await asyncio.wait({doing, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not doing.done():
-            raise InvalidRequest("the client hung up before its request was accepted")
-        return doing.result()
-    finally:
-        doing.cancel()
-        gone.cancel()
+        async with cut:
+            yield cut
+    except TimeoutError as error:
+        if not cut.expired():
+            raise
+        raise InvalidRequest(words) from error
 
 
 async def after(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:

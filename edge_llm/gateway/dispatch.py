@@ -12,9 +12,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Final
 
 import structlog
@@ -80,6 +81,7 @@ class Dispatcher:
             client.keep, self._orders, planner, metrics, lambda: self.view, checkpoint_tokens
         )
         self._running: dict[str, Running] = {}
+        self._held: Counter[str] = Counter()
         self._listener = Listener(client, self._running, self, metrics, clock, buffer_bytes)
         self._queue = queue.PlanQueue(bounds, clock=clock)
         self._endings: set[asyncio.Task[None]] = set()
@@ -112,11 +114,7 @@ class Dispatcher:
 
     def _free_slots(self, model: str) -> int:
         slots = sum(node.status.slots for node in self.view.ready(model) if node.decodes)
-        taken = sum(
-            running.job.model == model and running.session.state in (State.PREFILLING, State.DECODING)
-            for running in self._running.values()
-        )
-        return max(0, slots - taken)
+        return max(0, slots - self._held[model])
 
     def leave(self, place: queue.Place) -> None:
         """The place is not needed any more, if it ever was."""
@@ -125,13 +123,27 @@ class Dispatcher:
     async def tokenize(
         self, model: str | None, request: TokenizeRequest, trace: str = ""
     ) -> tuple[Node, TokenizeReply]:
-        """Token ids by any ready worker of the model; the next one is asked when one fails or keeps us waiting."""
-        nodes = self.view.ready(model)
-        if model is not None and not nodes:
+        """Token ids by any ready worker of the model; all others are asked when one fails or keeps us waiting."""
+        ready = self.view.ready(model)
+        if model is not None and not ready:
             decide(Wish(model, 0, 0), self.view, Situation())
-        failure: EdgeLLMError = Overloaded("no worker is ready yet", retry_after_s=2.0)
         # the least busy first; prefill workers are as good as others: tokenizing has its own thread
-        unasked = sorted(nodes, key=lambda n: (n.status.load.sequences_running, n.worker), reverse=True)
+        nodes = sorted(ready, key=lambda n: (n.status.load.sequences_running, n.worker))
+        # first in this task: under load each further one waits for its turn
+        if len(nodes) == 1:
+            return nodes[0], await self._client.tokenize(peer_of(nodes[0]), request, trace)
+        with suppress(TimeoutError, WorkerError, Overloaded, RemoteProtocolError):
+            async with asyncio.timeout(TOKENIZE_S):
+                if nodes:
+                    return nodes[0], await self._client.tokenize(peer_of(nodes[0]), request, trace)
+        return await self._tokenize_by_any(nodes[1:] + nodes[:1], request, trace)
+
+    async def _tokenize_by_any(
+        self, nodes: Sequence[Node], request: TokenizeRequest, trace: str
+    ) -> tuple[Node, TokenizeReply]:
+        """The first reply; one after another is asked, and those before are heard, too."""
+        failure: EdgeLLMError = Overloaded("no worker is ready yet", retry_after_s=2.0)
+        unasked = list(reversed(nodes))
         asked: dict[asyncio.Task[TokenizeReply], Node] = {}
         try:
             while unasked or asked:
@@ -151,10 +163,15 @@ class Dispatcher:
                 task.cancel()
         raise failure
 
+    def _hold(self, model: str, change: int) -> None:
+        """Counted as it changes: adding up a thousand streams would be most of what a request costs."""
+        self._held[model] += change
+
     @asynccontextmanager
     async def running(self, job: Job, place: queue.Place, arrived_s: float) -> AsyncIterator[Running]:
         """Run a job from its place on; leaving the block early cancels it everywhere. Raises what refuses it."""
-        running = Running(job, Session(job.request_id), self._clock(), arrived_s)
+        session = Session(job.request_id, on_held=partial(self._hold, job.model))
+        running = Running(job, session, self._clock(), arrived_s)
         self._running[job.request_id] = running
         try:
             running.place = place
@@ -257,7 +274,7 @@ class Dispatcher:
     def lose(self, running: Running, error: EdgeLLMError) -> None:
         """The decode worker failed this request: plan again elsewhere, or give up."""
         session = running.session
-        if session.is_over or session.state not in (State.PREFILLING, State.DECODING):
+        if not session.is_with_worker:
             return
         worker = running.plan.decode.worker if running.plan else "?"
         log.warning("replanning", request_id=session.request_id, worker=worker, code=error.code, epoch=session.epoch)
@@ -286,7 +303,7 @@ class Dispatcher:
 
     def drop(self, running: Running, error: EdgeLLMError) -> None:
         """End a request whose worker is well: its time is over, or its client does not read."""
-        if running.session.state in (State.PREFILLING, State.DECODING) and running.plan is not None:
+        if running.session.is_with_worker and running.plan is not None:
             self._end(running, running.plan)
         self.give_up(running, error)
 
@@ -303,7 +320,7 @@ class Dispatcher:
     def _leave(self, running: Running, task: asyncio.Task[None]) -> None:
         """The client has its answer or is gone. Does not wait for anything: whoever leaves may be cancelled already."""
         session, plan = running.session, running.plan
-        is_with_worker = session.state in (State.PREFILLING, State.DECODING)
+        is_with_worker = session.is_with_worker
         is_early = not session.is_over
         if is_early:
             session.on(Event.CLIENT_GONE)

@@ -98,7 +98,7 @@ class Listener:
         gone -= {
             running.plan.decode.place
             for running in self._running.values()
-            if running.plan is not None and running.session.state in (State.PREFILLING, State.DECODING)
+            if running.plan is not None and running.session.is_with_worker
         }
         for place in gone:
             if self._connections[place] is not asyncio.current_task():  # that one ends by itself

@@ -9,6 +9,7 @@ Invariants: delivered tokens have indices 0, 1, 2, ... without gap or repetition
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
@@ -65,12 +66,18 @@ TRANSITIONS: Final[dict[State, dict[Event, State]]] = {
     State.FAILED: {},
     State.CANCELLED: {},
 }
+# A worker has the request, and a slot for it.
+HELD: Final = frozenset({State.PREFILLING, State.DECODING})
 FINAL: Final = frozenset(state for state, edges in TRANSITIONS.items() if not edges)
+
+
+def _nobody(_change: int) -> None:
+    """Nobody wants to know."""
 
 
 @dataclass(slots=True)
 class Session:
-    """State and delivered tokens of one request."""
+    """State and delivered tokens of one request. `on_held` hears 1 when a worker has it from now on, else -1."""
 
     request_id: str
     state: State = State.QUEUED
@@ -78,10 +85,15 @@ class Session:
     delivered: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     lost: list[str] = field(default_factory=list)
+    on_held: Callable[[int], None] = _nobody
 
     @property
     def is_over(self) -> bool:
         return self.state in FINAL
+
+    @property
+    def is_with_worker(self) -> bool:
+        return self.state in HELD
 
     def on(self, event: Event) -> None:
         """Take an edge of the table. Raises LocalProtocolError when there is none: a bug of ours."""
@@ -90,11 +102,15 @@ class Session:
             raise LocalProtocolError(f"request {self.request_id}: {event.value} in state {self.state.value}")
         if target is State.REPLANNING:
             self.epoch += 1
-        self.state = target
+        if target is self.state:
+            return
+        was_held, self.state = self.is_with_worker, target
+        if self.is_with_worker != was_held:
+            self.on_held(-1 if was_held else 1)
 
     def is_current(self, epoch: int) -> bool:
         """Whether what a worker says in `epoch` counts: some worker has this request now, in that epoch."""
-        return epoch == self.epoch and self.state in (State.PREFILLING, State.DECODING)
+        return epoch == self.epoch and self.is_with_worker
 
     def deliver(self, token: TokenEvent) -> bool:
         """Accept the next token; False for one of an old epoch or after the end.

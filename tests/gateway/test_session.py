@@ -39,6 +39,17 @@ def token(index: int, epoch: int = 0, finish_reason: FinishReason | None = None)
     return TokenEvent("r1", epoch, index, 1000 + index, f"t{index}", finish_reason)
 
 
+@given(st.lists(st.sampled_from(Event)))
+def test_a_worker_has_a_request_once_at_most_and_at_the_end_none_has(events: list[Event]) -> None:
+    held: list[int] = []
+    session = Session("r1", on_held=held.append)
+    for event in (*events, Event.CLIENT_GONE):
+        if event in TRANSITIONS[session.state]:
+            session.on(event)
+        assert sum(held) == session.is_with_worker
+    assert (session.is_over, sum(held)) == (True, 0)
+
+
 def name_of(pair: tuple[State, Event]) -> str:
     return f"{pair[1].value} in {pair[0].value}"
 
