@@ -33,7 +33,6 @@ class Control:
         self._certify()
         self._start_etcd()
         self.apiserver_back()
-        self._start_controllers()
         # the API server as the kubelets' client: logs and exec
         self._kubectl("create", "clusterrolebinding", "kubelet-api", "--clusterrole=system:kubelet-api-admin", _CLIENT)
 
@@ -80,11 +79,19 @@ class Control:
         )
 
     def apiserver_away(self) -> None:
-        self.daemons.stop("kube-apiserver")
+        """Who schedules and controls ends with it: in K3s they are one process, elsewhere they lose their lease. (One
+        that goes on without may be left with a view of the past, and schedules nothing any more.)"""
+        for name in PARTS:
+            if name != "etcd":
+                self.daemons.stop(name)
 
     def apiserver_back(self) -> None:
         """Returns when it is ready."""
         self._start("kube-apiserver", *_apiserver(self.site))
+        self._until_ready()
+        self._start_controllers()
+
+    def _until_ready(self) -> None:
         deadline_s = time.monotonic() + _READY_S
         while time.monotonic() < deadline_s:
             self.daemons.check()
