@@ -102,7 +102,7 @@ def model_memory(card: ModelCard, settings: LlamaSettings, repacked: Sequence[st
 
 
 def load(settings: LlamaSettings) -> tuple[Sequencer, LlamaVocabulary]:
-    """A ready engine and a vocabulary-only copy for the tokenizing thread.
+    """A ready engine and a vocabulary-only copy for tokenizing.
 
     Raises ConfigError when it does not fit, CatalogueError for a bad file, EngineFailed when llama.cpp refuses.
     """

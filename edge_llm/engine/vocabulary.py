@@ -1,8 +1,9 @@
 """Text <-> token ids and the chat template of a real model.
 
 Owns tokenizing, pieces and template rendering. Templates are untrusted model data: llama-cpp-python's sandboxed
-formatter runs them, output is bounded. Refuses to know sequences and HTTP. One thread at a time per object;
-`piece` only reads and may be called from the engine thread of a model that shares the vocabulary.
+formatter runs them, output is bounded. Refuses to know sequences and HTTP. Any thread may call it: llama.cpp's
+vocabulary is read only once it is loaded, a rendering keeps its state to itself, and what is cached is the same whoever
+finds it first.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from edge_llm.engine.native import NativeModel, library
 from edge_llm.errors import InvalidRequest
 
 MAX_RENDERED_CHARS: Final = 16 << 20
+# What else a template can bring about with messages that it did not expect.
+_OF_TEMPLATES: Final = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError)
 
 
 class LlamaVocabulary:
@@ -49,7 +52,7 @@ class LlamaVocabulary:
 
         try:
             text = str(self._formatter(messages=list(messages)).prompt)
-        except (jinja2.TemplateError, ValueError, TypeError, KeyError, RecursionError) as error:
+        except (jinja2.TemplateError, *_OF_TEMPLATES) as error:
             raise InvalidRequest(
                 f"this model's chat template refuses these messages: {error}", param="messages"
             ) from error

@@ -159,7 +159,9 @@ def gated(worker: Worker, operation: Operation, handler: Handler) -> Route:
             structlog.contextvars.bind_contextvars(request_id=admitted.claims.request_id)
         return await handler(worker, request, admitted)
 
-    return Route(f"/{operation}", endpoint, methods=["GET" if operation in _GET else "POST"])
+    route = Route(f"/{operation}", endpoint, methods=["GET" if operation in _GET else "POST"])
+    route.methods = {"GET"} if operation in _GET else {"POST"}  # Starlette lets HEAD in with GET
+    return route
 
 
 # -- errors

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from typing import Final
+
+import structlog
 
 from edge_llm.engine.engine import Vocabulary
 from edge_llm.errors import ContextTooLong, InvalidRequest, Overloaded
@@ -18,9 +19,12 @@ from edge_llm.worker.messages import MAX_TOKENS_IN_MESSAGE, TokenizeReply, Token
 
 MAX_TOKENIZING: Final = 64
 # About 500 tokens of English: half a millisecond on x86-64, where two changes of threads take one and a half when cold.
-INLINE_CHARS: Final = 2048
+INLINE_BYTES: Final = 2048
 # What a chat template writes around a message, about.
-_MESSAGE_CHARS: Final = 64
+_MESSAGE_BYTES: Final = 64
+
+
+log = structlog.get_logger()
 
 
 class Tokenizer:
@@ -36,8 +40,10 @@ class Tokenizer:
         await asyncio.get_running_loop().run_in_executor(self._thread, self._try)
 
     def _try(self) -> None:
-        with suppress(InvalidRequest):  # a model without a chat template completes texts
+        try:
             self._vocabulary.render_chat([{"role": "user", "content": "hello"}])
+        except InvalidRequest as error:  # texts are completed without a template, a chat will be told
+            log.warning("no chat with this model", error=error.message)
         self._reply(self._vocabulary.tokenize("hello", add_special=True, parse_special=True))
 
     async def close(self) -> None:
@@ -48,7 +54,7 @@ class Tokenizer:
         """Raises InvalidRequest, ContextTooLong, Overloaded."""
         if (request.messages is None) == (request.text is None):
             raise InvalidRequest("send either messages or text", param="messages")
-        if _chars(request) <= INLINE_CHARS:
+        if _bytes(request) <= INLINE_BYTES:
             return self._tokenize(request)
         if self._waiting >= MAX_TOKENIZING:
             raise Overloaded(f"{MAX_TOKENIZING} texts wait to be tokenized on worker {self._worker}")
@@ -76,8 +82,8 @@ class Tokenizer:
         return TokenizeReply(ids=ids, stop_ids=sorted(self._vocabulary.stop_ids))
 
 
-def _chars(request: TokenizeRequest) -> int:
-    """How much text it is; each message weighs what a template may add to it."""
+def _bytes(request: TokenizeRequest) -> int:
+    """How much text it is (UTF-8); each message weighs what a template may add to it."""
     if request.messages is None:
-        return len(request.text or "")
-    return sum(_MESSAGE_CHARS + len(message.content) for message in request.messages)
+        return len((request.text or "").encode("utf-8", "replace"))
+    return sum(_MESSAGE_BYTES + len(m.content.encode("utf-8", "replace")) for m in request.messages)

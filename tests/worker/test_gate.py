@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Final, get_args
 
 import msgspec
 import pytest
@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import edge_llm
 from edge_llm.kv.snapshot import ids_digest
-from edge_llm.worker.app import PUBLIC
+from edge_llm.worker.app import HANDLERS, PUBLIC
 from edge_llm.worker.bodies import MAX_BODY_BYTES
 from edge_llm.worker.messages import (
     CancelRequest,
@@ -334,6 +334,20 @@ async def test_unknown_routes_and_methods_are_closed_too(door: Door, method: str
     assert status == 401
     if method != "HEAD":
         assert decode(ErrorReply, reply).code == "unauthorized"
+
+
+def test_every_operation_that_a_ticket_can_name_has_its_route_and_is_tried_here() -> None:
+    assert set(get_args(Operation)) == set(HANDLERS) == set(ROUTES)
+
+
+async def test_head_is_no_way_around_get(door: Door) -> None:
+    for operation in ("status", "events"):
+        call = ROUTES[operation](door.node)
+        status, _ = await _raw(
+            door,
+            f"HEAD {call.path} HTTP/1.1\r\nhost: w\r\nauthorization: {_signed(call)['authorization']}\r\n\r\n".encode(),
+        )
+        assert status == 401
 
 
 async def test_no_ticket_opens_an_unknown_route(door: Door) -> None:
