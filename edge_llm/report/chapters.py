@@ -58,11 +58,15 @@ def _overview_row(one: Evidence) -> tuple[str, ...]:
         f"{record.started_at:%Y-%m-%d %H:%M}",
         _state(record),
         _headline(record, kind),
-        ", ".join(model.name for model in record.models) or NOT_READ,
+        _few([model.name for model in record.models]) or NOT_READ,
         "; ".join(_machine(node) for node in record.nodes),
         _commit(record),
         one.file,
     )
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= 2 else f"{names[0]} and {len(names) - 1} more"
 
 
 def _state(record: Record) -> str:

@@ -54,7 +54,7 @@ def _tables(tree: Mapping[str, Any], path: tuple[str, ...], heading: str) -> Ite
         yield Table(heading, ("figure", "value"), rows)
     alike = {name: value for name, value in nested.items() if isinstance(value, Mapping)}
     if len(alike) > 1 and len(alike) == len(nested) and _are_alike(list(alike.values())):
-        yield matrix(heading, {name: flat(value) for name, value in alike.items()}, path)
+        yield matrix(heading, {name: flat(value) for name, value in alike.items()}, path, is_path=True)
         return
     for name, value in nested.items():
         inner = f"{heading}: {title(name)}" if heading else title(name)
@@ -84,12 +84,16 @@ def _tell_apart(keys: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> bool:
     return all(key in row for row in rows for key in keys) and len(set(names)) == len(names)
 
 
-def matrix(heading: str, rows: Mapping[str, Row], path: Path = ()) -> Table:
-    """One row each, or, of few rows with many figures, one column each: that is what fits on a page."""
+def matrix(heading: str, rows: Mapping[str, Row], path: Path = (), *, is_path: bool = False) -> Table:
+    """One row each, or, of few rows with many figures, one column each: that is what fits on a page. `is_path`: a row's
+    name belongs to the paths of its figures, which say how they are shown."""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     headings = [" ".join(title(part) for part in column) for column in columns]
     cells = {
-        name: [shown((*path, *column), row[column]) if column in row else NOT_READ for column in columns]
+        name: [
+            shown((*path, *((name,) if is_path else ()), *column), row[column]) if column in row else NOT_READ
+            for column in columns
+        ]
         for name, row in rows.items()
     }
     if len(columns) > _WIDE and len(columns) > len(rows):

@@ -269,3 +269,20 @@ def test_speed_and_accuracy_of_a_file_are_joined_over_records_of_one_machine() -
     (plot,) = frontier_plots([speeds, right, old])
     assert "Raspberry Pi 5" in plot.title
     assert frontier_plots([speeds]) == []
+
+
+def test_what_was_measured_otherwise_is_not_drawn_beside_it() -> None:
+    other = msgspec.structs.replace(MODEL, name="tiny-q8_0", file="tiny-q8_0.gguf", sha256="e" * 64)
+    speeds = ((MODEL.file, 40.0), (other.file, 25.0))
+    rows = [
+        {"model_filename": file, "n_prompt": n_prompt, "n_gen": n_gen, "avg_ts": times * rate}
+        for file, rate in speeds
+        for n_prompt, n_gen, times in ((512, 0, 20.0), (0, 128, 1.0))
+    ]
+    board = a_record(kind="node", models=[MODEL, other], figures={"rows": rows})
+    both = {"rows": [{"model": MODEL.name, "accuracy": 0.4}, {"model": other.name, "accuracy": 0.45}]}
+    right = a_record(kind="accuracy", models=[MODEL, other], nodes=[], figures=both)
+    # newer, of other items and another placement, and of one model only
+    alone = a_record(kind="cluster", models=[MODEL], figures={"accuracy": 0.9, "generation_tokens_per_s": 7.0})
+    found = {one.model: (one.tokens_per_s, one.accuracy) for one in candidates([alone, right, board])}
+    assert found == {MODEL.name: (40.0, 0.4), other.name: (25.0, 0.45)}
