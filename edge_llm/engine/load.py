@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -112,7 +113,18 @@ def load(settings: LlamaSettings) -> tuple[Sequencer, LlamaVocabulary]:
 
 
 def load_backend(settings: LlamaSettings) -> LlamaBackend:
-    """The backend alone: what `verify` and the measuring commands drive directly."""
+    """The backend alone: what `verify` and the measuring commands drive directly.
+
+    Loading computes (the probe, a first step), and it does so on a thread that ends. OpenMP keeps a team of threads for
+    each thread that has ever computed, and once all teams together outnumber the cores, it lets them sleep at every
+    barrier (libgomp: `gomp_managed_threads` above the available CPUs): a step of two threads took 2.4 times as long.
+    Only the thread that steps the engine later on shall have a team.
+    """
+    with ThreadPoolExecutor(1, "load") as thread:
+        return thread.submit(_loaded, settings).result()
+
+
+def _loaded(settings: LlamaSettings) -> LlamaBackend:
     card = read_card(settings.model_path)
     repacked = repacked_tensors(card, cpu_kind().split("/")[0]) if settings.policy == "exact" else []
     memory = model_memory(card, settings, repacked)
