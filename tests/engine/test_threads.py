@@ -10,12 +10,17 @@ from edge_llm.engine.random_model import make_model
 
 # A process of its own: in this one, other tests have made their threads already.
 LOADED = """
-import os, sys
+import os, sys, time
 from pathlib import Path
 from edge_llm.engine.load import LlamaSettings, load_backend
 before = len(os.listdir("/proc/self/task"))
 backend = load_backend(LlamaSettings(Path(sys.argv[1]), "m", "0" * 64, n_ctx=64, slots=1, threads=2, threads_batch=2))
-print(len(os.listdir("/proc/self/task")) - before)
+for _ in range(600):  # threads that were told to end do so when they are scheduled
+    more = len(os.listdir("/proc/self/task")) - before
+    if not more:
+        break
+    time.sleep(0.05)
+print(more)
 """
 
 
