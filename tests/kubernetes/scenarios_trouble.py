@@ -199,7 +199,8 @@ async def apiserver_away(stage: Stage) -> str:
             raise Broken(f"half a minute without API server the gateway knew only {sorted(known)}")
     uid = stage.edge.restarts()[DECODE_0][0]
     await stage.do("delete", "pod", DECODE_0, "--wait=false")
-    await stage.outside.until("the deleted worker out of use", lambda ready: DECODE_0 not in ready, 60)
+    # a kubelet asks again at growing distances: it may hear of the deletion a minute after the API server is back
+    await stage.outside.until("the deleted worker out of use", lambda ready: DECODE_0 not in ready, _HEARD_S)
     await stage.outside.until("its successor in use", lambda ready: DECODE_0 in ready, 300)
     if stage.edge.restarts()[DECODE_0][0] == uid:
         raise Broken("the pod was not replaced: nothing is proven")
