@@ -66,6 +66,15 @@ class Stage:
         await self.rolled_out(PREFILL, DECODE, GATEWAY)
         names = {"edge-llm-prefill-0", "edge-llm-decode-0"}
         await self.outside.until("one prefill and one decode worker", lambda ready: set(ready) == names)
+        await asyncio.to_thread(self.cluster.until, "what was scaled down gone", lambda: not self._surplus(names), 180)
+
+    def _surplus(self, names: set[str]) -> set[str]:
+        """Workers' pods and claims beyond these. Scaled up before a claim is gone, a StatefulSet makes no pod until
+        something else happens: it waits for the claim's end, and is not told of it."""
+        pods = self.edge.items("pods", "-l", "app.kubernetes.io/component=worker")
+        claims = self.edge.items("persistentvolumeclaims", "-l", "app.kubernetes.io/component=worker")
+        found = {item["metadata"]["name"].removeprefix("data-") for item in (*pods, *claims)}
+        return found - names
 
     def body(
         self, seed: int, prompt: int = 200, answer: int = 48, mode: str = "split", **more: object
