@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Final
@@ -66,6 +67,7 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--image", type=Path, help="OCI archive of edge-llm (default: what `make image` left in dist)")
     parser.add_argument("--build-image", action="store_true", help="build that of this checkout first")
     parser.add_argument("--time-s", type=float, help="stop in an orderly way when so many seconds are over")
+    parser.add_argument("--again", action="store_true", help="try what failed once more at the end")
     parser.add_argument("--output", type=Path, default=Path(RESULTS_DIR), help="folder of the record")
     parser.add_argument("--install", action="store_true", help="install what is missing by apt-get")
     parser.add_argument(
@@ -181,7 +183,8 @@ async def _played(made: Cluster, ledger: Ledger, asked: argparse.Namespace, shel
     async with outside(f"http://{made.site.control.ip}:{NODE_PORT}", keys.api_key.read_text()) as client:
         stage = Stage(made, edge, client, ledger)
         rest = [one for one in ALL[_FIRST:] if not asked.only or any(words in one.name for words in asked.only)]
-        await play(stage, ALL[:_FIRST], rest, ends, lambda: shelf.keep_levels(made.site.run / "volumes"))
+        keep_levels = partial(shelf.keep_levels, made.site.run / "volumes")
+        await play(stage, ALL[:_FIRST], rest, ends, keep_levels, is_tried_again=asked.again)
         if asked.keep:
             ledger.say(
                 f"the cluster stays until Ctrl-C: nsenter --net=/run/netns/{made.site.control.namespace} "

@@ -44,17 +44,23 @@ class Ledger:
         print(line, flush=True)
 
     def passes(self, name: str, detail: str, took_s: float, **facts: object) -> None:
+        if name in self.failed:  # it was tried again; its failure stays in the record
+            self.failed.remove(name)
         self.passed.append(name)
         self.say(f"PASS {name:<38} {took_s:6.1f} s  {detail}")
         self.run.case({"case": name, "outcome": "passed", "detail": detail, "took_s": round(took_s, 3), **facts})
 
     def fails(self, name: str, why: str, took_s: float) -> None:
-        self.failed.append(name)
+        if name not in self.failed:
+            self.failed.append(name)
         self.say(f"FAIL {name:<38} {took_s:6.1f} s  {why}")
         self.run.case({"case": name, "outcome": "failed", "detail": why, "took_s": round(took_s, 3)})
         self.run.fail(name, why)
 
     def leaves_out(self, name: str, why: str) -> None:
+        """Not tried, or, of one that failed, not tried again: then it stays failed."""
+        if name in self.failed:
+            return
         self.untested[name] = why
         self.say(f"---- {name:<38}           not tested: {why}")
         self.run.case({"case": name, "outcome": "not tested", "detail": why})

@@ -41,16 +41,30 @@ class Ends:
 
 
 async def play(
-    stage: Stage, first: Sequence[Scenario], rest: Sequence[Scenario], ends: Ends, after_each: Callable[[], None]
+    stage: Stage,
+    first: Sequence[Scenario],
+    rest: Sequence[Scenario],
+    ends: Ends,
+    after_each: Callable[[], None],
+    *,
+    is_tried_again: bool = False,
 ) -> None:
-    """`first`: without these nothing else can be tried. What waits in other threads is ended with it."""
+    """`first`: without these nothing else can be tried. `is_tried_again`: what failed once more at the end, where what a
+    busy machine failed does not fail twice. What waits in other threads is ended with it."""
+    failed = []
     try:
         for scenario in (*first, *rest):
             is_well = await _play(stage, scenario, ends)
             after_each()
+            if not is_well:
+                failed.append(scenario)
             if not is_well and scenario in first:
                 stage.ledger.say("without that nothing else can be tried")
                 return
+        for scenario in failed if is_tried_again and not ends.is_over else ():
+            stage.ledger.say(f"again: {scenario.name}")
+            await _play(stage, scenario, ends)
+            after_each()
     finally:
         stage.cluster.ends.set()
         end_runs()

@@ -11,6 +11,8 @@ from typing import Any, cast
 
 import pytest
 
+from edge_llm.bench.run import Run
+from tests.kubernetes.ledger import Ledger
 from tests.kubernetes.play import OUT_OF_TIME, Ends, play
 from tests.kubernetes.shell import Broken
 from tests.kubernetes.stage import NotHere, Scenario, Stage
@@ -39,13 +41,15 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
-def _played(first: list[Scenario], rest: list[Scenario], limit_s: float | None = None) -> tuple[dict[str, str], Any]:
+def _played(
+    first: list[Scenario], rest: list[Scenario], limit_s: float | None = None, *, is_tried_again: bool = False
+) -> tuple[dict[str, str], Any]:
     outcomes = Outcomes()
     cluster = SimpleNamespace(ends=threading.Event())
     edge = SimpleNamespace(keep_logs=lambda _folder: None)
     stage = SimpleNamespace(ledger=outcomes, cluster=cluster, edge=edge, say=outcomes.say)
     ends = Ends(time.monotonic(), limit_s)
-    asyncio.run(play(cast(Stage, stage), first, rest, ends, lambda: None))
+    asyncio.run(play(cast(Stage, stage), first, rest, ends, lambda: None, is_tried_again=is_tried_again))
     return outcomes.of, cluster
 
 
@@ -83,6 +87,30 @@ def test_each_scenario_is_passed_failed_or_said_not_to_be_for_this_machine() -> 
 def test_nothing_is_tried_after_a_failure_of_what_everything_needs() -> None:
     outcomes, _ = _played([Scenario("a", _broken, settles=False)], [Scenario("b", _well, settles=False)])
     assert outcomes == {"a": "failed: it broke"}
+
+
+@pytest.mark.parametrize(("is_tried_again", "outcome"), [(False, "failed: it broke"), (True, "passed: well")])
+def test_what_failed_once_is_tried_again_where_that_is_asked_for(is_tried_again: bool, outcome: str) -> None:
+    tries = iter((_broken, _well))
+
+    async def at_the_second_time(stage: Stage) -> str:
+        return await next(tries)(stage)
+
+    rest = [Scenario("b", at_the_second_time, settles=False), Scenario("c", _broken, settles=False)]
+    outcomes, _ = _played([Scenario("a", _well, settles=False)], rest, is_tried_again=is_tried_again)
+    assert outcomes == {"a": "passed: well", "b": outcome, "c": "failed: it broke"}
+
+
+def test_a_scenario_counts_once_however_often_it_was_tried() -> None:
+    run = Run("test-cluster", [], {})
+    ledger = Ledger(run, "1.0")
+    for name in ("a", "b", "c"):
+        ledger.fails(name, "it broke", 1.0)
+    ledger.passes("a", "well", 1.0)
+    ledger.fails("b", "it broke again", 1.0)
+    ledger.leaves_out("c", OUT_OF_TIME)
+    assert (ledger.passed, ledger.failed, ledger.untested) == (["a"], ["b", "c"], {})
+    assert [failure.why for failure in run.failures] == ["it broke", "it broke", "it broke", "it broke again"]
 
 
 @pytest.mark.parametrize("scenario", [_for_ever, _breaks_when_stopped])
