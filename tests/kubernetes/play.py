@@ -49,8 +49,8 @@ async def play(
     *,
     is_tried_again: bool = False,
 ) -> None:
-    """`first`: without these nothing else can be tried. `is_tried_again`: what failed once more at the end, where what a
-    busy machine failed does not fail twice. What waits in other threads is ended with it."""
+    """`first`: without these nothing else can be tried. `is_tried_again`: what failed is played once more at the end:
+    what a busy machine failed does not fail twice. What waits in other threads is ended with it."""
     failed = []
     try:
         for scenario in (*first, *rest):
