@@ -281,7 +281,7 @@ SCHEDULING: Final = (
         "goodput.splits",
         "where always splitting beats never splitting, auto splits most answers",
         "goodput",
-        (Bar(f"{_STRICT_TPOT}/auto_split_share/high", "at least", 0.5, unit="%"),),
+        (Bar(f"{_STRICT_TPOT}/auto_split_share/share", "at least", 0.5, unit="%"),),
         "Measuring",
         needs=(
             *_decided(_STRICT_TPOT, "split_to_local"),

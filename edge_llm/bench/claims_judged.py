@@ -6,7 +6,8 @@ schema is published). Refuses to know files and how anything was run.
 Rules: what is missing is never guessed: no figure, no verdict. The newest full run decides, a quick one only where
 there is no other. A run that was cut short, or in which something could not be measured, can refute a claim of which
 one counterexample decides, and can confirm none. Runs of parts (some kinds of faults, one model of two) are read
-together, each part from the newest run that has it.
+together, each part from the newest run that has it; a part that lacks what a claim needs leaves it to the others, and
+that is said.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
-    """`records`: names of the files that decided. `counted`: what the figures were taken of."""
+    """`records`: names of the files that decided. `counted`: what the figures were taken of. `reason`: why it was not
+    tested, or what could not decide beside what did."""
 
     id: str
     sentence: str
@@ -92,7 +94,7 @@ def judged(claim: Claim, evidence: Sequence[Evidence], reason: str = "") -> Verd
             return _verdict(claim, MISSED, "", said, first)
     if chosen is None:
         return _verdict(claim, UNTESTED, f"its run is no evidence: {reason or cut[0].partial}", cut[0])
-    return _decided(claim, chosen)
+    return _decided(claim, *_with_occasion(claim, step.parts, chosen))
 
 
 def _chosen(claim: Claim, step: Step, ours: Sequence[Evidence]) -> tuple[_Said | None, list[_Said]]:
@@ -135,25 +137,45 @@ def _object(value: object) -> Mapping[str, Any]:
 # -- what they say
 
 
-def _decided(claim: Claim, said: _Said) -> Verdict:
+def _with_occasion(claim: Claim, parts: str, said: _Said) -> tuple[_Said, str]:
+    """What is left of a run when the parts that cannot decide are left out, where others can; and why these cannot."""
+    members = _object(said.figures.get(parts))
+    lacks = {name: _lack(claim, {**said.figures, parts: {name: one}})[0] for name, one in members.items()}
+    kept = {name: one for name, one in members.items() if not lacks[name]}
+    if not kept:
+        return said, ""
+    words = "; ".join(f"{name}: {why}" for name, why in lacks.items() if why)
+    return replace(said, figures={**said.figures, parts: kept}), words
+
+
+def _lack(claim: Claim, figures: Mapping[str, Any]) -> tuple[str, list[Figure]]:
+    """What a claim needs and is not there, with the figures that say so; empty: everything is."""
     for need in claim.needs:
-        found = _read(need.bar, said.figures)
+        found = _read(need.bar, figures)
         if not found:
-            return _verdict(claim, UNTESTED, f"the record has no {need.bar.path}", said)
+            return f"the record has no {need.bar.path}", []
         if any(figure.keeps is not True for figure in found):
-            return _verdict(claim, UNTESTED, need.otherwise, said, found)
+            return need.otherwise, found
+    return "", []
+
+
+def _decided(claim: Claim, said: _Said, beside: str) -> Verdict:
+    """`beside`: what else is to be said of a verdict."""
+    why, shows = _lack(claim, said.figures)
+    if why:
+        return _verdict(claim, UNTESTED, why, said, shows)
     if claim.needs_full and said.is_quick:
         return _verdict(claim, UNTESTED, "a quick run is too short for it", said)
     groups = [_read(bar, said.figures) for bar in claim.bars]
     figures = [figure for group in groups for figure in group]
     if any(figure.keeps is False for figure in figures):
-        return _verdict(claim, MISSED, "", said, figures)
+        return _verdict(claim, MISSED, beside, said, figures)
     for bar, group in zip(claim.bars, groups, strict=True):
         if not group:
             return _verdict(claim, UNTESTED, f"the record has no {bar.path}", said, figures)
     if unread := [figure.where for figure in figures if figure.keeps is None]:
         return _verdict(claim, UNTESTED, f"could not be read: {', '.join(unread)}", said, figures)
-    return _verdict(claim, HOLDS, "", said, figures)
+    return _verdict(claim, HOLDS, beside, said, figures)
 
 
 def _verdict(

@@ -51,7 +51,8 @@ def _cell(verdict: Verdict | None) -> str:
         for number, file in enumerate(verdict.records, 1)
     )
     quick = ", a quick run" if verdict.is_quick else ""
-    return f"{word}: {figures_words(verdict, '**')} ({records}{quick})"
+    beside = f"; {verdict.reason}" if verdict.reason else ""
+    return f"{word}: {figures_words(verdict, '**')} ({records}{quick}){beside}"
 
 
 def figures_words(verdict: Verdict, mark: str = "") -> str:
@@ -116,7 +117,8 @@ def listed(verdicts: Sequence[Verdict]) -> Iterator[str]:
         word = verdict.verdict.upper() if verdict.verdict == MISSED else verdict.verdict
         quick = " (a quick run)" if verdict.is_quick and verdict.verdict != UNTESTED else ""
         yield f"  {word:<15} {verdict.id:<20} {verdict.sentence}"
-        detail = verdict.reason or f"{figures_words(verdict)}; bar: {verdict.bar}{quick}"
+        found = "" if verdict.verdict == UNTESTED else f"{figures_words(verdict)}; bar: {verdict.bar}{quick}"
+        detail = "; ".join(filter(None, (found, verdict.reason)))
         yield f"  {'':<15} {'':<20} {detail}"
 
 

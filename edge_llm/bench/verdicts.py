@@ -289,7 +289,7 @@ def missed(found: Mapping[str, Any]) -> list[str]:
                 )
             if not to_local["is_decided"]:
                 lines.append(f"{where}: split over local: {_undecided(to_local)}")
-            elif to_local["ratio"] > 1 and share["high"] < MOSTLY:
+            elif to_local["ratio"] > 1 and share["share"] < MOSTLY:
                 some = f"{share['share']:.0%} of {share['answers']} answers"
                 lines.append(f"{where}: split wins over local, and auto split {some} only")
     return lines
