@@ -24,8 +24,13 @@ def bench_command(*arguments: str) -> list[str]:
 
 def bench(environment: Mapping[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     """`edge-llm bench ARGUMENTS` to its end, whatever that is."""
+    return edge_llm(environment, "bench", *arguments)
+
+
+def edge_llm(environment: Mapping[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`edge-llm ARGUMENTS` to its end."""
     return subprocess.run(
-        bench_command(*arguments),
+        [sys.executable, "-m", "edge_llm", *arguments],
         env=environment,
         capture_output=True,
         text=True,

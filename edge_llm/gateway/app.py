@@ -145,7 +145,7 @@ class Gateway:
 
 
 def create_app(gateway: Gateway) -> FastAPI:
-    """Routes."""
+    """All routes of one gateway, which runs as long as the app does."""
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -159,6 +159,15 @@ def create_app(gateway: Gateway) -> FastAPI:
         on_refusal=gateway.metrics.rejected,
         is_leaving=lambda: gateway.is_leaving,
     )
+    _say_errors(app, gateway)
+    _say_how_it_is(app, gateway)
+    _say_models(app, gateway)
+    add_routes(app, lambda: gateway.operating, gateway.bodies)
+    return app
+
+
+def _say_errors(app: FastAPI, gateway: Gateway) -> None:
+    """Every error in OpenAI's form."""
 
     @app.exception_handler(EdgeLLMError)
     async def on_error(request: Request, error: EdgeLLMError) -> Response:
@@ -176,6 +185,10 @@ def create_app(gateway: Gateway) -> FastAPI:
         failure = EdgeLLMError(f"the gateway failed: {type(error).__name__}; see its log")
         return JSONResponse(error_body(failure), failure.status, SECURITY)
 
+
+def _say_how_it_is(app: FastAPI, gateway: Gateway) -> None:
+    """For probes, scrapers and whoever watches the cluster."""
+
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
@@ -190,17 +203,6 @@ def create_app(gateway: Gateway) -> FastAPI:
     @app.get("/metrics")
     async def metrics() -> Response:
         return Response(gateway.exposition.text(), media_type=CONTENT_TYPE)
-
-    @app.get("/v1/models")
-    async def models(request: Request) -> Response:
-        allowed = gateway.intake.models(caller_of(request).key)
-        return JSONResponse({"object": "list", "data": [_model_entry(gateway, model) for model in allowed]})
-
-    @app.get("/v1/models/{model:path}")
-    async def model(request: Request, model: str) -> Response:
-        if model not in gateway.intake.models(caller_of(request).key):
-            raise UnknownModel(f"no worker serves the model {model!r}", param="model")
-        return JSONResponse(_model_entry(gateway, model))
 
     @app.get("/cluster")
     async def cluster(request: Request) -> Response:
@@ -219,8 +221,20 @@ def create_app(gateway: Gateway) -> FastAPI:
         )
         return Response(body, media_type="application/json")
 
-    add_routes(app, lambda: gateway.operating, gateway.bodies)
-    return app
+
+def _say_models(app: FastAPI, gateway: Gateway) -> None:
+    """OpenAI's list: what the caller may use of what is served."""
+
+    @app.get("/v1/models")
+    async def models(request: Request) -> Response:
+        allowed = gateway.intake.models(caller_of(request).key)
+        return JSONResponse({"object": "list", "data": [_model_entry(gateway, model) for model in allowed]})
+
+    @app.get("/v1/models/{model:path}")
+    async def model(request: Request, model: str) -> Response:
+        if model not in gateway.intake.models(caller_of(request).key):
+            raise UnknownModel(f"no worker serves the model {model!r}", param="model")
+        return JSONResponse(_model_entry(gateway, model))
 
 
 def _answering(gateway: Gateway) -> list[BaseRoute]:

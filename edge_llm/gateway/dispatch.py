@@ -127,16 +127,16 @@ class Dispatcher:
         ready = self.view.ready(model)
         if model is not None and not ready:
             decide(Wish(model, 0, 0), self.view, Situation())
-        # the least busy first; prefill workers are as good as others: tokenizing has its own thread
+        # the least busy first; prefill workers are as good as others: it takes no time of their engines
         nodes = sorted(ready, key=lambda n: (n.status.load.sequences_running, n.worker))
-        # first in this task: under load each further one waits for its turn
-        if len(nodes) == 1:
-            return nodes[0], await self._client.tokenize(peer_of(nodes[0]), request, trace)
-        with suppress(TimeoutError, WorkerError, Overloaded, RemoteProtocolError):
-            async with asyncio.timeout(TOKENIZE_S):
-                if nodes:
-                    return nodes[0], await self._client.tokenize(peer_of(nodes[0]), request, trace)
-        return await self._tokenize_by_any(nodes[1:] + nodes[:1], request, trace)
+        if len(nodes) > 1:
+            first, *others = nodes
+            with suppress(TimeoutError, WorkerError, Overloaded, RemoteProtocolError):
+                # in this task: under load each further one waits for its turn
+                async with asyncio.timeout(TOKENIZE_S):
+                    return first, await self._client.tokenize(peer_of(first), request, trace)
+            nodes = [*others, first]
+        return await self._tokenize_by_any(nodes, request, trace)
 
     async def _tokenize_by_any(
         self, nodes: Sequence[Node], request: TokenizeRequest, trace: str

@@ -16,6 +16,7 @@ import pytest
 
 from edge_llm.catalogue.resolve import resolve
 from edge_llm.config import DEFAULT_MODEL, cache_dir
+from tests.programs import edge_llm
 
 DEADLINE_S = 60.0
 
@@ -30,16 +31,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 
 def run(arguments: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "edge_llm", *arguments]
-    return subprocess.run(
-        command,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=DEADLINE_S,
-        stdin=subprocess.DEVNULL,
-    )
+    return edge_llm(environment, *arguments)
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,9 @@ import gguf
 import numpy as np
 import pytest
 import yaml
+
+from edge_llm.engine.random_model import SHAPES
+from tests.programs import edge_llm
 
 
 @dataclass(frozen=True)
@@ -40,16 +42,7 @@ class Desk:
         return hashlib.sha256(self.source.read_bytes()).hexdigest()
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "edge_llm", "models", *arguments]
-        done = subprocess.run(
-            command,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=120,
-            stdin=subprocess.DEVNULL,
-        )
+        done = edge_llm(self.environment, "models", *arguments)
         assert "Traceback" not in done.stderr, done.stderr
         return done
 
@@ -220,3 +213,8 @@ def test_a_shape_or_format_that_is_none_is_refused_with_those_there_are(desk: De
     said = desk.refusal("random", *wrong)
     assert any(word in said for word in wrong)
     assert "llama-3.2-1b" in said or "Q4_0" in said
+
+
+def test_the_help_names_every_shape_that_can_be_made(desk: Desk) -> None:
+    for words in (desk.ok("random", "--help"), edge_llm(desk.environment, "verify", "--help").stdout):
+        assert not [shape for shape in SHAPES if shape not in "".join(words.split())]
