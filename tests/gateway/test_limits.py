@@ -17,7 +17,7 @@ from edge_llm.errors import LimitReached
 from edge_llm.gateway.keys import ApiKey, KeysFile
 from edge_llm.gateway.limits import Bucket, Limits
 from tests.gateway.conftest import COMPLETIONS, Service, asking, serving
-from tests.loopback import prompt_of, running_cluster, until
+from tests.loopback import prompt_of, running_cluster, settings_of, until
 
 KEY: Final = ApiKey("alice", "alice")
 
@@ -173,7 +173,7 @@ async def service(tmp_path: Path) -> AsyncIterator[Service]:
     file.write_text(json.dumps(entries))
     file.chmod(0o600)
     async with running_cluster() as cluster, serving(cluster, KeysFile(file)) as made:
-        await made.start("mixed", "m1")
+        await made.start("mixed", "m1", replace(settings_of("mixed"), decode_run_s=0.02))  # 400 tokens outlast any test
         yield made
 
 
