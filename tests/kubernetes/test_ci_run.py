@@ -5,6 +5,7 @@ The real script in a folder of its own, with a `make` and a test cluster that do
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -15,8 +16,11 @@ from pathlib import Path
 import pytest
 
 _SCRIPT = Path(__file__).parents[2] / ".ci/run"
-_MAKE = """#!/bin/sh
+_MAKE = """#!/bin/bash
 echo "$@" >> make.heard
+[ "$1" = unit ] && exit "${AGAIN_STATUS:-0}"
+mkdir -p .pytest_cache/v/cache
+[ -n "${FAILED:-}" ] && echo "$FAILED" > .pytest_cache/v/cache/lastfailed
 exit "${MAKE_STATUS:-0}"
 """
 _PYTHON = """#!/bin/bash
@@ -64,6 +68,41 @@ def test_a_change_whose_checks_fail_fails_and_no_cluster_is_asked_for(folder: Pa
     assert _run(folder, MAKE_STATUS=2).returncode == 2
     assert (folder / "make.heard").read_text() == "test\n"
     assert _heard(folder) == []
+
+
+def _remembered(*tests: str) -> str:
+    return json.dumps(dict.fromkeys(tests, True), indent=2)  # as pytest's cache writes it
+
+
+@pytest.mark.parametrize("tests", [["tests/a.py::test_b"], ["tests/a.py::test_b[x-1]", "tests/c.py", 'd.py::e["f"]']])
+def test_a_few_tests_that_fail_once_and_pass_alone_are_named_and_do_not_fail_the_change(
+    folder: Path, tests: list[str]
+) -> None:
+    done = _run(folder, MAKE_STATUS=2, FAILED=_remembered(*tests))
+    assert done.returncode == 0, done.stderr
+    assert (folder / "make.heard").read_text() == "test\nunit ARGS=--last-failed\n"
+    for name in tests:
+        assert f"passed alone, look at it: {json.dumps(name)[1:-1]}" in done.stdout
+
+
+def test_a_test_that_fails_twice_fails_the_change(folder: Path) -> None:
+    done = _run(folder, MAKE_STATUS=2, FAILED=_remembered("tests/a.py::test_b"), AGAIN_STATUS=2)
+    assert done.returncode == 2
+    assert _heard(folder) == []
+
+
+def test_many_failing_tests_are_not_the_machines(folder: Path) -> None:
+    assert _run(folder, MAKE_STATUS=2, FAILED=_remembered(*(f"a.py::{n}" for n in range(4)))).returncode == 2
+    assert (folder / "make.heard").read_text() == "test\n"
+
+
+def test_what_an_earlier_run_remembered_is_not_this_runs(folder: Path) -> None:
+    """Lint that fails ends `make test` before any test ran."""
+    old = folder / ".pytest_cache/v/cache/lastfailed"
+    old.parent.mkdir(parents=True)
+    old.write_text(_remembered("a.py::b"))
+    assert _run(folder, MAKE_STATUS=2).returncode == 2
+    assert (folder / "make.heard").read_text() == "test\n"
 
 
 def test_where_no_cluster_can_be_it_says_why_and_the_change_passes(folder: Path) -> None:
