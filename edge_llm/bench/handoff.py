@@ -5,9 +5,12 @@ the parts of TTFT that the gateway reports, the gaps that clients of the running
 and receiver. The same arrival is repeated on a cluster that ships KV in one piece after prefill, on one mixed worker,
 and on llama-server of the same source. Refuses to know how clusters are started (`Launch`) and what KV is.
 
-Streams get their pace first; a stall ratio is the largest gap while the prompt is worked on and its answer begins, over
-the mean gap before, the worst of the streams, the median over repetitions. `prompt_stall_ratio` leaves out the steps
-that make tokens of the new answer: one more row, deeper than the others, costs what it costs wherever it came from.
+Streams get their pace first; a stall ratio is the largest gap over the mean gap before, the worst of the streams, the
+median over repetitions. `prompt_stall_ratio` looks while the prompt arrives, its adoption included: what splitting is
+to hide. `stall_ratio` looks on through the answer's first steps: one more row, deeper than the others, costs what it
+costs wherever it came from. Of a decode worker `decode_stall_ratio` is the worst of the former, `answer_stall_ratio` of
+the latter; on one worker that does both, and on llama-server, the prompt's last step makes the first token: there the
+whole counts.
 """
 
 from __future__ import annotations
@@ -225,7 +228,8 @@ def figures(run: Run, plan: Plan) -> dict[str, Any]:
     found: dict[str, Any] = {}
     _put(found, "export_share", run.median("export_share"))
     _put(found, "overlap_share", run.median(f"{SPLIT}, 0 streams: overlap_share"))
-    _put(found, "decode_stall_ratio", _worst(run, SPLIT, plan.stall_streams))
+    _put(found, "decode_stall_ratio", _worst(run, SPLIT, plan.stall_streams, "prompt_stall_ratio"))
+    _put(found, "answer_stall_ratio", _worst(run, SPLIT, plan.stall_streams))
     _put(found, "mixed_stall_ratio", _worst(run, MIXED, plan.stall_streams))
     _put(found, "llama_server_stall_ratio", _worst(run, SERVER, plan.stall_streams))
     sender, receiver = run.median("sender_growth_bytes"), run.median("receiver_growth_bytes")
@@ -260,8 +264,8 @@ def _arrival_figures(run: Run, where: str) -> dict[str, float]:
     return {name: value for name, value in medians.items() if value is not None}
 
 
-def _worst(run: Run, name: str, streams: Sequence[int]) -> float | None:
-    medians = [run.median(f"{name}, {count} streams: stall_ratio") for count in streams]
+def _worst(run: Run, name: str, streams: Sequence[int], ratio: str = "stall_ratio") -> float | None:
+    medians = [run.median(f"{name}, {count} streams: {ratio}") for count in streams]
     known = [value for value in medians if value is not None]
     return max(known) if known else None
 

@@ -175,7 +175,7 @@ KINDS: Final[Mapping[str, Kind]] = {
     "handoff": Kind(
         "The hand-off of KV",
         "A long prompt arrives while other streams run: what splitting costs it, and what it does to them.",
-        (("export_share",), ("overlap_share",), ("decode_stall_ratio",)),
+        (("export_share",), ("overlap_share",), ("decode_stall_ratio",), ("answer_stall_ratio",)),
         drawn=_stalls,
     ),
     "turns": Kind(

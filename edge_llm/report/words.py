@@ -144,7 +144,8 @@ _DEFINITIONS: Final = tuple(
             "stall ratio",
             r"stall_ratio",
             "the largest gap of a running stream while a long prompt is worked on and its answer begins, over that "
-            "stream's mean gap before; prompt_stall_ratio leaves out the steps that make the new answer's tokens",
+            "stream's mean gap before; prompt_stall_ratio, and decode_stall_ratio of a decode worker, leave out the "
+            "steps that make the new answer's tokens (answer_stall_ratio has them)",
         ),
         ("export share", r"export_share", "seconds spent exporting KV over seconds of prefill of the same prompt"),
         (
