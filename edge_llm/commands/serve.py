@@ -152,7 +152,8 @@ def key() -> None:
 @serve.command("api-key")
 @click.option("--name", required=True, help="Names the key in logs and limits.")
 @click.option("--tenant", help="Whose kept prompts it shares (default: the name).")
-def api_key(name: str, tenant: str | None) -> None:
+@click.option("--operator", is_flag=True, help="It may also take workers out and give them other roles, and sees all.")
+def api_key(name: str, tenant: str | None, operator: bool) -> None:
     """Make an API key: the key itself on stderr, once; its line for --api-keys-file on stdout, to be appended there.
 
     \b
@@ -160,6 +161,6 @@ def api_key(name: str, tenant: str | None) -> None:
     """
     from edge_llm.gateway.keys import new_key
 
-    made, line = new_key(name, tenant or name)
+    made, line = new_key(name, tenant or name, is_operator=operator)
     click.echo(f"the key of {name}, shown this once: {made}", err=True)
     click.echo(line)

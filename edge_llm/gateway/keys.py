@@ -153,14 +153,15 @@ def identify(keys: Sequence[ApiKey], credential: str, now_s: float) -> ApiKey:
     return key
 
 
-def new_key(name: str, tenant: str) -> tuple[str, str]:
+def new_key(name: str, tenant: str, *, is_operator: bool = False) -> tuple[str, str]:
     """A new key, and the line for the file. Raises ConfigError for a name that a file could not have."""
     for what in (name, tenant):
         if not re.fullmatch(_NAME, what):
             raise ConfigError(f"{what!r} is not a name: 1 to 64 letters, digits, dots, dashes and underscores")
     key = PREFIX + secrets.token_urlsafe(32)
     digest = hashlib.sha256(key.encode()).hexdigest()
-    return key, f'- {{id: "{name}", sha256: "{digest}", tenant: "{tenant}"}}'
+    rights = ", operator: true" if is_operator else ""
+    return key, f'- {{id: "{name}", sha256: "{digest}", tenant: "{tenant}"{rights}}}'
 
 
 # -- the file

@@ -64,7 +64,10 @@ def add_routes(app: FastAPI, operating: Callable[[], Operating], bodies: Bodies)
 async def _order(request: Request, bodies: Bodies, worker: str, kind: type[Body]) -> Body:
     key = caller_of(request).key
     if not key.is_operator:
-        raise Forbidden(f"the API key {key.id} may not change workers: its entry needs `operator: true`")
+        raise Forbidden(
+            f"the API key {key.id} may not change workers: its entry needs `operator: true` "
+            "(`edge-llm serve api-key --operator` makes one)"
+        )
     try:
         order = msgspec.json.decode(await bodies.read(request), type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

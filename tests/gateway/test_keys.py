@@ -114,6 +114,13 @@ def test_a_new_key_is_known_by_the_line_that_comes_with_it() -> None:
             new_key(name, tenant)
 
 
+def test_an_operators_key_is_made_by_the_command_and_no_other_key_is_one() -> None:
+    for more, is_operator in (["--operator"], True), ([], False):
+        made = CliRunner().invoke(serve, ["api-key", "--name", "alice", *more])
+        (key,) = parse_keys(made.stdout, "file")
+        assert key.is_operator is is_operator
+
+
 def test_the_command_shows_a_key_once_and_gives_the_line_alone_to_the_file() -> None:
     result = CliRunner().invoke(serve, ["api-key", "--name", "alice"])
     assert result.exit_code == 0
