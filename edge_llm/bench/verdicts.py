@@ -7,7 +7,7 @@ was measured. What was not measured is missing, never guessed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Final
 
@@ -74,7 +74,7 @@ def _of_trace(tally: Tally, one: Workload) -> dict[str, Any]:
     }
 
 
-def _split_share(replays: Sequence[Replayed]) -> dict[str, Any]:
+def _split_share(replays: Iterable[Replayed]) -> dict[str, Any]:
     """How many of auto's answers that came to their end were split: their last event says it. Of the others, `unknown`,
     nobody told the client."""
     modes = [answer.own.get("mode") for done in replays if done.arrangement == AUTO for answer in done.answers]
@@ -83,6 +83,16 @@ def _split_share(replays: Sequence[Replayed]) -> dict[str, Any]:
     low, high = wilson(split, len(known))
     share = split / len(known) if known else None
     return {"share": share, "low": low, "high": high, "answers": len(known), "unknown": len(modes) - len(known)}
+
+
+def _share_where_split_wins(replays: Sequence[Replayed], curves: Mapping[str, Sequence[Point]]) -> dict[str, Any]:
+    """The same at those rates alone at which always splitting kept more requests within limits than never splitting.
+    At lower ones either way keeps them all, at higher ones splitting may have lost, too: there is nothing to choose."""
+    local = {point.rate_per_s: point.attainment for point in curves.get(LOCAL, ())}
+    won = [
+        point.rate_per_s for point in curves.get(SPLIT, ()) if point.attainment > local.get(point.rate_per_s, math.inf)
+    ]
+    return {**_split_share(done for done in replays if done.rate_per_s in won), "rates_per_s": won}
 
 
 def _of_regime(replays: Sequence[Replayed], regime: Regime, limits: Limits) -> dict[str, Any]:
@@ -102,6 +112,7 @@ def _of_regime(replays: Sequence[Replayed], regime: Regime, limits: Limits) -> d
         "why": regime.why,
         "arrangements": rows,
         "auto_split_share": _split_share(replays),
+        "auto_split_share_where_split_wins": _share_where_split_wins(replays, curves),
     }
     if {SPLIT, LOCAL, AUTO} <= curves.keys() - cut_short:
         found["auto_to_better"] = _ratio(curves, AUTO, [SPLIT, LOCAL], [AUTO_BAR])
@@ -205,12 +216,16 @@ def _sentences(name: str, trace: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _of_a_regime(where: str, regime: Regime, found: Mapping[str, Any]) -> Iterator[str]:
-    rows, share = found["arrangements"], found["auto_split_share"]
-    if share["share"] is not None:
-        yield (
-            f"{where}: auto split {share['share']:.0%} of {share['answers']} answers that came to their end "
-            f"({share['low']:.0%} to {share['high']:.0%}); unknown of {share['unknown']}"
-        )
+    rows = found["arrangements"]
+    for words, share in (
+        ("", found["auto_split_share"]),
+        (", where always splitting beats never splitting", found["auto_split_share_where_split_wins"]),
+    ):
+        if share["share"] is not None:
+            yield (
+                f"{where}{words}: auto split {share['share']:.0%} of {share['answers']} answers that came to their end "
+                f"({share['low']:.0%} to {share['high']:.0%}); unknown of {share['unknown']}"
+            )
     rates = {name: row[_key(GOAL)]["per_s"] for name, row in rows.items()}
     if len(rates) > 1 and not any(row["is_cut_short"] for row in rows.values()):
         first = max(rates, key=lambda name: rates[name])
@@ -275,7 +290,7 @@ def missed(found: Mapping[str, Any]) -> list[str]:
         lines.append("the generator was late: the figures are its own")
     for name, trace in found["traces"].items():
         for regime, result in trace["regimes"].items():
-            where, share = f"{name}, {regime}", result["auto_split_share"]
+            where, share = f"{name}, {regime}", result["auto_split_share_where_split_wins"]
             if "auto_to_better" not in result:
                 lines.append(f"{where} was not measured for split, local and auto")
                 continue
@@ -289,7 +304,7 @@ def missed(found: Mapping[str, Any]) -> list[str]:
                 )
             if not to_local["is_decided"]:
                 lines.append(f"{where}: split over local: {_undecided(to_local)}")
-            elif to_local["ratio"] > 1 and share["share"] < MOSTLY:
-                some = f"{share['share']:.0%} of {share['answers']} answers"
-                lines.append(f"{where}: split wins over local, and auto split {some} only")
+            elif to_local["ratio"] > 1 and (share["share"] or 0.0) < MOSTLY:
+                some = f"{share['share'] or 0.0:.0%} of {share['answers']} answers"
+                lines.append(f"{where}: split wins over local, and at the rates where it does auto split {some} only")
     return lines

@@ -308,7 +308,8 @@ def test_who_wins_depends_on_the_limits_and_why_the_other_lost_is_said() -> None
     assert "100% TPOT" in lines
     assert "100% of the requests to split miss TTFT" in lines
     assert lines.count("as expected") == 2
-    assert lines.count("auto split 100% of 60 answers that came to their end") == 2
+    assert lines.count("auto split 100% of 60 answers that came to their end") == 3, "once more of where split wins"
+    assert (strict_ttft["auto_split_share_where_split_wins"]["share"]) is None, "there it wins nowhere"
     assert lines.count("unknown of 20") == 2
     assert missed(found) == []
 
@@ -319,6 +320,20 @@ def test_auto_that_is_worse_than_the_better_of_both_or_never_splits_where_that_w
     assert len(lines) == 2
     assert "auto has 0.03 of the goodput" in lines[0]
     assert "auto split 0% of 60 answers only" in lines[1]
+
+
+def test_auto_need_not_split_at_rates_at_which_nothing_is_won_by_it() -> None:
+    """At the first rate either way keeps all in limits, at the third neither does, at the fourth only not splitting."""
+    split = [alike(1.0, 0.012), alike(1.0, 0.012), TOO_MUCH, TOO_MUCH]
+    local = [alike(1.0, 0.012), TOO_MUCH, TOO_MUCH, alike(1.0, 0.012)]
+    unsplit = alike(1.0, 0.012, "local")
+    found = figures(tally_of(split=split, local=local, auto=[unsplit, alike(1.0, 0.012, "split"), unsplit, unsplit]))
+    strict_tpot = found["traces"]["made_up"]["regimes"][STRICT_TPOT.name]
+    assert strict_tpot["split_to_local"]["ratio"] > 1
+    share = strict_tpot["auto_split_share_where_split_wins"]
+    assert (share["share"], share["answers"], share["rates_per_s"]) == (1.0, 20, [2.0])
+    assert strict_tpot["auto_split_share"]["share"] == 0.25
+    assert not any("auto split" in line for line in missed(found))
 
 
 @pytest.mark.parametrize(("rates", "where"), [(SPLITTING[:1] * 3, "above the highest"), ([TOO_MUCH] * 2, "below the")])
