@@ -60,6 +60,7 @@ class Generation:
     `delivered_ids` are generated tokens the client already has (a resumed request): they are part of the
     context, never emitted again; events continue at index `len(delivered_ids)`.
     `stop_ids` end the answer without being part of its text (end-of-generation tokens).
+    `tpot_s` is a limit that prompts read beside it leave room for; None: there is none. It changes no token.
     """
 
     request_id: str
@@ -70,6 +71,7 @@ class Generation:
     stop: tuple[str, ...] = ()
     stop_ids: frozenset[int] = frozenset()
     delivered_ids: tuple[int, ...] = ()
+    tpot_s: float | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:

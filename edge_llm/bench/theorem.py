@@ -3,8 +3,8 @@
 Owns the prompts, the driving and the comparison. It talks HTTP like any client and shares no code with the
 gateway. Refuses to know engines: what it compares are the token ids that clients get.
 
-Each prompt is answered alone and unsplit (the reference), then alone and split, then among seven others, split.
-Half of the prompts are greedy, half sampled with a seed. The runs must have happened the way they claim: every
+Each prompt is answered alone and unsplit (the reference), then alone and split, then among seven others: split, and
+unsplit. Half of the prompts are greedy, half sampled with a seed. The runs must have happened the way they claim: every
 split answer names two workers, eight rows met in one decode call, two prompts met on one prefill worker; otherwise
 the proof fails even if all ids are equal. What workers count since their start is compared with what it was before,
 so that an earlier run proves nothing for this one.
@@ -15,8 +15,9 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 import aiohttp
@@ -29,7 +30,9 @@ from edge_llm.errors import EdgeLLMError
 from edge_llm.worker.messages import WIDE_ROWS
 
 TOGETHER: Final = WIDE_ROWS
+WAYS: Final = 4
 CROWD_TOKENS: Final = 96
+LONG_TOKENS: Final = 2100
 MAX_TRIES: Final = 100
 # The gateway asks its workers every second how they are.
 FRESH_S: Final = 10.0
@@ -57,7 +60,6 @@ class Answer:
     mode: str
     prefill_node: str
     decode_node: str
-    level: str
 
 
 @dataclass(slots=True)
@@ -68,6 +70,7 @@ class Proof:
     compared: list[int] = field(default_factory=list)
     differences: list[str] = field(default_factory=list)
     unproven: list[str] = field(default_factory=list)
+    prompt_tokens: list[int] = field(default_factory=list)
     model: ModelFacts | None = None
 
     @property
@@ -93,58 +96,63 @@ class Proof:
             "prompts": self.prompts,
             "comparisons": self.comparisons,
             "tokens_compared": self.tokens,
+            "shortest_prompt_tokens": min(self.prompt_tokens, default=0),
+            "longest_prompt_tokens": max(self.prompt_tokens, default=0),
             "differences": self.differences,
             "unproven": self.unproven,
         }
 
 
-def cases(count: int, chunk_tokens: int, vocab_size: int, seed: int = 0) -> list[Case]:
-    """`count` prompts over all lengths that matter, in a fixed order, for a cluster's chunks and vocabulary.
+def cases(count: int, chunk_tokens: int, vocab_size: int, n_ctx: int, seed: int = 0) -> list[Case]:
+    """`count` prompts over all lengths that matter, in a fixed order, for a cluster's chunks, vocabulary and context.
 
-    Exact token counts (1, 2, chunk-1, chunk, chunk+1 and so on) are given as ids, the rest as text and chat.
+    Exact token counts (chunk-1, chunk, chunk+1, 1, 2, more than 2,000 and so on) are given as ids, the rest as text and
+    chat. The last TOGETHER have short prompts and long answers: they are all decoding at the same time.
     """
     rng = random.Random(seed)
-    exact = [
-        1,
-        2,
-        3,
-        chunk_tokens - 1,
-        chunk_tokens,
-        chunk_tokens + 1,
-        2 * chunk_tokens,
-        2 * chunk_tokens + 7,
-        517,
-        1023,
-    ]
+    lengths = [min(length, n_ctx - CROWD_TOKENS) for length in _exact_lengths(chunk_tokens)]
+    makers = (_of_exact_length, _of_some_length, partial(_of_text, n_ctx // 2), partial(_of_chat, n_ctx // 2))
     made = []
     for number in range(count):
-        kind = number % 4
-        # every exact length comes greedy and sampled
+        turn, place = divmod(number // 4, len(lengths))
+        greedy = (turn + place) % 2 == 0  # neighbours differ, and so does what comes back to a length
         drawn = {"temperature": 0.8, "top_p": 0.95, "top_k": 40, "min_p": 0.02, "seed": number}
-        sampled = {} if number // 40 % 2 else drawn
-        body: dict[str, Any] = {"temperature": 0, "max_tokens": 12 + number % 13} | sampled
-        if number >= count - TOGETHER:
-            # the last ones have short prompts and long answers: they are all decoding at the same time
-            length = rng.randrange(2, 20)
-            body["max_tokens"] = CROWD_TOKENS
-            made.append(
-                Case(f"{number}: crowd, {length} ids", body | {"prompt": _ids(rng, length, vocab_size)}, is_chat=False)
-            )
-        elif kind < 2:
-            length = exact[(number // 4) % len(exact)] if kind == 0 else rng.randrange(17, 250)
-            made.append(
-                Case(f"{number}: {length} ids", body | {"prompt": _ids(rng, length, vocab_size)}, is_chat=False)
-            )
-        elif kind == 2:
-            words = 1500 if number % 40 == 2 else rng.randrange(5, 120)
-            made.append(Case(f"{number}: text of {words} words", body | {"prompt": _text(rng, words)}, is_chat=False))
-        else:
-            messages = [
-                {"role": "system", "content": "Be brief."},
-                {"role": "user", "content": _text(rng, rng.randrange(3, 80))},
-            ]
-            made.append(Case(f"{number}: chat", body | {"messages": messages}, is_chat=True))
+        body: dict[str, Any] = {"max_tokens": 12 + number % 13, **({"temperature": 0} if greedy else drawn)}
+        is_crowd = number >= count - TOGETHER
+        maker = _of_crowd if is_crowd else makers[number % 4]
+        what, more = maker(rng, lengths[place], vocab_size)
+        kind = "greedy" if greedy else "sampled"
+        made.append(Case(f"{number}: {what}, {kind}", body | more, is_chat="messages" in more))
     return made
+
+
+def _exact_lengths(chunk_tokens: int) -> tuple[int, ...]:
+    """What a small number of prompts must not leave out comes first."""
+    one, two = chunk_tokens, 2 * chunk_tokens
+    return (one, LONG_TOKENS, 1, one + 1, one - 1, 2, 517, two, 3, two + 7, 1023)
+
+
+def _of_exact_length(rng: random.Random, length: int, vocab_size: int) -> tuple[str, dict[str, Any]]:
+    return f"{length} ids", {"prompt": _ids(rng, length, vocab_size)}
+
+
+def _of_some_length(rng: random.Random, _length: int, vocab_size: int) -> tuple[str, dict[str, Any]]:
+    return _of_exact_length(rng, rng.randrange(17, 250), vocab_size)
+
+
+def _of_text(most_bytes: int, rng: random.Random, _length: int, _vocab_size: int) -> tuple[str, dict[str, Any]]:
+    words = rng.randrange(5, 120)
+    return f"text of {words} words", {"prompt": _text(rng, words, most_bytes)}
+
+
+def _of_chat(most_bytes: int, rng: random.Random, _length: int, _vocab_size: int) -> tuple[str, dict[str, Any]]:
+    asked = {"role": "user", "content": _text(rng, rng.randrange(3, 80), most_bytes)}
+    return "chat", {"messages": [{"role": "system", "content": "Be brief."}, asked]}
+
+
+def _of_crowd(rng: random.Random, _length: int, vocab_size: int) -> tuple[str, dict[str, Any]]:
+    what, more = _of_exact_length(rng, rng.randrange(2, 20), vocab_size)
+    return f"crowd, {what}", more | {"max_tokens": CROWD_TOKENS}
 
 
 def _ids(rng: random.Random, length: int, vocab_size: int) -> list[int]:
@@ -152,8 +160,10 @@ def _ids(rng: random.Random, length: int, vocab_size: int) -> list[int]:
     return [rng.randrange(vocab_size // 20, vocab_size - vocab_size // 20) for _ in range(length)]
 
 
-def _text(rng: random.Random, words: int) -> str:
-    return " ".join(rng.choice(_WORDS) for _ in range(words))
+def _text(rng: random.Random, words: int, most_bytes: int) -> str:
+    """No longer than `most_bytes`: some vocabularies have a token for each byte."""
+    made = " ".join(rng.choice(_WORDS) for _ in range(words))
+    return made.encode()[:most_bytes].decode(errors="ignore")
 
 
 async def measure(
@@ -187,7 +197,7 @@ async def prove(
     proof: Proof | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> Proof:
-    """Ask `prompts` prompts three ways of the gateway at `url` and compare token ids. Raises MeasureFailed."""
+    """Ask `prompts` prompts four ways of the gateway at `url` and compare token ids. Raises MeasureFailed."""
     proof = Proof() if proof is None else proof
     timeout = aiohttp.ClientTimeout(total=None, sock_read=600)
     async with aiohttp.ClientSession(url, timeout=timeout, headers=headers) as session:
@@ -198,41 +208,47 @@ async def prove(
         model, chunk_tokens = str(node["model"]), int(node["chunk_tokens"])
         meta = await _meta(session, model)
         proof.model = _facts(model, meta)
-        every = cases(prompts, chunk_tokens, int(meta["vocab_size"]), seed)
-        proof.prompts, total = len(every), 3 * len(every)
-        whole = [await _counted(_ask(session, model, case, "local"), on_done, n, total) for n, case in enumerate(every)]
-        for n, (case, reference) in enumerate(zip(every, whole, strict=True), len(every)):
-            answer = await _counted(_ask(session, model, case, "split"), on_done, n, total)
-            _compare(case, "split", reference, answer, proof)
-        together = await _ask_together(session, model, every, on_done, total)
-        for case, reference, answer in zip(every, whole, together, strict=True):
-            _compare(case, "split among others", reference, answer, proof)
+        every = cases(prompts, chunk_tokens, int(meta["vocab_size"]), int(meta["n_ctx"]), seed)
+        asker = _Asker(session, model, every, on_done)
+        proof.prompts = len(every)
+        whole = [await asker.one(case, "local") for case in every]
+        proof.prompt_tokens += [answer.prompt_tokens for answer in whole]
+        for case, reference in zip(every, whole, strict=True):
+            _compare(case, "split", reference, await asker.one(case, "split"), proof)
+        for mode, way in (("split", "split among others"), ("local", "unsplit among others")):
+            for case, reference, answer in zip(every, whole, await asker.together(mode), strict=True):
+                _compare(case, way, reference, answer, proof)
         _check_meetings(before, await _nodes(session), proof)
     return proof
 
 
-async def _counted(asking: Awaitable[Answer], on_done: Callable[[int, int], None], number: int, total: int) -> Answer:
-    answer = await asking
-    on_done(number + 1, total)
-    return answer
+@dataclass(slots=True)
+class _Asker:
+    """Asks every case four ways, and counts."""
 
+    session: aiohttp.ClientSession
+    model: str
+    every: Sequence[Case]
+    on_done: Callable[[int, int], None]
+    done: int = 0
 
-async def _ask_together(
-    session: aiohttp.ClientSession, model: str, every: Sequence[Case], on_done: Callable[[int, int], None], total: int
-) -> list[Answer]:
-    gate, done = asyncio.Semaphore(TOGETHER), 0
-
-    async def one(case: Case) -> Answer:
-        nonlocal done
-        async with gate:
-            answer = await _ask(session, model, case, "split")
-        done += 1
-        on_done(2 * len(every) + done, total)
+    async def one(self, case: Case, mode: str) -> Answer:
+        answer = await _ask(self.session, self.model, case, mode)
+        self.done += 1
+        self.on_done(self.done, WAYS * len(self.every))
         return answer
 
-    mixed, crowd = every[:-TOGETHER], every[-TOGETHER:]
-    first = await asyncio.gather(*(one(case) for case in mixed))
-    return [*first, *await asyncio.gather(*(one(case) for case in crowd))]
+    async def together(self, mode: str) -> list[Answer]:
+        """So many at once; the crowd when all others are through, so that its rows meet."""
+        gate = asyncio.Semaphore(TOGETHER)
+
+        async def gated(case: Case) -> Answer:
+            async with gate:
+                return await self.one(case, mode)
+
+        mixed, crowd = self.every[:-TOGETHER], self.every[-TOGETHER:]
+        first = await asyncio.gather(*(gated(case) for case in mixed))
+        return [*first, *await asyncio.gather(*(gated(case) for case in crowd))]
 
 
 async def _ask(session: aiohttp.ClientSession, model: str, case: Case, mode: str) -> Answer:
@@ -249,7 +265,6 @@ async def _ask(session: aiohttp.ClientSession, model: str, case: Case, mode: str
         mode=split["mode"],
         prefill_node=split["prefill_node"],
         decode_node=split["decode_node"],
-        level=split["level"],
     )
 
 
@@ -276,8 +291,9 @@ def _compare(case: Case, way: str, reference: Answer, answer: Answer, proof: Pro
         proof.differences.append(f"{case.name}, {way}: first difference at token {first}")
     if not answer.ids:
         proof.unproven.append(f"{case.name}, {way}: no tokens")
+    is_split = answer.mode == "split" and answer.prefill_node != answer.decode_node
     # a prompt of one token has nothing to prefill elsewhere
-    if answer.prompt_tokens > 1 and (answer.mode != "split" or answer.prefill_node == answer.decode_node):
+    if is_split != way.startswith("split") and answer.prompt_tokens > 1:
         proof.unproven.append(f"{case.name}, {way}: ran {answer.mode} on {answer.decode_node}")
 
 

@@ -127,6 +127,8 @@ def handoff(
     core, tools = _last_core(), require("ours") if with_server else None
     config = {"repetitions": repetitions or (1 if quick else 5), "prompt_tokens": prompt_tokens}
     run = Run("handoff", command_line(), config, folder=output)
+    if tools:
+        run.engine("llama.cpp tools, tree ours", tools.facts)
     with steps() as report:
         chosen = local_model(model, report)
         plan = Plan(

@@ -13,7 +13,7 @@ import time
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -25,6 +25,9 @@ from edge_llm.commands.supervisor import SIMULATED_MODEL, Supervisor, check_port
 from edge_llm.config import UpConfig, load_settings
 from edge_llm.errors import ConfigError, WorkerUnreachable
 from edge_llm.reasons import reason_of
+
+if TYPE_CHECKING:
+    from edge_llm.catalogue.resolve import LocalModel
 
 _PORTS = click.IntRange(1, 65535)
 _port = click.option("--port", type=_PORTS, help="Port of the endpoint; needed where several clusters run.")
@@ -130,7 +133,10 @@ def slo_arguments(slo: Mapping[str, float] | None) -> Sequence[str]:
 
 def _run(settings: UpConfig, worker_options: Sequence[str], gateway_options: Sequence[str], stop: str) -> None:
     check_port_free(settings.port)
-    name, wanted = (SIMULATED_MODEL, SIMULATED_MODEL) if settings.simulated else _fetched(settings.model)
+    name, wanted = SIMULATED_MODEL, SIMULATED_MODEL
+    if not settings.simulated:
+        model, wanted = _fetched(settings.model)
+        name, settings = model.name, _with_roles_for(settings, model)
     supervisor = Supervisor(
         settings,
         wanted,
@@ -154,16 +160,31 @@ def _run(settings: UpConfig, worker_options: Sequence[str], gateway_options: Seq
         forget_state(settings.port)
 
 
-def _fetched(wanted: str) -> tuple[str, str]:
-    """The model's name in the API, and what workers are told. They get the name, not the path, of a known model: it
-    stays its name, and they find the same verified file."""
+def _fetched(wanted: str) -> tuple[LocalModel, str]:
+    """The model, and what workers are told. They get the name, not the path, of a known model: it stays its name, and
+    they find the same verified file."""
     from edge_llm.catalogue.resolve import find, is_path, resolve
     from edge_llm.commands.progress import progress
 
     is_file = is_path(wanted)
     with progress(f"model {wanted if is_file else find(wanted).file}", is_bytes=True) as report:
         model = resolve(wanted, report)
-    return model.name, str(model.path) if is_file else wanted
+    return model, str(model.path) if is_file else wanted
+
+
+def _with_roles_for(settings: UpConfig, model: LocalModel) -> UpConfig:
+    """The same roles, or mixed workers for a model whose state cannot travel, unless the roles were asked for."""
+    from edge_llm.catalogue.gguf import UNSPLIT, read_card
+
+    memory = read_card(model.path).memory
+    if memory not in UNSPLIT or not settings.prefill:
+        return settings
+    why = f"{model.name} is a {memory} model: its state is no KV cache that could travel, so it runs unsplit"
+    if "prefill" in settings.model_fields_set:
+        raise ConfigError(f"{why}, and no worker can have role prefill: use `--prefill 0 --decode 0 --mixed 1`")
+    mixed = settings.decode + settings.mixed or 1
+    click.echo(f"{why}, on {mixed} mixed worker{'s' * (mixed > 1)}", err=True)
+    return settings.model_copy(update={"prefill": 0, "decode": 0, "mixed": mixed})
 
 
 async def _until_signal(supervisor: Any, on_ready: Any) -> None:

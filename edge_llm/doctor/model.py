@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from edge_llm.catalogue.fetch import installed_path, models_dir, noted_sha256
-from edge_llm.catalogue.gguf import ModelCard, read_card
+from edge_llm.catalogue.gguf import UNSPLIT, ModelCard, read_card
 from edge_llm.catalogue.manifest import ModelEntry
 from edge_llm.catalogue.memory import repacked_tensors
 from edge_llm.catalogue.resolve import find, is_path
@@ -221,7 +221,7 @@ def check_card(facts: ModelFacts) -> Finding:
     card = facts.card
     if card is None:
         return unknown(check, "the model is not here")
-    if card.memory in ("recurrent", "hybrid"):
+    if card.memory in UNSPLIT:
         return warn(
             check,
             f"{card.architecture} keeps {card.memory} state",

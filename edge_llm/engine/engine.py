@@ -1,7 +1,7 @@
 """The engine protocol: a model in this process, driven by exactly one thread.
 
-Owns the seam between the loop (worker/loop.py) and whatever computes tokens. Two implementations:
-`LlamaEngine` (llama.cpp) and `SimulatedEngine` (hashes and a clock). Knows no network, no JSON, no asyncio.
+Owns the seam between the loop (worker/loop.py) and whatever computes tokens. Implementation: the `Sequencer`, over
+`LlamaBackend` (llama.cpp) or `SimulatedBackend` (hashes and a clock). Knows no network, no JSON, no asyncio.
 
 Life of a sequence: `begin` (slot becomes busy; a snapshot restores part of its KV) -> `step` ... `step`
 (prompt rest, then one token a step) -> the event with `finish_reason`, or `end` -> slot free.

@@ -123,7 +123,8 @@ Progress = Callable[[int, int], None]
 
 
 class Verifier:
-    """All rows over one backend. `run` leaves the backend empty."""
+    """All rows over one backend, with references of `depths` prompt tokens, one of them at least above 0. `run` leaves
+    the backend empty."""
 
     def __init__(
         self,
@@ -172,6 +173,11 @@ class Verifier:
     def _can_split(self) -> bool:
         facts = self._backend.facts
         return facts.splits and facts.layout is not None and facts.serves_prompts
+
+    @property
+    def _with_prompts(self) -> list[_Reference]:
+        """Those that have something to prefill, the shortest first."""
+        return [reference for reference in self._references if reference.depth]
 
     @property
     def width(self) -> int:
@@ -250,17 +256,17 @@ class Verifier:
         slots = [slot for slot in range(self.width) if slot != hole]
         for slot in slots:
             self._place(slot, lanes[slot])
-        for step in range(self._steps // 4 if slots else 0):
+        for step in range(self._steps if slots else 0):
             logits = self._decode([lanes[slot].row(slot, step) for slot in slots])
             for slot, got in zip(slots, logits, strict=True):
                 row.add(got, lanes[slot].logits[step], f"slot {slot}, slot {hole} empty, step {step}")
 
     def _compare_chunks(self, row: Comparison) -> None:
-        for reference in self._references[1:2] or self._references:
-            for shift in (0, 3):
-                self._prompt(0, reference.prompt[:-1], _cycle(_PIECES, shift))
-                self._follow(row, reference, 0, steps=self._steps // 2)
-                self._clear()
+        reference = self._with_prompts[0]
+        for shift in (0, 3):
+            self._prompt(0, reference.prompt[:-1], _cycle(_PIECES, shift))
+            self._follow(row, reference, 0)
+            self._clear()
 
     def _compare_placement(self, row: Comparison) -> None:
         """The last slot; and the prompt context after another prompt was there."""
@@ -277,21 +283,19 @@ class Verifier:
 
     def _compare_split(self, row: Comparison) -> None:
         """Prompt context -> frames -> adoption in the last slot, every depth."""
-        for reference in self._references:
-            if not reference.depth:
-                continue
+        for reference in self._with_prompts:
             slot = self._backend.facts.slots - 1
             self._backend.restore(slot, self._serve(reference.prompt))
             self._follow(row, reference, slot)
             self._clear()
 
     def _compare_threads(self, row: Comparison) -> None:
-        reference = min(self._references, key=lambda each: abs(each.depth - 200))
-        prompt = reference.prompt[:-1]
+        """Prefill and decode: a reference without a prompt would compare decode steps alone."""
+        reference = self._with_prompts[0]
         try:
             for threads in self._threads:
                 self._backend.use_threads(threads)
-                self._prompt(0, prompt)
+                self._prompt(0, reference.prompt[:-1])
                 self._follow(row, reference, 0)
                 self._clear()
         finally:

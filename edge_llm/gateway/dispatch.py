@@ -228,6 +228,9 @@ class Dispatcher:
         return None if job.deadline_s is None else max(MIN_TIME_S, job.deadline_s - self._clock())
 
     async def _attempt(self, running: Running, plan: Plan) -> None:
+        if (decision := self._planner.decision(running)) is not None:
+            # a line of log costs as much as a call: it is written while the worker is at work
+            asyncio.get_running_loop().call_soon(decision.say)
         if running.session.state is not State.PREFILLING:
             return  # over, or its worker was lost before anything was sent: it needs another plan
         running.ended.clear()
@@ -245,16 +248,16 @@ class Dispatcher:
         waits = self._planner.waits(running, plan, self.view)
         request = self._orders.decode_request(running, plan, self._time_left_s(running.job) or 0.0, waits)
         running.sent_s = running.sent_s or self._clock()  # its tokens may be here sooner than the reply
-        sending = asyncio.create_task(self._client.decode(peer_of(plan.decode), request, running.job.trace))
-        lost = asyncio.create_task(running.ended.wait())
+        sending = asyncio.timeout(None)
         try:
-            await asyncio.wait({sending, lost}, return_when=asyncio.FIRST_COMPLETED)
-            # of a client that left, the cancellation waits for this call: it must not overtake it
-            if sending.done() or running.session.state is State.CANCELLED:
-                await sending
+            async with sending:
+                running.sending = sending
+                await self._client.decode(peer_of(plan.decode), request, running.job.trace)
+        except TimeoutError:
+            if not sending.expired():
+                raise
         finally:
-            sending.cancel()
-            lost.cancel()
+            running.sending = None
 
     def _plan(self, running: Running) -> Plan:
         job = running.job
@@ -299,7 +302,7 @@ class Dispatcher:
         if not is_full:
             session.lost.append(worker)
             running.waits_since_s = self._clock()
-        running.ended.set()
+        running.turn_ends()
 
     def drop(self, running: Running, error: EdgeLLMError) -> None:
         """End a request whose worker is well: its time is over, or its client does not read."""
@@ -314,7 +317,7 @@ class Dispatcher:
         self._planner.left(running)
         self._metrics.failed(running.job.model, error.code)
         running.tell(Finish(None, error))
-        running.ended.set()
+        running.turn_ends()
         self._queue.move()
 
     def _leave(self, running: Running, task: asyncio.Task[None]) -> None:
@@ -324,7 +327,7 @@ class Dispatcher:
         is_early = not session.is_over
         if is_early:
             session.on(Event.CLIENT_GONE)
-            running.ended.set()
+            running.ended.set()  # the cancellation waits for the call that hands it over: it must not overtake that
         self._metrics.ended(running)
         _log_end(running)
         if not is_with_worker:

@@ -188,7 +188,7 @@ class Listener:
         running.tell(Text(token.text))
         if token.finish_reason is not None:
             running.tell(Finish(token.finish_reason))
-            running.ended.set()
+            running.turn_ends()
             self._outcomes.finished(running)
         elif running.unread_bytes > self._buffer_bytes:
             unread = f"the client left {running.unread_bytes} bytes of its answer unread"

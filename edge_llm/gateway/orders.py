@@ -51,6 +51,7 @@ class Orders:
             time_left_s=time_left_s,
             holder=self._holder(running, plan, digest, waits),
             must_split=job.mode == "split",
+            tpot_s=job.slo.tpot_s or 0.0,
         )
 
     def keep_request(self, running: Running) -> KeepRequest:

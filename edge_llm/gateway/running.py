@@ -85,8 +85,9 @@ class Running:
     `is_as_promised` ends for good when KV of another class came in, or the answer went on where it may come out
     otherwise. `holder` is a draining worker that holds the KV of all tokens so far for whoever goes on with them.
     `report` is what the present decode worker said of how it came by its KV, `reading` how the prompt came to be read:
-    a decode worker that takes KV over from `holder` has not read anything. `checkpoint_tokens`: how long the answer was
-    when its last checkpoint was begun.
+    a decode worker that takes KV over from `holder` has not read anything. `sending` is the call that hands it to its
+    worker, while that is waited for: a timeout and not a task, which would wait for its turn. `checkpoint_tokens`: how
+    long the answer was when its last checkpoint was begun.
     """
 
     job: Job
@@ -96,6 +97,7 @@ class Running:
     updates: asyncio.Queue[Update] = field(default_factory=asyncio.Queue)
     unread_bytes: int = 0
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+    sending: asyncio.Timeout | None = None
     place: queue.Place | None = None
     plan: Plan | None = None
     holder: Node | None = None
@@ -109,6 +111,13 @@ class Running:
     notes: list[str] = field(default_factory=list)
     is_as_promised: bool = True
     checkpoint_tokens: int = 0
+
+    def turn_ends(self) -> None:
+        """Its worker has nothing more to do with it, whatever it still replies to being handed the request."""
+        self.ended.set()
+        if self.sending is not None:
+            self.sending.reschedule(asyncio.get_running_loop().time())
+            self.sending = None
 
     def tell(self, update: Update) -> None:
         """Something for the client to hear, when it has taken what came before."""

@@ -444,4 +444,5 @@ def _generation(request: DecodeRequest) -> Generation:
         stop=tuple(request.stop),
         stop_ids=frozenset(request.stop_ids),
         delivered_ids=tuple(request.delivered_ids),
+        tpot_s=request.tpot_s or None,
     )

@@ -111,7 +111,8 @@ class DecodeRequest(Message, frozen=True, kw_only=True):
     tenant: whose kept KV may be used. cache_prompt False: nothing kept is used and nothing is kept (measurements).
     time_left_s: the work is dropped when it is not done by then; 0 = no deadline. holder: this worker itself, for a
     prefill worker that would rather fetch the beginning of the prompt from here than compute it again. must_split: the
-    client asked for a split, so a prefill worker is asked even where this one would be done soon.
+    client asked for a split, so a prefill worker is asked even where this one would be done soon. tpot_s: the limit
+    that prompts which are read beside its answer leave room for; 0 = none.
     """
 
     protocol: Literal[1] = 1
@@ -130,6 +131,7 @@ class DecodeRequest(Message, frozen=True, kw_only=True):
     time_left_s: Seconds = 0.0
     holder: PrefillCandidate | None = None
     must_split: bool = False
+    tpot_s: Seconds = 0.0
 
 
 class DecodeReply(Message, frozen=True, kw_only=True):

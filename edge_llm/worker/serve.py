@@ -33,7 +33,10 @@ def run_worker(config: WorkerConfig) -> None:
     config = config.model_copy(update={"name": config.name or f"{config.role}-{port}", "port": port})
     engine, vocabulary = _simulated(config) if config.simulate else _loaded(config)
     if config.role == "prefill" and not engine.facts.serves_prompts:
-        raise ConfigError(f"{engine.facts.model_name} cannot serve role prefill: {engine.facts.split_reason}")
+        raise ConfigError(
+            f"{engine.facts.model_name} cannot serve role prefill: {engine.facts.split_reason}; give its workers role "
+            "mixed (`edge-llm up --prefill 0 --decode 0 --mixed 1`)"
+        )
     worker = Worker(config, engine, vocabulary, keys)
     # what is loaded stays: a full collection that walks it would hold up every running stream for tens of milliseconds
     gc.collect()

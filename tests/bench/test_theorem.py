@@ -15,11 +15,12 @@ from aiohttp.test_utils import TestServer
 
 from edge_llm.bench.layout import Layout, Started
 from edge_llm.bench.run import Run
-from edge_llm.bench.theorem import Proof, cases, measure
+from edge_llm.bench.theorem import CROWD_TOKENS, TOGETHER, WAYS, Proof, cases, measure
 
 pytestmark = pytest.mark.anyio
-VOCAB_SIZE = 320
+VOCAB_SIZE, N_CTX = 320, 2304
 PROMPTS = 10
+COMPARED = WAYS - 1
 Wrong = Callable[[str, list[int]], list[int]]
 
 
@@ -38,10 +39,11 @@ class Cluster:
         answers: int = 10**6,
         wrong: Wrong = right,
         split_mode: str = "split",
+        whole_mode: str = "local",
         is_restarted: bool = False,
     ) -> None:
         self._wide, self._met, self._answers, self._wrong = wide, met, answers, wrong
-        self._split_mode, self._is_restarted = split_mode, is_restarted
+        self._split_mode, self._whole_mode, self._is_restarted = split_mode, whole_mode, is_restarted
         self.prompts: list[Any] = []
 
     @asynccontextmanager
@@ -55,8 +57,9 @@ class Cluster:
             yield Started(str(server.make_url("")), ())
 
     async def _models(self, _request: web.Request) -> web.Response:
-        meta = {"vocab_size": VOCAB_SIZE, "sha256": "a" * 64, "quantization": "Q4_0", "architecture": "llama"}
-        return web.json_response({"data": [{"id": "m", "meta": meta | {"kv_bytes_per_token": 64}}]})
+        meta = {"vocab_size": VOCAB_SIZE, "n_ctx": N_CTX, "sha256": "a" * 64, "quantization": "Q4_0"}
+        meta |= {"architecture": "llama", "kv_bytes_per_token": 64}
+        return web.json_response({"data": [{"id": "m", "meta": meta}]})
 
     async def _cluster(self, _request: web.Request) -> web.Response:
         then = bool(self.prompts)
@@ -76,10 +79,9 @@ class Cluster:
         digest = hashlib.sha256(json.dumps([prompt, body.get("seed")]).encode()).digest()
         own = {
             "token_ids": self._wrong(mode, list(digest[:12])),
-            "mode": self._split_mode if mode == "split" else mode,
+            "mode": self._split_mode if mode == "split" else self._whole_mode,
             "prefill_node": "prefill",
             "decode_node": "decode",
-            "level": "exact",
         }
         usage = {"prompt_tokens": len(prompt)}
         choices = [{"finish_reason": "length"}]
@@ -97,17 +99,19 @@ async def test_equal_answers_that_met_prove_it_and_leave_what_they_were(tmp_path
     proof, run = await proven(Cluster())
     assert proof.missed() == []
     assert proof.holds
-    assert (proof.prompts, proof.comparisons, proof.tokens) == (PROMPTS, 2 * PROMPTS, 2 * PROMPTS * 12)
+    assert (proof.prompts, proof.comparisons, proof.tokens) == (PROMPTS, COMPARED * PROMPTS, COMPARED * PROMPTS * 12)
     record = run.record(proof.as_json(), is_complete=True)
     assert record.figures.keys() == {
         "holds",
         "prompts",
         "comparisons",
         "tokens_compared",
+        "shortest_prompt_tokens",
+        "longest_prompt_tokens",
         "differences",
         "unproven",
     }
-    assert record.samples == {"tokens_compared": [12.0] * (2 * PROMPTS)}
+    assert record.samples == {"tokens_compared": [12.0] * (COMPARED * PROMPTS)}
     assert [model.name for model in record.models] == ["m"]
 
 
@@ -128,7 +132,40 @@ async def test_one_other_token_in_one_split_answer_is_named() -> None:
 
     proof, _ = await proven(Cluster(wrong=wrong))
     assert not proof.holds
-    assert proof.missed() == [f"different: {cases(PROMPTS, 8, VOCAB_SIZE)[2].name}, split: first difference at token 5"]
+    name = cases(PROMPTS, 8, VOCAB_SIZE, N_CTX)[2].name
+    assert proof.missed() == [f"different: {name}, split: first difference at token 5"]
+
+
+async def test_one_other_token_in_one_unsplit_answer_among_others_is_named() -> None:
+    seen: list[str] = []
+
+    def wrong(mode: str, ids: list[int]) -> list[int]:
+        seen.append(mode)
+        return [-1, *ids[1:]] if seen.count("local") == PROMPTS + 1 and mode == "local" else ids
+
+    proof, _ = await proven(Cluster(wrong=wrong))
+    (line,) = proof.missed()
+    assert line.endswith("unsplit among others: first difference at token 0")
+
+
+@pytest.mark.parametrize("count", [24, 32, 200])
+def test_both_ways_of_drawing_tokens_and_every_length_are_there(count: int) -> None:
+    every = cases(count, 128, 49_152, 4096)[:-TOGETHER]
+    lengths = [len(case.body["prompt"]) for case in every if isinstance(case.body.get("prompt"), list)]
+    assert {127, 128, 129, 1, 2} <= set(lengths) or count == 24
+    assert max(lengths) > 2000
+    greedy = [case for case in every if case.body.get("temperature") == 0]
+    assert 0.4 * len(every) <= len(greedy) <= 0.6 * len(every)
+    if count == 200:
+        drawn = {(len(case.body["prompt"]), case in greedy) for case in every[::4]}
+        assert len(drawn) == 2 * len({length for length, _ in drawn}), "every exact length comes greedy and sampled"
+
+
+def test_no_prompt_is_longer_than_a_small_context() -> None:
+    for case in cases(100, 32, 320, 1024):
+        size = len(case.body["prompt"]) if "prompt" in case.body else len(json.dumps(case.body["messages"]))
+        assert size + case.body["max_tokens"] <= 1024
+    assert CROWD_TOKENS < 1024
 
 
 async def test_answers_that_did_not_split_and_empty_answers_prove_nothing() -> None:
@@ -136,7 +173,9 @@ async def test_answers_that_did_not_split_and_empty_answers_prove_nothing() -> N
     assert any("ran local on decode" in line for line in whole.unproven)
     empty, _ = await proven(Cluster(wrong=lambda _mode, _ids: []))
     assert empty.differences == []
-    assert sum("no tokens" in line for line in empty.unproven) == 2 * PROMPTS
+    assert sum("no tokens" in line for line in empty.unproven) == COMPARED * PROMPTS
+    other, _ = await proven(Cluster(whole_mode="split"))
+    assert any("unsplit among others: ran split" in line for line in other.unproven)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest
 
 from edge_llm.bench.layout import Layout, Started
 from edge_llm.bench.streams import prompt_ids
-from edge_llm.bench.theorem import prove
+from edge_llm.bench.theorem import WAYS, prove
 from edge_llm.commands.local_cluster import local_cluster
 from edge_llm.config import DEFAULT_MODEL
 
@@ -59,10 +59,11 @@ async def ask(session: aiohttp.ClientSession, ids: list[int], mode: str, **more:
 async def test_split_equals_whole_alone_and_among_others() -> None:
     """`edge-llm bench theorem` in small; it asserts itself that eight rows and two prompts met."""
     async with cluster(prefill=1, decode=1) as (started, _):
-        proof = await prove(started.url, 24, seed=3)
+        proof = await prove(started.url, 32, seed=3)
     assert proof.differences == []
     assert proof.unproven == []
-    assert proof.comparisons == 48
+    assert proof.comparisons == (WAYS - 1) * 32
+    assert (min(proof.prompt_tokens), max(proof.prompt_tokens)) == (1, 2100)
 
 
 async def kill_prefill_midway(started: Started, session: aiohttp.ClientSession, ids: list[int]) -> dict[str, Any]:

@@ -32,6 +32,16 @@ def test_prompt_work_between_two_tokens_is_bounded_by_the_measured_step() -> Non
     assert token_budget(decode_step_s=0.020, prompt_token_s=0.0) > 0
 
 
+def test_a_streams_limit_makes_less_room_for_prompts_but_always_some() -> None:
+    free = token_budget(0.020, 0.001)
+    assert token_budget(0.020, 0.001, tpot_s=0.100) == free, "a loose limit changes nothing"
+    limited = token_budget(0.020, 0.001, tpot_s=0.040)
+    assert limited < free
+    assert 0.020 + limited * 0.001 <= 0.040
+    hopeless = token_budget(0.020, 0.001, tpot_s=0.015)
+    assert 0 < hopeless * 0.001 <= 0.010, "half a step, whatever the limit"
+
+
 def test_a_hole_is_filled_only_when_a_row_costs_less_than_another_graph_run() -> None:
     memory_bound, compute_bound = RowCost(run_s=0.010, row_s=0.001), RowCost(run_s=0.001, row_s=0.010)
     slots = [0, 1, 2, 4, 5, 6, 7]

@@ -19,7 +19,8 @@ GREEDY = SamplingParams(temperature=0.0)
 
 
 class Timed(SimulatedBackend):
-    """Takes time on a clock of its own: a step for decoding and more for deep rows, ten steps for reading KV out."""
+    """Takes time on a clock of its own: a step for decoding and more for deep rows, a tenth of a step for a prompt
+    token, ten steps for reading KV out."""
 
     def __init__(self, slots: int = 2, cell_s: float = 0.0) -> None:
         super().__init__(SimulatedSettings(slots=slots))
@@ -35,9 +36,28 @@ class Timed(SimulatedBackend):
         self.now_s += STEP_S + len(rows) * cells * self.cell_s
         return super().decode(rows)
 
+    def prompt(self, slot: int, ids: Sequence[int], p0: int) -> None:
+        self.now_s += len(ids) * STEP_S / 10
+        super().prompt(slot, ids, p0)
+
     def export(self, slot: int, n_tokens: int) -> StateBlob:
         self.now_s += EXPORT_S
         return super().export(slot, n_tokens)
+
+
+@pytest.mark.parametrize(("tpot_steps", "tokens"), [(None, 12), (100.0, 12), (2.0, 8), (0.5, 4)])
+def test_a_prompt_beside_a_stream_leaves_room_for_the_streams_limit(tpot_steps: float | None, tokens: int) -> None:
+    backend = Timed()
+    engine = Sequencer(backend, SimulatedVocabulary(), clock=backend.clock)
+    limit_s = None if tpot_steps is None else tpot_steps * STEP_S
+    engine.begin(0, Generation("running", 0, tuple(range(5, 25)), 500, GREEDY, tpot_s=limit_s))
+    while engine.step().decoded_rows < 1:
+        pass
+    engine.begin(1, Generation("arriving", 0, tuple(range(5, 105)), 2, GREEDY))
+    steps = [engine.step() for _ in range(4)]
+    assert [step.prompt_tokens for step in steps] == [tokens] * 4
+    if tpot_steps == 2.0:
+        assert max(step.prompt_s + step.decode_s for step in steps) <= tpot_steps * STEP_S
 
 
 @pytest.mark.parametrize("keeps_kv", [False, True])

@@ -112,6 +112,21 @@ class DependsOnThreads(Faulty):
         return logits
 
 
+class PrefillDependsOnThreads(Faulty):
+    """Decode does not; a prompt that two threads compute is another one."""
+
+    threads = 1
+
+    def use_threads(self, threads: int) -> None:
+        self.threads = threads
+        super().use_threads(threads)
+
+    def prompt(self, slot: int, ids: Sequence[int], p0: int) -> None:
+        if self.threads == 2:
+            ids = [*ids[:-1], (ids[-1] + 1) % self.facts.vocab_size]
+        super().prompt(slot, ids, p0)
+
+
 class DecodesUnlikePrefill(Faulty):
     """KV written by decode differs from KV written by prefill: a resumed run then continues differently."""
 
@@ -147,6 +162,7 @@ def test_an_exact_backend_is_exact_in_every_row(backend_of: LoadBackend) -> None
         (SwapsChunks, "split", "none"),
         (RestoresLess, "split", "none"),
         (DependsOnThreads, "threads", "same-plan"),
+        (PrefillDependsOnThreads, "threads", "same-plan"),
         (DecodesUnlikePrefill, "resumed", "same-plan"),
     ],
 )
