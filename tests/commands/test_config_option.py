@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from edge_llm.commands.supervisor import free_port
+from edge_llm.engine.random_model import make_model
 
 FOLDERS = ("XDG_STATE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME")
 
@@ -41,9 +42,7 @@ def test_the_catalogue_of_the_file_is_used(tmp_path: Path, arguments: tuple[str,
 
 
 def test_the_workers_of_up_read_the_file_too(tmp_path: Path) -> None:
-    (tmp_path / "m.gguf").write_bytes(b"never loaded: settings are read first")
-    words = refusal(
-        tmp_path, f"worker: {{slots: 0}}\nup: {{model: {tmp_path}/m.gguf}}\n", "up", "--port", str(free_port())
-    )
+    model = make_model(tmp_path, quantization="F16")  # its header is read; it is never loaded
+    words = refusal(tmp_path, f"worker: {{slots: 0}}\nup: {{model: {model}}}\n", "up", "--port", str(free_port()))
     assert "could not start" in words
     assert f"worker.slots in {tmp_path}/mine.yaml" in words
