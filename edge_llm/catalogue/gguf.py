@@ -53,8 +53,6 @@ _SLIDING: Final = {
     "gemma2": 4096,
     "llama4": 8192,
 }
-# Kinds whose state cannot be cut by position: every request runs unsplit on one worker.
-UNSPLIT: Final[frozenset[MemoryKind]] = frozenset({"recurrent", "hybrid"})
 KV_TYPE_BYTES: Final = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
 
 

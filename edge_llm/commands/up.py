@@ -174,7 +174,8 @@ def _fetched(wanted: str) -> tuple[LocalModel, str]:
 
 def _with_roles_for(settings: UpConfig, model: LocalModel) -> UpConfig:
     """The same roles, or mixed workers for a model whose state cannot travel, unless the roles were asked for."""
-    from edge_llm.catalogue.gguf import UNSPLIT, read_card
+    from edge_llm.catalogue.gguf import read_card
+    from edge_llm.kv.snapshot import UNSPLIT
 
     memory = read_card(model.path).memory
     if memory not in UNSPLIT or not settings.prefill:

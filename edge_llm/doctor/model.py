@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from edge_llm.catalogue.fetch import installed_path, models_dir, noted_sha256
-from edge_llm.catalogue.gguf import UNSPLIT, ModelCard, read_card
+from edge_llm.catalogue.gguf import ModelCard, read_card
 from edge_llm.catalogue.manifest import ModelEntry
 from edge_llm.catalogue.memory import repacked_tensors
 from edge_llm.catalogue.resolve import find, is_path
@@ -19,6 +19,7 @@ from edge_llm.config import WorkerConfig, cache_dir
 from edge_llm.doctor.files import gib
 from edge_llm.doctor.finding import Finding, fail, ok, unknown, warn
 from edge_llm.errors import CatalogueError, EdgeLLMError
+from edge_llm.kv.snapshot import UNSPLIT
 
 State = Literal[
     "verified", "not verified", "not fetched", "wrong size", "wrong hash", "unreadable", "unknown name", "gone"

@@ -24,7 +24,7 @@ from edge_llm.engine.native import has_shape_dependent_kernels
 from edge_llm.errors import EdgeLLMError
 from edge_llm.kv.codec import StateBlob
 from edge_llm.kv.frames import NEED_DATA, Chunk, FrameDecoder, FrameEncoder, Header
-from edge_llm.kv.snapshot import Level, ids_digest
+from edge_llm.kv.snapshot import UNSPLIT, Level, ids_digest
 
 STEPS: Final = 64
 RESUMED: Final = 32  # tokens that a resumed run gets as prompt instead of decoding them
@@ -215,11 +215,9 @@ class Verifier:
         else:
             self._prompt(slot, reference.prompt[:-1])
 
-    def _follow(
-        self, row: Comparison, reference: _Reference, slot: int, first: int = 0, steps: int | None = None
-    ) -> None:
+    def _follow(self, row: Comparison, reference: _Reference, slot: int, first: int = 0) -> None:
         """Decode alone in `slot` and compare each step."""
-        for step in range(first, first + (self._steps if steps is None else steps)):
+        for step in range(first, first + self._steps):
             got = self._decode([reference.row(slot, step)])[0]
             row.add(got, reference.logits[step], f"depth {reference.depth}, step {step}")
 
@@ -361,7 +359,7 @@ class Verifier:
             causes.append("this build has tinyBLAS, which picks kernels by shape (rebuild with -DGGML_LLAMAFILE=OFF)")
         if facts.policy == "fast":
             causes.append("policy fast leaves repacked and tiled kernels on (--policy exact)")
-        if facts.memory in ("recurrent", "hybrid"):
+        if facts.memory in UNSPLIT:
             causes.append(f"{facts.memory} state is computed by chunk")
         return "; ".join(causes) or f"the cause is not known; formats here: {facts.quantization}"
 

@@ -228,9 +228,6 @@ class Dispatcher:
         return None if job.deadline_s is None else max(MIN_TIME_S, job.deadline_s - self._clock())
 
     async def _attempt(self, running: Running, plan: Plan) -> None:
-        if (decision := self._planner.decision(running)) is not None:
-            # a line of log costs as much as a call: it is written while the worker is at work
-            asyncio.get_running_loop().call_soon(decision.say)
         if running.session.state is not State.PREFILLING:
             return  # over, or its worker was lost before anything was sent: it needs another plan
         running.ended.clear()

@@ -71,10 +71,6 @@ class Decision:
         measured_s = _per_token_s(self.ttft_s, self.completion_s, self.tokens)
         return measured_s / promised_s if measured_s and promised_s else None
 
-    def say(self) -> None:
-        """To the log, with what was predicted."""
-        log.info("planned", **{key: value for key, value in self.entry(self.at_s).items() if key not in _UNTOLD})
-
     def entry(self, now_s: float) -> dict[str, Any]:
         """For GET /cluster and the log."""
         plan, predicted = self.plan, self.plan.prediction
@@ -256,12 +252,8 @@ class Planner:
             waited_s=wish.waited_s,
         )
         self._decisions.append(decision)
+        log.info("planned", **{key: value for key, value in decision.entry(now_s).items() if key not in _UNTOLD})
         return decision
-
-    def decision(self, running: Running) -> Decision | None:
-        """The latest one on a request that is not over."""
-        known = self._known.get(running.job.request_id)
-        return known.decision if known is not None else None
 
     def waits(self, running: Running, plan: Plan, view: ClusterView) -> Waits:
         """How long the decode worker of a plan that was just made will wait for KV."""

@@ -14,12 +14,14 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from edge_llm.errors import IncompatibleKV
 
 VLayout = Literal["rows", "columns"]
 MemoryKind = Literal["full", "sliding-window", "recurrent", "hybrid"]
+# Kinds whose state cannot be cut by position: every request runs unsplit on one worker.
+UNSPLIT: Final[frozenset[MemoryKind]] = frozenset({"recurrent", "hybrid"})
 Level = Literal["exact", "same-plan", "none", "unverified"]
 Policy = Literal["exact", "fast"]
 
