@@ -23,6 +23,7 @@ import msgspec
 
 import edge_llm
 from edge_llm.bench.cases import SUFFIX, CaseLine, Cases, stems
+from edge_llm.bench.compiled import compiled_facts
 from edge_llm.bench.resources import Watched
 from edge_llm.bench.stats import Summary
 from edge_llm.errors import EdgeLLMError
@@ -45,10 +46,12 @@ class BadRecord(EdgeLLMError):
 
 
 class Source(msgspec.Struct, frozen=True):
-    """The code that measured. None: not run from a git checkout."""
+    """The code that measured. None: not run from a git checkout. `compiled`: the llama-cpp-python beside it, with the
+    flags it was compiled with (bench/compiled.py); what other processes computed with is in `engines`."""
 
     commit: str | None = None
     is_dirty: bool | None = None
+    compiled: dict[str, str] = {}
 
 
 class ModelFacts(msgspec.Struct, frozen=True):
@@ -164,7 +167,7 @@ def new_run_id() -> str:
 def read_source(folder: Path = Path(edge_llm.__file__).parent) -> Source:
     """The git commit of the running code, if it is a checkout."""
     commit, status = _git(folder, "rev-parse", "HEAD"), _git(folder, "status", "--porcelain", "--", *_CODE)
-    return Source(commit, None if status is None else bool(status))
+    return Source(commit, None if status is None else bool(status), compiled_facts())
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

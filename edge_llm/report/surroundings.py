@@ -119,6 +119,8 @@ def _code(a: Record, b: Record) -> Iterator[Difference]:
         yield Difference("code", "commit", a.source.commit, b.source.commit)
     if a.source.is_dirty or b.source.is_dirty:
         yield Difference("code", "uncommitted changes", _said("", a.source.is_dirty), _said("", b.source.is_dirty))
+    if a.source.compiled and b.source.compiled:  # older records do not know
+        yield from _trees("llama-cpp-python", a.source.compiled, b.source.compiled, is_loud=True)
 
 
 def _runs(a: Record, b: Record) -> Iterator[Difference]:

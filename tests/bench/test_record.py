@@ -168,7 +168,8 @@ def test_a_record_from_before_resources_and_cases_has_none_of_them() -> None:
 
 
 def test_outside_a_checkout_the_source_is_unknown(tmp_path: Path) -> None:
-    assert read_source(tmp_path) == Source(None, None)
+    source = read_source(tmp_path)
+    assert (source.commit, source.is_dirty) == (None, None)
 
 
 def test_a_record_of_the_run_before_is_no_change_of_the_code(tmp_path: Path) -> None:
