@@ -18,6 +18,7 @@ import hashlib
 import hmac
 import json
 import struct
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from enum import Enum, IntEnum
@@ -163,9 +164,10 @@ class FrameDecoder:
         self._bytes_per_token = kv_bytes_per_token
         self._max_body = max(MAX_SMALL_BODY, _CHUNK.size + kv_bytes_per_token * min(max_tokens, MAX_TOKENS))
         self._max_tokens = max_tokens
-        self._parts: list[memoryview] = []
+        self._parts: deque[memoryview] = deque()  # as they came
         self._buffered = 0
-        self._head: tuple[Kind, int, bytes] | None = None
+        self._frame = bytearray()  # the frame in the making: with the parts one copy, not two
+        self._head: tuple[Kind, int] | None = None  # what the frame is, and how long
         self._sequence = 0
         self._state = _State.HEADER
         self._chunks = 0
@@ -180,10 +182,8 @@ class FrameDecoder:
     @property
     def ready_bytes(self) -> int:
         """Bytes that the next `next_event` will check: 0 while its frame is incomplete."""
-        if self._head is None:
-            return 0
-        needed = self._head[1] + MAC_BYTES
-        return needed if self._buffered >= needed else 0
+        needed = self._head[1] if self._head else 0
+        return needed if len(self._frame) + self._buffered >= needed else 0
 
     def feed(self, data: Buffer) -> None:
         """Bytes as they came. The buffer must not change afterwards."""
@@ -198,51 +198,53 @@ class FrameDecoder:
         try:
             return self._next()
         except RemoteProtocolError:
-            self._state, self._parts = _State.DEAD, []
+            self._die()
             raise
 
     def eof(self) -> None:
         """The connection ended. Raises RemoteProtocolError unless the stream was complete."""
-        if self._state is not _State.DONE or self._buffered:
-            self._state, self._parts = _State.DEAD, []
+        if self._state is not _State.DONE or self._frame or self._buffered:
+            self._die()
             raise RemoteProtocolError(
                 f"the KV stream ended early, after {self._filled_to} of {self._n_tokens} positions"
             )
 
     def _next(self) -> Event | NeedData:
         if self._head is None:
-            if self._buffered < _PREAMBLE.size:
+            if not self._gather(_PREAMBLE.size):
                 return NEED_DATA
-            self._head = self._parse_preamble(bytes(self._take(_PREAMBLE.size)))
-        kind, size, preamble = self._head
-        if self._buffered < size + MAC_BYTES:
+            self._head = self._parse_preamble(bytes(self._frame))
+        kind, size = self._head
+        if not self._gather(size):
             return NEED_DATA
-        body, mac = self._take(size), bytes(self._take(MAC_BYTES))
-        self._head = None
-        if not hmac.compare_digest(mac, _mac(self._key, preamble, body)):
+        frame, self._frame, self._head = memoryview(self._frame), bytearray(), None
+        signed, mac = frame[:-MAC_BYTES], bytes(frame[-MAC_BYTES:])
+        if not hmac.compare_digest(mac, _mac(self._key, signed)):
             raise RemoteProtocolError("a KV frame is not authentic")
         if kind is Kind.CHUNK:
             self._digest.update(mac)
-        event = self._parse(kind, body)
+        event = self._parse(kind, signed[_PREAMBLE.size :])
         self._sequence += 1
         self._state = _NEXT.get(kind, self._state)
         return event
 
-    def _take(self, size: int) -> memoryview:
-        """The next `size` buffered bytes; one copy when they span several parts."""
-        self._buffered -= size
-        taken: list[memoryview] = []
-        while size:
-            part = self._parts[0]
-            if len(part) > size:
-                taken.append(part[:size])
-                self._parts[0] = part[size:]
-                break
-            taken.append(self._parts.pop(0))
-            size -= len(part)
-        return taken[0] if len(taken) == 1 else memoryview(b"".join(taken))
+    def _gather(self, size: int) -> bool:
+        """Move what came into the frame until that has `size` bytes; whether it has. It grows with what came, whatever
+        the preamble promised."""
+        while self._parts and (missing := size - len(self._frame)) > 0:
+            part = self._parts.popleft()
+            self._frame += part[:missing]
+            self._buffered -= min(missing, len(part))
+            if len(part) > missing:
+                self._parts.appendleft(part[missing:])
+        return len(self._frame) >= size
 
-    def _parse_preamble(self, preamble: bytes) -> tuple[Kind, int, bytes]:
+    def _die(self) -> None:
+        self._state, self._frame = _State.DEAD, bytearray()
+        self._parts.clear()
+
+    def _parse_preamble(self, preamble: bytes) -> tuple[Kind, int]:
+        """Kind, and the length of the whole frame."""
         magic, version, number, size, sequence = _PREAMBLE.unpack(preamble)
         if magic != MAGIC or version != WIRE_VERSION:
             raise RemoteProtocolError("these bytes are no KV frame of a version this worker speaks")
@@ -255,7 +257,7 @@ class FrameDecoder:
             raise RemoteProtocolError(f"KV frame {sequence} where {self._sequence} was due")
         if kind not in _ALLOWED[self._state]:
             raise RemoteProtocolError(f"a {kind.name} frame is not allowed in state {self._state.name}")
-        return kind, size, preamble
+        return kind, _PREAMBLE.size + size + MAC_BYTES
 
     def _parse(self, kind: Kind, body: memoryview) -> Event:
         match kind:

@@ -30,7 +30,7 @@ from edge_llm.worker.offload import off_loop
 from edge_llm.worker.tickets import authorization
 
 MAX_ERROR_BYTES: Final = 64 << 10
-_READ_BYTES: Final = 1 << 20
+_READ_BYTES: Final = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
