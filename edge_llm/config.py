@@ -76,6 +76,8 @@ class WorkerConfig(_Settings):
     """For prefill; 0 = all cores this process may use."""
     chunk_tokens: Annotated[int, Field(ge=1, le=4096)] = 128
     """Prompt tokens per chunk; the same on all nodes."""
+    handoff: Literal["overlapped", "serialized"] = "overlapped"
+    """KV for other workers leaves while the prompt is read, or `serialized` after it: to see what overlapping saves."""
     k_type: Literal["f16", "f32", "bf16", "q8_0", "q4_0"] = "f16"
     """Type of the K cache."""
     v_type: Literal["f16", "f32", "bf16", "q8_0", "q4_0"] = "f16"

@@ -27,6 +27,7 @@ from edge_llm.engine.backend import Interrupted
 from edge_llm.engine.sequencer import Sequencer
 from edge_llm.engine.simulated import SimulatedBackend, SimulatedSettings, SimulatedVocabulary, create_simulated
 from edge_llm.gateway.wire import bound_connections
+from edge_llm.kv.codec import StateBlob
 from edge_llm.kv.snapshot import ids_digest
 from edge_llm.request import FinishReason, Generation, SamplingParams
 from edge_llm.serving import bind
@@ -101,6 +102,18 @@ class HeldBackend(SimulatedBackend):
     def arm(self) -> None:
         self._is_broken_off.clear()
         super().arm()
+
+
+class CountingBackend(SimulatedBackend):
+    """Remembers how many positions each restore put in: what reached the engine of what came over the wire."""
+
+    def __init__(self, settings: SimulatedSettings) -> None:
+        super().__init__(settings)
+        self.restored: list[int] = []
+
+    def restore(self, slot: int, blob: StateBlob) -> None:
+        self.restored.append(blob.filled_to)
+        super().restore(slot, blob)
 
 
 class LoopbackServer(uvicorn.Server):
@@ -360,10 +373,11 @@ class Cluster:
         clock: Callable[[], float] = time.monotonic,
         patience: Patience = PATIENCE,
         prefix_cache_bytes: int = 0,
+        handoff: Literal["overlapped", "serialized"] = "overlapped",
     ) -> Node:
         settings = settings or settings_of(role)
         engine = Sequencer(backend or SimulatedBackend(settings), SimulatedVocabulary())
-        config = WorkerConfig(name=name, role=role, drain_s=1.0, prefix_cache_bytes=prefix_cache_bytes)
+        config = WorkerConfig(name=name, role=role, drain_s=1.0, prefix_cache_bytes=prefix_cache_bytes, handoff=handoff)
         worker = Worker(config, engine, SimulatedVocabulary(), KEYS, monotonic=clock, patience=patience)
         app = create_app(worker)
         app.add_middleware(Hearing, heard=self.heard)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A cluster to be started: numbers of workers, options for all of them, and for the gateway."""
+    """A cluster to be started: numbers of workers, options for all of them, and for the gateway. `environ`: what is
+    added to the workers' environment, NAME=VALUE."""
 
     name: str
     prefill: int = 0
@@ -20,6 +21,7 @@ class Layout:
     mixed: int = 0
     options: tuple[str, ...] = ()
     gateway_options: tuple[str, ...] = ()
+    environ: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

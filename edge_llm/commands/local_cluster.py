@@ -58,6 +58,8 @@ async def local_cluster(
     supervisor = Supervisor(
         settings, model, layout.options, _say, place, key, neighbours, gateway_arguments=layout.gateway_options
     )
+    for child in supervisor.workers:
+        child.program = ("env", *layout.environ, *child.program) if layout.environ else child.program
     ready, stop = asyncio.Event(), asyncio.Event()
     began_s = asyncio.get_running_loop().time()
     running = asyncio.create_task(supervisor.run(stop, ready.set), name="cluster")

@@ -10,7 +10,8 @@ Life of a request in this role:
    before the last Chunk leaves, so the receiver knows when computing ended. Every HEARTBEAT_S something is sent. End
    closes the stream. What was computed is kept, also of a prompt that is given up.
 4. A receiver that is slow fills the outbox: with MAX_CHUNKS_OUT chunks not yet sent the engine thread holds the
-   prompt before its next step; running streams are not held.
+   prompt before its next step; running streams are not held. A worker set to `serialized` computes on and sends
+   everything at the end, to show what overlapping saves: its memory is the prompt's KV.
 5. It dies by: the receiver hanging up (aborted within one micro-batch), the receiver reading nothing for long
    (worker/stream.py), its deadline or an engine error (Error frame), shutdown.
 
@@ -27,7 +28,6 @@ import asyncio
 import math
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from itertools import count
 from typing import Final
 
@@ -50,7 +50,7 @@ from edge_llm.errors import (
 from edge_llm.kv.codec import StateBlob
 from edge_llm.kv.frames import Buffer, Chunk, Error, FrameEncoder, Header, Progress
 from edge_llm.kv.snapshot import ids_digest
-from edge_llm.kv.store import Chain, Match, Piece
+from edge_llm.kv.store import Match, Piece
 from edge_llm.worker.holders import Holders
 from edge_llm.worker.loop import EngineLoop
 from edge_llm.worker.messages import HEARTBEAT_S, PrefillRequest
@@ -58,6 +58,7 @@ from edge_llm.worker.offload import off_loop
 from edge_llm.worker.prefixes import Prefixes, state_of
 from edge_llm.worker.pull import check_address
 from edge_llm.worker.tickets import Claims
+from edge_llm.worker.transfer import Item, Transfer
 
 MAX_CHUNKS_OUT: Final = 2
 MAX_ADMITTED: Final = 2  # one computes, one waits
@@ -65,48 +66,6 @@ MAX_STORED: Final = 16  # transfers at once of what is kept: they hold reference
 MAX_RUNNING: Final = 1  # of them, those of a running sequence: they hold a copy
 
 log = structlog.get_logger()
-_Item = KVChunk | PromptProgress | EdgeLLMError
-
-
-@dataclass(slots=True)
-class Transfer:
-    """One served prompt. `served_id` is unique here: a request that comes again must not get the old one's chunks.
-    `chunks_out` (made, not yet sent) belongs to the engine thread."""
-
-    request: PrefillRequest
-    served_id: str
-    known: Match
-    deadline_s: float
-    outbox: asyncio.Queue[_Item] = field(default_factory=asyncio.Queue)
-    kept: Chain | None = None
-    chunks_out: int = 0
-    done: int = 0
-    sent: int = 0
-    chunks_sent: int = 0
-    admitted_tokens: int = 0
-    has_turn: bool = False
-
-    @property
-    def total(self) -> int:
-        return self.request.end or len(self.request.ids) - 1
-
-    def keep(self, piece: Piece) -> None:
-        """For later prompts, piece by piece: a transfer holds its chunks, the store no more than its cap."""
-        if self.kept is not None:
-            self.kept.add(self.request.ids[piece.p0 : piece.p1], piece)
-
-    @property
-    def missing(self) -> int:
-        """Positions to compute."""
-        return self.total - self.known.n_tokens
-
-    @property
-    def is_known_whole(self) -> bool:
-        return self.known.n_tokens == self.total
-
-    @property
-    def needs_no_engine(self) -> bool:
-        return self.is_known_whole or self.request.only_stored
 
 
 class PrefillRole:
@@ -118,8 +77,10 @@ class PrefillRole:
         prefixes: Prefixes,
         allowed_peers: tuple[str, ...],
         clock: Callable[[], float],
+        is_serialized: bool = False,
     ) -> None:
         self._facts_of, self._prefixes, self._allowed_peers, self._clock = facts, prefixes, allowed_peers, clock
+        self._is_serialized = is_serialized
         self.holders: Holders | None = None
         self.read_running: Callable[[PrefillRequest], Awaitable[Match]] | None = None
         self.on_given: Callable[[str], None] = lambda request_id: None
@@ -372,6 +333,7 @@ class PrefillRole:
             transfer.keep(piece)
             for part in await self._send_piece(transfer, encoder, piece):
                 yield part
+        waiting: list[Piece] = []
         while transfer.sent < transfer.total or transfer.done < transfer.total:
             self._check_deadline(transfer)
             item = await self._next(transfer)
@@ -382,10 +344,13 @@ class PrefillRole:
                 for part in _wire(encoder.send(Progress(item.done, transfer.total))):
                     yield part
                 continue
-            piece = Piece(item.p0, item.p1, item.payload)
-            transfer.keep(piece)
-            for part in await self._send_piece(transfer, encoder, piece):
-                yield part
+            waiting.append(Piece(item.p0, item.p1, item.payload))
+            transfer.keep(waiting[-1])
+            if transfer.done == transfer.total or not self._is_serialized:
+                for piece in waiting:
+                    for part in await self._send_piece(transfer, encoder, piece):
+                        yield part
+                waiting.clear()
             loop.post(lambda engine: self._chunk_left(engine, transfer))
         for part in _wire(encoder.end(transfer.total)):
             yield part
@@ -402,7 +367,7 @@ class PrefillRole:
         transfer.chunks_sent, transfer.sent = transfer.chunks_sent + 1, piece.p1
         return _wire(await off_loop(len(missing.payload), lambda: encoder.send(chunk)))
 
-    async def _next(self, transfer: Transfer) -> _Item:
+    async def _next(self, transfer: Transfer) -> Item:
         """The next item, or a repeated progress when nothing happened for a while."""
         try:
             async with asyncio.timeout(HEARTBEAT_S):

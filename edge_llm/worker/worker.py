@@ -75,7 +75,8 @@ class Worker:
         self._replays = ReplayGuard()
         self.tokenizer = Tokenizer(vocabulary, config.name, lambda: self.facts.n_ctx)
         self.prefixes = Prefixes(engine.facts, config.prefix_cache_bytes)
-        self.prefill = PrefillRole(lambda: self.facts, self.prefixes, config.allowed_peers, monotonic)
+        is_serialized = config.handoff == "serialized"
+        self.prefill = PrefillRole(lambda: self.facts, self.prefixes, config.allowed_peers, monotonic, is_serialized)
         self.loop = EngineLoop(engine, self.prefill.watch)
         self.exposition = Exposition(config.metrics_alias)
         self.metrics = WorkerMetrics(self.exposition.registry, Readings(self._labels, self.status, self._computing))

@@ -115,6 +115,20 @@ async def test_most_bytes_of_a_long_prompt_arrive_while_it_is_computed(cluster: 
     assert done[-1] == tokens - 1
 
 
+@BOTH
+async def test_a_serialized_hand_off_sends_every_byte_after_computing_and_gives_the_same_tokens(
+    cluster: Cluster, sampling: SamplingParams
+) -> None:
+    prefill = await cluster.start("prefill", "p1", handoff="serialized")
+    decode = await cluster.start("decode", "d1")
+    for tokens in LENGTHS[1:]:
+        prompt = prompt_of(tokens)
+        answer = await (await cluster.gateway.ask(decode.peer, prompt, [prefill.peer], sampling=sampling)).over()
+        assert answer.ids == undisturbed(prompt, 8, sampling)
+        assert answer.report.handoff_bytes == decode.worker.facts.kv_bytes_per_token * (tokens - 1)
+        assert (answer.report.mode, answer.report.overlapped_bytes, answer.report.fallback) == ("split", 0, None)
+
+
 async def _held(cluster: Cluster, name: str = "p1") -> tuple[Node, HeldBackend]:
     backend = HeldBackend(settings_of("prefill"))
     return await cluster.start("prefill", name, backend=backend), backend

@@ -29,7 +29,17 @@ from edge_llm.worker.client import Peer
 from edge_llm.worker.messages import ErrorReply, PrefillRequest, PromptReport, decode, encode
 from edge_llm.worker.pull import Patience
 from edge_llm.worker.tickets import ticket_of
-from tests.loopback import CHUNK, KEYS, Cluster, Node, prompt_of, running_cluster, settings_of, undisturbed
+from tests.loopback import (
+    CHUNK,
+    KEYS,
+    Cluster,
+    CountingBackend,
+    Node,
+    prompt_of,
+    running_cluster,
+    settings_of,
+    undisturbed,
+)
 
 pytestmark = pytest.mark.anyio
 HEADER, CHUNK_KIND, PROGRESS, END, ERROR = range(1, 6)
@@ -163,6 +173,7 @@ class Stage:
     liar: Liar
     honest: Node
     decode: Node
+    engine: CountingBackend
 
     async def ask(self, *via: Peer) -> PromptReport:
         """One prompt; whatever happened to it, its answer is the one of an undisturbed engine."""
@@ -177,7 +188,9 @@ class Stage:
         """The liar alone, the liar before an honest worker, the honest worker afterwards."""
         liar = liar or self.liar.peer
         why = f"{liar.worker}: {code} after {kept} of {TOTAL} tokens"
+        self.engine.restored.clear()
         alone = await self.ask(liar)
+        assert self.engine.restored == ([kept] if kept else []), "the engine was handed what was not proven"
         rest = f"; {TOTAL - kept} tokens were computed here" if kept < TOTAL else ""
         assert alone.fallback == why + rest
         assert alone.restored_tokens == kept
@@ -209,8 +222,10 @@ def anyio_backend() -> str:
 async def shared_stage() -> AsyncIterator[Stage]:
     async with running_cluster() as cluster, lying("liar") as liar:
         honest = await cluster.start("prefill", "p1")
-        decode_node = await cluster.start("decode", "d1", patience=Patience(STALL_S, ADVANCE_S))
-        yield Stage(cluster, liar, honest, decode_node)
+        engine = CountingBackend(settings_of("decode"))
+        patience = Patience(STALL_S, ADVANCE_S)
+        decode_node = await cluster.start("decode", "d1", backend=engine, patience=patience)
+        yield Stage(cluster, liar, honest, decode_node, engine)
 
 
 @pytest.fixture
