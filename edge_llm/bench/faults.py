@@ -205,12 +205,26 @@ async def _trial(stage: _Stage, kind: Kind, name: str) -> Outcome:
         until=stage.until,
         all_ready=lambda: _ready(stage),
     )
+    blow, missed = await _struck(stage, kind, scene, bodies, streams)
+    # a stream that came to harm counts, whatever is proven: nothing may hide behind a missed blow
+    answers = [await _undisturbed(stage, body) for body in bodies]
+    verdicts = tuple(judge(stream, *answer) for stream, answer in zip(streams, answers, strict=True))
+    proof = kind.proof(scene, blow) if blow is not None else ""
+    if not proof and all(verdict.is_good for verdict in verdicts):
+        raise missed or NotStruck("nothing shows that the blow met the target")
+    return Outcome(kind.name, proof, verdicts, _resumed_s(scene, blow), _failures(streams, verdicts))
+
+
+async def _struck(
+    stage: _Stage, kind: Kind, scene: Scene, bodies: Sequence[Mapping[str, Any]], streams: Sequence[Followed]
+) -> tuple[Blow | None, NotStruck | None]:
+    """The streams run to their end, and the blow falls at its moment, or why it did not. What it broke is healed."""
+    missed: NotStruck | None = None
     blow = await kind.strike(scene) if kind.moment == "before" else None
     following = []
     for body, stream in zip(bodies, streams, strict=True):
         following.append(asyncio.create_task(follow(stage.session, body, stream, stage.pulse.set)))
         await asyncio.sleep(_BETWEEN_STREAMS_S)  # the target is the first to be planned
-    missed: NotStruck | None = None
     try:
         if blow is None:
             try:
@@ -228,13 +242,7 @@ async def _trial(stage: _Stage, kind: Kind, name: str) -> Outcome:
             task.cancel()
         await asyncio.gather(*following, return_exceptions=True)
         await _heal(blow)
-    # a stream that came to harm counts, whatever is proven: nothing may hide behind a missed blow
-    answers = [await _undisturbed(stage, body) for body in bodies]
-    verdicts = tuple(judge(stream, *answer) for stream, answer in zip(streams, answers, strict=True))
-    proof = kind.proof(scene, blow) if blow is not None else ""
-    if not proof and all(verdict.is_good for verdict in verdicts):
-        raise missed or NotStruck("nothing shows that the blow met the target")
-    return Outcome(kind.name, proof, verdicts, _resumed_s(scene, blow), _failures(streams, verdicts))
+    return blow, missed
 
 
 async def _ready(stage: _Stage) -> None:
