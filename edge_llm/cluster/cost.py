@@ -10,7 +10,7 @@ between two decode steps, so that both go on, each slower: `beside`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from edge_llm.worker.messages import Link, Rates, WorkerStatus
@@ -53,11 +53,17 @@ class Stream:
     ahead: int = 0
 
 
+def strictest(*limits_s: float | None) -> float | None:
+    """The least of limits that may be None: no limit."""
+    return min((limit_s for limit_s in limits_s if limit_s is not None), default=None)
+
+
 @dataclass(frozen=True, slots=True)
 class Work:
     """What a node has to do. Of `sequences` that hold slots, `decoding` are past their prompts: their rows read
     `cells` KV cells in a step and will go on for `tokens_left` tokens, all together. `reserved_cells`: prompt and
-    longest answer of all sequences. `streams`: them one by one, known only where somebody has limits (slo.py)."""
+    longest answer of all sequences. `streams`: them one by one, known only where somebody has limits (slo.py); tpot_s:
+    the strictest of theirs."""
 
     sequences: int = 0
     decoding: int = 0
@@ -66,6 +72,11 @@ class Work:
     reserved_cells: int = 0
     prompts: tuple[PromptWork, ...] = ()
     streams: tuple[Stream, ...] = ()
+    tpot_s: float | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        # once: a thousand streams are looked at for each of a thousand plans
+        object.__setattr__(self, "tpot_s", strictest(*(stream.tpot_s for stream in self.streams)))
 
     @property
     def served(self) -> int:
@@ -75,9 +86,7 @@ class Work:
     @property
     def has_limits(self) -> bool:
         """Whether anybody here can be made late."""
-        return any(stream.tpot_s is not None for stream in self.streams) or any(
-            prompt.due_s is not None for prompt in self.prompts
-        )
+        return self.tpot_s is not None or any(prompt.due_s is not None for prompt in self.prompts)
 
     @property
     def pending_tokens(self) -> int:
@@ -145,12 +154,16 @@ class NodeCost:
         """All prompt work that is there, with nothing beside it."""
         return sum(self.prefill_s(prompt.tokens, prompt.start) for prompt in work.prompts)
 
-    def piece_s(self, step_s: float) -> float:
-        """Prompt work between two decode steps of `step_s` (engine/batch.py): bounded by their length, or a chunk."""
-        chunk_s = self.prefill_s(self.chunk_tokens)
-        if not self.rates.prompt_steps:
+    def piece_s(self, step_s: float, tpot_s: float | None = None) -> float:
+        """Prompt work between two decode steps of `step_s` (engine/batch.py, token_budget): bounded by their length and
+        by the strictest limit of the streams, or a chunk."""
+        chunk_s, rates = self.prefill_s(self.chunk_tokens), self.rates
+        if not rates.prompt_steps:
             return chunk_s
-        return min(chunk_s, max(self.rates.prompt_steps * step_s, self.rates.token_s))
+        room_s = rates.prompt_steps * step_s
+        if tpot_s is not None and rates.of_limit:
+            room_s = min(room_s, max(rates.of_limit * tpot_s - step_s, rates.least_prompt_steps * step_s))
+        return min(chunk_s, max(room_s, rates.token_s))
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,11 +201,13 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What counts of a request. `behind`: requests that are expected to wait for the node that computes its prompt."""
+    """What counts of a request. `behind`: requests that are expected to wait for the node that computes its prompt.
+    tpot_s: its limit, if any."""
 
     prompt_tokens: int
     answer_tokens: float
     behind: float = 0.0
+    tpot_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +248,7 @@ def _reading(request: Request, side: Side) -> tuple[float, float]:
     own_s = cost.prefill_s(request.prompt_tokens - 1 - held, held)
     queued_s = cost.queued_s(work)
     step_s = cost.step_s(work.decoding, work.cells)
-    piece_s = cost.piece_s(step_s)
+    piece_s = cost.piece_s(step_s, work.tpot_s)
     all_of_it = beside(queued_s + own_s, piece_s, step_s, work.left)
     before = beside(queued_s, piece_s, step_s, work.left)
     # streams that end while others' prompts are read are not there to be disturbed by this one
@@ -251,7 +266,7 @@ def _decoding(
     step_s = cost.step_s(work.sequences + 1, work.cells + depth)
     alone_s = cost.step_s(work.decoding, work.cells)
     queued_s = sum(cost.prefill_s(prompt.tokens, prompt.start) for prompt in prompts)
-    piece_s = cost.piece_s(step_s)
+    piece_s = cost.piece_s(step_s, strictest(work.tpot_s, request.tpot_s))
     others = beside(max(0.0, queued_s - ready_s), piece_s, step_s, request.answer_tokens)
     first_s = step_s + min(piece_s, others.stream_loses_s)
     completion_s = ready_s + request.answer_tokens * step_s + others.stream_loses_s

@@ -19,7 +19,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from edge_llm.cluster.cost import NodeCost, Prediction, Request, Side, Stream, Work, beside
+from edge_llm.cluster.cost import NodeCost, Prediction, Request, Side, Stream, Work, beside, strictest
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,14 +201,16 @@ class Judge:
         cost, work = side.cost, side.work
         step_s = cost.step_s(work.decoding, work.cells)
         with_it_s = cost.step_s(work.decoding + 1, work.cells + self._request.prompt_tokens)
+        piece_s = cost.piece_s(step_s, work.tpot_s)
+        with_it_piece_s = cost.piece_s(with_it_s, strictest(work.tpot_s, self._request.tpot_s))
         read_s, delayed = 0.0, 0
         for prompt in work.prompts:
             read_s += cost.prefill_s(prompt.tokens, prompt.start)
             if prompt.due_s is None:
                 continue
-            now_s = read_s + beside(read_s, cost.piece_s(step_s), step_s, work.left).prompt_loses_s
+            now_s = read_s + beside(read_s, piece_s, step_s, work.left).prompt_loses_s
             more = beside(
-                max(0.0, read_s - begins_s), cost.piece_s(with_it_s), with_it_s, self._request.answer_tokens
+                max(0.0, read_s - begins_s), with_it_piece_s, with_it_s, self._request.answer_tokens
             ).prompt_loses_s
             # beside streams that are there anyway it is one more row
             more *= 1 - step_s / with_it_s if work.decoding else 1.0
@@ -229,7 +231,8 @@ class Judge:
 
     def _loses_next_s(self, decode: str, tpot_s: float) -> float:
         """What this answer would lose by the next prompt beside it."""
-        piece_s = self._sides[decode].cost.piece_s(tpot_s)
+        cost, work = self._sides[decode].cost, self._sides[decode].work
+        piece_s = cost.piece_s(tpot_s, strictest(work.tpot_s, self._request.tpot_s))
         return beside(self._next_s[decode], piece_s, tpot_s, self._request.answer_tokens).stream_loses_s
 
 
@@ -238,7 +241,8 @@ def own_tpot_s(request: Request, decode: Side, begins_s: float, prompts_s: float
     cost, work, answer = decode.cost, decode.work, request.answer_tokens
     depth = request.prompt_tokens + answer / 2
     step_s = cost.step_s(work.decoding + 1, work.cells + depth)
-    beside_s = beside(prompts_s, cost.piece_s(step_s), step_s, answer).stream_loses_s
+    piece_s = cost.piece_s(step_s, strictest(work.tpot_s, request.tpot_s))
+    beside_s = beside(prompts_s, piece_s, step_s, answer).stream_loses_s
     for stream in work.streams:
         steps = common_steps(begins_s, answer, stream.begins_s, stream.left, step_s)
         beside_s += steps * cost.row_s(stream.cells)
@@ -302,7 +306,7 @@ def _watch(side: Side) -> _Watch:
         if stream.tpot_s is None:
             continue
         behind_s = after_s[max(0, len(work.prompts) - stream.ahead)] - (0.0 if stream.ahead else stream.begins_s)
-        piece_s = cost.piece_s(step_s)
+        piece_s = cost.piece_s(step_s, work.tpot_s)
         loses_s = beside(max(0.0, behind_s), piece_s, step_s, stream.left).stream_loses_s
         allowed_s = stream.tpot_s * (stream.tokens + stream.left)
         slack_s = allowed_s - stream.age_s - stream.left * step_s - loses_s

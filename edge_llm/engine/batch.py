@@ -20,9 +20,9 @@ from typing import Final
 # A running stream then sees prompt work of this many decode steps between two of its tokens: gap <= 1 + this.
 PROMPT_STEPS_PER_DECODE_STEP: Final = 1.5
 # Where a stream has a limit of time per token, a gap takes this share of it: steps differ.
-_OF_LIMIT: Final = 0.9
+OF_LIMIT: Final = 0.9
 # So much prompt work there is in any case: a limit that cannot be kept is no reason to keep prompts waiting.
-_LEAST_PROMPT_STEPS: Final = 0.5
+LEAST_PROMPT_STEPS: Final = 0.5
 # Repacked GEMM kernels work on four rows at a time (ggml-cpu/repack.cpp, tensor_traits::forward_mul_mat).
 ROW_BLOCK: Final = 4
 # llama.cpp reads whole blocks of KV cells (llama_kv_cache::get_n_kv).
@@ -74,7 +74,7 @@ def token_budget(decode_step_s: float, prompt_token_s: float, tpot_s: float | No
         return ROW_BLOCK
     room_s = PROMPT_STEPS_PER_DECODE_STEP * decode_step_s
     if tpot_s is not None:
-        room_s = min(room_s, max(_OF_LIMIT * tpot_s - decode_step_s, _LEAST_PROMPT_STEPS * decode_step_s))
+        room_s = min(room_s, max(OF_LIMIT * tpot_s - decode_step_s, LEAST_PROMPT_STEPS * decode_step_s))
     tokens = int(room_s / prompt_token_s)
     return max(1, tokens - tokens % ROW_BLOCK if tokens >= ROW_BLOCK else tokens)
 

@@ -234,9 +234,8 @@ def _by_prediction(wish: Wish, decoders: Sequence[Node], readers: Sequence[Node]
 def _request(wish: Wish, decoders: Sequence[Node], readers: Sequence[Node], situation: Situation) -> Request:
     answer = wish.answer_tokens if wish.answer_tokens is not None else TYPICAL_ANSWER_TOKENS
     computing = {node.worker for node in (*decoders, *readers)}
-    return Request(
-        wish.prompt_tokens, max(1.0, min(answer, wish.max_tokens)), situation.waiting / max(1, len(computing))
-    )
+    behind = situation.waiting / max(1, len(computing))
+    return Request(wish.prompt_tokens, max(1.0, min(answer, wish.max_tokens)), behind, wish.slo.tpot_s)
 
 
 def _sides(wish: Wish, decoders: Sequence[Node], readers: Sequence[Node], situation: Situation) -> Mapping[str, Side]:

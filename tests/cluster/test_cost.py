@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from edge_llm.cluster.cost import (
     NodeCost,
     PromptWork,
     Request,
     Side,
+    Stream,
     Work,
     beside,
     handoff_tail_s,
@@ -72,8 +74,22 @@ def test_prompt_work_between_steps_is_bounded_by_steps_by_a_chunk_and_by_one_tok
     assert cost_of().piece_s(step_s=0.020) == pytest.approx(0.030)
     assert cost_of().piece_s(step_s=9.0) == pytest.approx(0.210), "never more than a chunk"
     assert cost_of().piece_s(step_s=0.0) == pytest.approx(0.002), "never less than a token"
-    fixed = cost_of(Rates(run_s=0.02, token_s=0.002, prompt_steps=0.0))
+    fixed = cost_of(Rates(run_s=0.02, token_s=0.002, prompt_steps=0.0, of_limit=0.9))
     assert fixed.piece_s(step_s=0.020) == pytest.approx(0.200), "level same-plan computes whole chunks"
+    assert fixed.piece_s(step_s=0.020, tpot_s=0.030) == pytest.approx(0.200), "whatever limits there are"
+
+
+def test_beside_a_stream_with_a_limit_a_piece_leaves_room_for_its_next_token() -> None:
+    room = cost_of(structs.replace(RATES, of_limit=0.9, least_prompt_steps=0.5))
+    assert room.piece_s(step_s=0.020, tpot_s=0.040) == pytest.approx(0.016), "36 ms of the limit, less the step"
+    assert room.piece_s(step_s=0.020, tpot_s=0.9) == pytest.approx(0.030), "never more than without a limit"
+    assert room.piece_s(step_s=0.020, tpot_s=0.025) == pytest.approx(0.010), "prompts go on where a limit is lost"
+    assert cost_of().piece_s(step_s=0.020, tpot_s=0.025) == pytest.approx(0.030), "a worker that hears of no limits"
+
+
+def test_the_limit_that_counts_on_a_node_is_the_strictest_of_its_streams() -> None:
+    assert Work().tpot_s is None
+    assert Work(streams=(Stream(5.0), Stream(5.0, tpot_s=0.2), Stream(5.0, tpot_s=0.1))).tpot_s == 0.1
 
 
 def test_a_worker_without_measurements_is_taken_by_its_running_means_or_for_an_average_one() -> None:

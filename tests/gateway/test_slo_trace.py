@@ -1,8 +1,9 @@
 """Two nodes under recorded traffic and limits of latency, in simulated time: split, local, and auto that knows them.
 
 The planner is the one that the gateway runs, traces, limits and goodput are those of `bench goodput`; workers do what
-engine/batch.py says (one step of all streams, then a piece of a prompt of at most 1.5 such steps), at the rates of a
-small model on one core. So a run is the same every time, and right and wrong decisions differ by what they cost.
+engine/batch.py says (one step of all streams, then a piece of a prompt of at most 1.5 such steps, less where a stream's
+limit leaves less), at the rates of a small model on one core. So a run is the same every time, and right and wrong
+decisions differ by what they cost.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 import pytest
+from msgspec import structs
 
 import edge_llm.bench
 from edge_llm.bench.goodput import (
@@ -29,7 +31,7 @@ from edge_llm.bench.goodput import (
     goodput,
 )
 from edge_llm.bench.traces import Row, Trace, parse, scaled, thinned
-from edge_llm.cluster.cost import NodeCost
+from edge_llm.cluster.cost import NodeCost, strictest
 from edge_llm.cluster.slo import Slo
 from edge_llm.cluster.view import ClusterView, Node
 from edge_llm.errors import Overloaded
@@ -41,7 +43,11 @@ from edge_llm.request import SamplingParams
 from edge_llm.worker.messages import Rates, Role
 from tests.nodes import load_of, node_of
 
-RATES: Final = Rates(run_s=0.0014, row_s=0.010, cell_s=3.2e-6, token_s=0.008, prompt_steps=1.5)
+RATES: Final = Rates(
+    run_s=0.0014, row_s=0.010, cell_s=3.2e-6, token_s=0.008, prompt_steps=1.5, of_limit=0.9, least_prompt_steps=0.5
+)
+# of workers that hear of no limits: what runs beside a prompt bears all of it
+HARD: Final = structs.replace(RATES, of_limit=0.0, least_prompt_steps=0.0)
 N_CTX, SECONDS = 2048, 300.0
 # requests per second: two such nodes serve about 0.8 of the conversation, 0.5 of the code
 RATES_PER_S: Final = {"conv": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6), "code": (0.05, 0.1, 0.15, 0.2, 0.3, 0.4)}
@@ -104,7 +110,8 @@ class Machine:
         self.step_s, self.piece = now_s + step_s, 0
         if self.prompts:
             left = self.prompts[0].row.prompt_tokens - 1 - self.prompts[0].read
-            room = int(self.cost.piece_s(step_s) / RATES.token_s) if self.step else self.cost.chunk_tokens
+            limit_s = strictest(*(one.running.job.slo.tpot_s for one in self.step))
+            room = int(self.cost.piece_s(step_s, limit_s) / RATES.token_s) if self.step else self.cost.chunk_tokens
             self.piece = min(left, max(1, room))
         took_s = step_s + self.piece * RATES.token_s
         self.until_s = now_s + took_s if self.step or self.prompts else None
@@ -113,10 +120,10 @@ class Machine:
 class Simulation:
     """The beginning of a trace at one rate, on two nodes."""
 
-    def __init__(self, name: str, rate_per_s: float, mode: Mode, slo: Slo) -> None:
+    def __init__(self, name: str, rate_per_s: float, mode: Mode, slo: Slo, rates: Rates) -> None:
         self.now_s, self._mode, self._slo = 0.0, mode, slo
         self.planner = Planner(clock=lambda: self.now_s)
-        nodes = [_node(f"n{number}", role) for number, role in enumerate(ROLES[mode])]
+        nodes = [_node(f"n{number}", role, rates) for number, role in enumerate(ROLES[mode])]
         self.view = ClusterView(tuple(nodes))
         self.machines = {node.worker: Machine(NodeCost.of(node.status)) for node in nodes}
         self.waiting: list[Served] = []
@@ -203,15 +210,15 @@ class Simulation:
         return sum(served.plan is not None and served.plan.mode == "split" for served in self.all) / len(self.all)
 
 
-def _node(worker: str, role: Role) -> Node:
+def _node(worker: str, role: Role, rates: Rates = RATES) -> Node:
     return node_of(
-        worker, role, n_ctx=N_CTX, chunk_tokens=128, slots=2 if role == "prefill" else 8, load=load_of(rates=RATES)
+        worker, role, n_ctx=N_CTX, chunk_tokens=128, slots=2 if role == "prefill" else 8, load=load_of(rates=rates)
     )
 
 
 @cache
-def ran(name: str, rate_per_s: float, mode: Mode, slo: Slo) -> Simulation:
-    return Simulation(name, rate_per_s, mode, slo)
+def ran(name: str, rate_per_s: float, mode: Mode, slo: Slo, rates: Rates = RATES) -> Simulation:
+    return Simulation(name, rate_per_s, mode, slo, rates)
 
 
 def curve(name: str, mode: Mode, regime: str, *, is_told: bool) -> list[Point]:
@@ -251,14 +258,23 @@ def test_split_and_local_are_so_far_apart_that_it_matters_which_one_auto_follows
 def test_prompts_are_read_elsewhere_far_more_often_where_streams_cannot_bear_them(name: str) -> None:
     limits = limits_of(name, STRICT_TPOT.name)
     rate = RATES_PER_S[name][2]
-    told = ran(name, rate, "auto", Slo(limits.ttft_s, limits.tpot_s))
-    assert told.split_share > 2 * ran(name, rate, "auto", Slo()).split_share
+    told = ran(name, rate, "auto", Slo(limits.ttft_s, limits.tpot_s), HARD)
+    assert told.split_share > 2 * ran(name, rate, "auto", Slo(), HARD).split_share
+
+
+@pytest.mark.parametrize("name", RATES_PER_S)
+def test_where_workers_leave_room_for_limits_prompts_are_read_beside_streams_and_more_is_served(name: str) -> None:
+    split, local, auto = (goodput_of(name, mode, STRICT_TPOT.name, is_told=mode == "auto") for mode in ROLES)
+    assert auto.rate_per_s > 1.1 * max(split.rate_per_s, local.rate_per_s)
+    limits, rate = limits_of(name, STRICT_TPOT.name), RATES_PER_S[name][2]
+    slo = Slo(limits.ttft_s, limits.tpot_s)
+    assert ran(name, rate, "auto", slo).split_share < ran(name, rate, "auto", slo, HARD).split_share
 
 
 @pytest.mark.parametrize("name", RATES_PER_S)
 def test_limits_that_leave_no_time_to_queue_but_bear_prompts_beside_streams_make_both_nodes_read(name: str) -> None:
     strict, loose = limits_of(name, STRICT_TTFT.name), limits_of(name, STRICT_TPOT.name)
     rate = RATES_PER_S[name][2]
-    both = ran(name, rate, "auto", Slo(strict.ttft_s, strict.tpot_s))
-    one = ran(name, rate, "auto", Slo(loose.ttft_s, loose.tpot_s))
+    both = ran(name, rate, "auto", Slo(strict.ttft_s, strict.tpot_s), HARD)
+    one = ran(name, rate, "auto", Slo(loose.ttft_s, loose.tpot_s), HARD)
     assert both.split_share < one.split_share
