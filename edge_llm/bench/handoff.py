@@ -169,25 +169,30 @@ async def _arrival(plan: Plan, layout: Layout, client: StreamClient, ids: Sequen
         for stream in streams:
             await client.next_text(stream, answered_s)
         found = [gaps_around(stream.arrivals_s, sent_s, answered_s) for stream in streams]
-        before = [largest_gap_before(stream.arrivals_s, sent_s, sent_s + ttft_s) for stream in streams]
+        answer_s = _own(last).get("first_decode_ms", 0.0) / 1e3
+        before = [largest_gap_before(stream.arrivals_s, sent_s, sent_s + ttft_s, answer_s) for stream in streams]
     where = f"{layout.name}, {count} streams"
     run.add(f"{where}: client_ttft_s", ttft_s)
     if found:
         run.add(f"{where}: stall_ratio", max(gaps.stall_ratio for gaps in found))
         if layout.name != SERVER:  # there the step that makes the first token is the prompt's last one
             pairs = zip(before, found, strict=True)
-            waiting = [largest_s / gaps.mean_before_s for largest_s, gaps in pairs if largest_s is not None]
-            if waiting:
-                run.add(f"{where}: prompt_stall_ratio", max(waiting))
+            run.add(f"{where}: prompt_stall_ratio", max(largest_s / gaps.mean_before_s for largest_s, gaps in pairs))
         run.add(f"{where}: largest_gap_s", max(gaps.largest_during_s for gaps in found))
         run.add(f"{where}: mean_gap_s", max(gaps.mean_before_s for gaps in found))
     if layout.name != SERVER:
         _add_parts(where, last, run)
 
 
+def _own(last: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What our gateway says of an answer; nothing from anybody else's."""
+    own: Mapping[str, Any] = last.get("timings", {}).get("edge_llm", {})
+    return own
+
+
 def _add_parts(where: str, last: Mapping[str, Any], run: Run) -> None:
     """The gateway's report of the prompt. What splits must have split."""
-    own = last["timings"]["edge_llm"]
+    own = _own(last)
     if not where.startswith(MIXED):
         if own["mode"] != "split" or own["fallback"]:
             raise MeasureFailed(f"{where}: the prompt did not split as planned: {own['mode']}, {own['fallback']}")
@@ -274,9 +279,10 @@ def _arrival_figures(run: Run, where: str) -> dict[str, float]:
 
 
 def _worst(run: Run, name: str, streams: Sequence[int], ratio: str = "stall_ratio") -> float | None:
+    """None unless it was measured with every number of streams: one that failed could be the worst."""
     medians = [run.median(f"{name}, {count} streams: {ratio}") for count in streams]
     known = [value for value in medians if value is not None]
-    return max(known) if known else None
+    return max(known) if len(known) == len(medians) else None
 
 
 def _put(found: dict[str, Any], name: str, value: float | None) -> None:
@@ -294,10 +300,10 @@ def missed(found: Mapping[str, Any]) -> list[str]:
             lines.append(f"{name} is {found[name]:.4g}, not {direction} {bar}")
     memory = found.get("memory")
     if memory is None:
-        lines.append("peak_handoff_bytes was not measured")
-    elif memory["sender_chunks"] > SENDER_CHUNKS:
+        return [*lines, "peak_handoff_bytes was not measured"]
+    if memory["sender_chunks"] > SENDER_CHUNKS:
         lines.append(f"the sender's memory rose by {memory['sender_growth_bytes']} bytes, above {SENDER_CHUNKS} chunks")
-    elif memory["receiver_chunks"] > RECEIVER_CHUNKS:
+    if memory["receiver_chunks"] > RECEIVER_CHUNKS:
         rise = f"the receiver's memory rose by {memory['receiver_growth_bytes']} bytes"
         lines.append(f"{rise}, above one snapshot and {RECEIVER_CHUNKS} chunks")
     return lines

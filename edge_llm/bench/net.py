@@ -292,7 +292,7 @@ class _Cluster:
             time_left_s=timeout_s,
         )
         key = self.places.keys.transfer_key(candidate.ticket)
-        expected = Expected(status.kv_bytes_per_token, len(ids) - 1, 0, ids_digest(ids))
+        expected = Expected(status.kv_bytes_per_token, status.chunk_tokens, len(ids) - 1, 0, ids_digest(ids))
         async with aclosing(self._puller.pull(candidate, request, key, expected)) as events:
             async for event in events:
                 if isinstance(event, Error):

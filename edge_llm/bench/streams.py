@@ -60,14 +60,21 @@ def gaps_around(arrivals_s: Sequence[float], sent_s: float, answered_s: float) -
     return Gaps(sum(before) / len(before), max(during))
 
 
-def largest_gap_before(arrivals_s: Sequence[float], sent_s: float, first_s: float) -> float | None:
-    """The largest gap that begins an arrival's stay and ends before its first token (at `first_s`): what a prompt that
-    is worked on does to a stream, without what its answer does as one more row. None where there is no such gap."""
+def largest_gap_before(arrivals_s: Sequence[float], sent_s: float, first_s: float, answer_s: float) -> float:
+    """The longest that a stream was silent between an arrival and its first token (at `first_s`): what a prompt that is
+    worked on does to a stream, without what its answer does as one more row. Silence that begins earlier counts from
+    there; one that lasts until the first token, until `answer_s` before that, when the prompt was there and work on
+    the answer began. Raises MeasureFailed when the stream ended before."""
     paced = [later - earlier for earlier, later in pairwise(arrivals_s) if later <= sent_s]
     # the step that makes the first token reaches both clients at about the same time: half a gap tells it from others
     until_s = first_s - (median(paced) if paced else 0.0) / 2
-    gaps = [later - earlier for earlier, later in pairwise(arrivals_s) if sent_s < later < until_s]
-    return max(gaps, default=None)
+    gaps = []
+    for earlier, later in pairwise(arrivals_s):
+        if later > sent_s and earlier < until_s:
+            gaps.append(later - earlier if later < until_s else max(0.0, first_s - answer_s - earlier))
+    if not gaps:
+        raise MeasureFailed("a stream ended too early to see a gap while the prompt arrived")
+    return max(gaps)
 
 
 class StreamClient:

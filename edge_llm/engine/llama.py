@@ -118,13 +118,12 @@ class LlamaBackend:
         self._slots.remove(slot)
 
     def restore(self, slot: int, blob: StateBlob) -> None:
-        whole = blob if blob.is_complete else blob.truncated()
         try:
-            self._slots.set_state(slot, whole.buffer)
+            self._slots.set_state(slot, blob.buffer)
             last = self._slots.last_position(slot)
-            if last != whole.filled_to - 1:
+            if last != blob.filled_to - 1:
                 raise RestoreRefused(
-                    f"llama.cpp restored {last + 1} of {whole.filled_to} positions; recomputing the prompt here"
+                    f"llama.cpp restored {last + 1} of {blob.filled_to} positions; recomputing the prompt here"
                 )
         except RestoreRefused:
             self._slots.remove(slot)

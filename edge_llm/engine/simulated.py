@@ -38,10 +38,10 @@ from edge_llm.kv.snapshot import (
 )
 
 MODEL: Final = "simulated"
-_F16: Final = 1
+_I16: Final = 25  # ggml type: any bits are a number
 _ROW_BYTES: Final = 16
 _LAYERS: Final = 2
-_GEOMETRY: Final = Geometry((CacheShape((LayerShape(_F16, _ROW_BYTES, _F16, _ROW_BYTES, 2),) * _LAYERS),))
+_GEOMETRY: Final = Geometry((CacheShape((LayerShape(_I16, _ROW_BYTES, _I16, _ROW_BYTES, 2),) * _LAYERS),))
 _MAGIC: Final = 0x73696D31
 _BOS, _EOS = 1, 2
 _FIRST_BYTE: Final = 3  # token id of the byte 0

@@ -310,7 +310,8 @@ class Verifier:
         facts, backend = self._backend.facts, self._backend
         assert facts.layout is not None
         total = len(ids) - 1
-        encoder, decoder = FrameEncoder(_TRANSFER_KEY), FrameDecoder(_TRANSFER_KEY, facts.kv_bytes_per_token, total)
+        encoder = FrameEncoder(_TRANSFER_KEY)
+        decoder = FrameDecoder(_TRANSFER_KEY, facts.kv_bytes_per_token, total, facts.chunk_tokens)
         identity = facts.identity
         header = Header(
             identity.compatibility,

@@ -404,8 +404,23 @@ class StateBlob:
             raise LocalProtocolError(f"positions {p0} to {p1} of {self.filled_to} filled")
         return _join(self._parts, self.layout, p0, p1)
 
-    def truncated(self) -> StateBlob:
-        """A complete state of exactly the positions filled so far (a sender died midway)."""
-        made = StateBlob(self.layout, self.filled_to, self._stream)
-        made.place(0, self.filled_to, self.payload(0, self.filled_to), self.layout.v_layout)
-        return made
+    def cut_short(self) -> None:
+        """Become a complete state of exactly the positions filled so far (a sender died midway), in the memory that is
+        there: everything moves towards the beginning, so the first one first."""
+        if not self.filled_to:
+            raise LocalProtocolError("a state without positions")
+        native, count = np.frombuffer(self._native, np.uint8), self.filled_to
+        offsets = _offsets(self.layout, count, self._stream)
+        shorter = _Parts(native, self.layout, count, offsets)
+        layers_before = 0
+        for cache in self.layout.geometry.caches:
+            mine = range(layers_before, layers_before + len(cache.layers))
+            for layer in mine:
+                shorter.k[layer][:] = self._parts.k[layer][:count]
+            for layer in mine:
+                whole = self._parts.v[layer]
+                shorter.v[layer][:] = whole[:, :count] if self.layout.v_columns else whole[:count]
+            layers_before = mine.stop
+        self._native = self._native[: self.layout.size(count)]
+        _write_heads(self._native, self.layout, count, self._stream)
+        self._parts, self.n_tokens = shorter, count

@@ -156,13 +156,13 @@ class FrameEncoder:
 
 
 class FrameDecoder:
-    """The receiving side. `kv_bytes_per_token` and `max_tokens` come from the receiver's own model: a chunk frame
-    of any other size is refused before it is buffered whole."""
+    """The receiving side. `kv_bytes_per_token`, `max_tokens` and the most positions of one chunk come from the
+    receiver's own model and settings: a frame that is larger is refused by its first bytes, before it is buffered."""
 
-    def __init__(self, key: bytes, kv_bytes_per_token: int, max_tokens: int) -> None:
+    def __init__(self, key: bytes, kv_bytes_per_token: int, max_tokens: int, max_chunk_tokens: int) -> None:
         self._key = key
         self._bytes_per_token = kv_bytes_per_token
-        self._max_body = max(MAX_SMALL_BODY, _CHUNK.size + kv_bytes_per_token * min(max_tokens, MAX_TOKENS))
+        self._max_body = _CHUNK.size + kv_bytes_per_token * min(max_tokens, max_chunk_tokens, MAX_TOKENS)
         self._max_tokens = max_tokens
         self._parts: deque[memoryview] = deque()  # as they came
         self._buffered = 0
@@ -172,7 +172,7 @@ class FrameDecoder:
         self._state = _State.HEADER
         self._chunks = 0
         self._filled_to = 0
-        self._n_tokens = 0
+        self._n_tokens = self._longest = 0
         self._digest = hashlib.sha256()
 
     @property
@@ -252,7 +252,7 @@ class FrameDecoder:
             raise RemoteProtocolError(f"unknown KV frame kind {number}")
         kind = Kind(number)
         if size > (self._max_body if kind is Kind.CHUNK else MAX_SMALL_BODY):
-            raise RemoteProtocolError(f"a {kind.name} frame of {size} bytes is larger than this model can need")
+            raise RemoteProtocolError(f"a {kind.name} frame of {size} bytes is larger than this worker takes")
         if sequence != self._sequence:
             raise RemoteProtocolError(f"KV frame {sequence} where {self._sequence} was due")
         if kind not in _ALLOWED[self._state]:
@@ -278,6 +278,7 @@ class FrameDecoder:
         header = Header(**_fields_of(body, kinds))
         if header.v_layout not in get_args(VLayout) or not 0 <= header.start <= header.n_tokens <= self._max_tokens:
             raise RemoteProtocolError("the KV header's positions or V layout are out of bounds")
+        self._longest = header.chunk_tokens
         if header.chunk_tokens < 1 or not 0 <= header.stored <= header.n_tokens:
             raise RemoteProtocolError("the KV header's chunk size or stored positions are out of bounds")
         self._filled_to, self._n_tokens = header.start, header.n_tokens
@@ -288,7 +289,8 @@ class FrameDecoder:
             raise RemoteProtocolError("a KV chunk is shorter than its own head")
         index, p0, p1, zero = _CHUNK.unpack_from(body)
         payload = body[_CHUNK.size :]
-        if index != self._chunks or p0 != self._filled_to or not p0 < p1 <= self._n_tokens or zero:
+        longest = min(self._n_tokens, p0 + self._longest)
+        if index != self._chunks or p0 != self._filled_to or not p0 < p1 <= longest or zero:
             raise RemoteProtocolError(f"KV chunk {index} of positions {p0} to {p1} does not follow {self._filled_to}")
         if len(payload) != (p1 - p0) * self._bytes_per_token:
             raise RemoteProtocolError(f"a KV chunk of {p1 - p0} positions has {len(payload)} bytes")

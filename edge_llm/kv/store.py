@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -100,20 +100,6 @@ class PrefixStore:
     def chain(self, tenant: str) -> Chain:
         """Begin to keep a sequence, piece by piece as it is computed."""
         return Chain(self, _root(tenant))
-
-    def keep(self, tenant: str, ids: Sequence[int], pieces: Iterable[Piece]) -> int:
-        """Keep consecutive pieces of `ids` from position 0 on, none over a border; returns how many positions are
-        kept now. A piece that is known costs nothing."""
-        chain = self.chain(tenant)
-        for piece in pieces:
-            chain.add(ids[piece.p0 : piece.p1], piece)
-        return chain.finish()
-
-    def forget(self) -> None:
-        """Drop everything."""
-        self._kept.clear()
-        self._next.clear()
-        self.used_bytes = 0
 
     # -- pieces
 

@@ -207,7 +207,8 @@ class Adopter:
         if snapshot.is_complete or not snapshot.filled_to:
             return snapshot if snapshot.filled_to else None
         # here, not on the engine thread, where it would make running streams wait
-        return await off_loop(size, snapshot.truncated)
+        await off_loop(size, snapshot.cut_short)
+        return snapshot
 
     def _is_soon_done(self, wanted: Wanted) -> bool:
         """A next turn: only this worker holds what it generated, and what is new is no more than a chunk. A prefill
@@ -252,7 +253,14 @@ class Adopter:
             holder=wanted.holder if wanted.known.n_tokens and facts.level == "exact" else None,
             time_left_s=wanted.time_left_s(),
         )
-        expected = Expected(facts.kv_bytes_per_token, wanted.total, request.start, ids_digest(wanted.ids))
+        expected = Expected(
+            facts.kv_bytes_per_token,
+            facts.chunk_tokens,
+            wanted.total,
+            request.start,
+            ids_digest(wanted.ids),
+            snapshot.layout.geometry,
+        )
         key = self._keys.transfer_key(candidate.ticket)
         is_same_class, v_layout = True, facts.v_layout
         async with aclosing(self._puller.pull(candidate, request, key, expected)) as events:

@@ -63,7 +63,17 @@ class Holders:
     async def pieces(self, holder: PrefillCandidate, asked: PrefillRequest) -> AsyncGenerator[Piece, None]:
         """What `holder` ships of `asked`, in order. Raises what went wrong, IncompatibleKV for KV of another kind."""
         total = asked.end or len(asked.ids) - 1
-        expected = Expected(self._facts().kv_bytes_per_token, total, asked.start, ids_digest(asked.ids))
+        facts = self._facts()
+        layout = facts.layout or facts.prompt_layout
+        assert layout is not None  # nobody names a holder to a worker that ships no KV
+        expected = Expected(
+            facts.kv_bytes_per_token,
+            facts.chunk_tokens,
+            total,
+            asked.start,
+            ids_digest(asked.ids),
+            layout.geometry,
+        )
         key = self._keys.transfer_key(holder.ticket)
         async with aclosing(self._puller.pull(holder, asked, key, expected)) as events:
             async for event in events:

@@ -90,9 +90,13 @@ class Prefixes:
         if not (self._is_exact or is_moving):
             total = min(total, prompt_tokens) // self._facts.chunk_tokens * self._facts.chunk_tokens
         self._idle.clear()
+        chain = self._store.chain(tenant)
         try:
-            pieces = await off_loop(kept.state.nbytes, lambda: _cut(kept.state, total, self._facts.chunk_tokens))
-            self._store.keep(tenant, kept.ids, pieces)
+            # one by one: room is made for each before the next is copied out of the state
+            for p0, p1 in pairwise([*range(0, total, self._facts.chunk_tokens), total]):
+                if chain.is_open:
+                    chain.add(kept.ids[p0:p1], await _copied(kept.state, p0, p1))
+            chain.finish()
         finally:
             self._idle.set()
 
@@ -116,5 +120,6 @@ def _place(match: Match, state: StateBlob) -> None:
         state.place(piece.p0, piece.p1, piece.payload, state.layout.v_layout)
 
 
-def _cut(state: StateBlob, total: int, chunk_tokens: int) -> list[Piece]:
-    return [Piece(p0, p1, state.payload(p0, p1)) for p0, p1 in pairwise([*range(0, total, chunk_tokens), total])]
+async def _copied(state: StateBlob, p0: int, p1: int) -> Piece:
+    size = state.nbytes * (p1 - p0) // state.n_tokens
+    return Piece(p0, p1, await off_loop(size, lambda: state.payload(p0, p1)))

@@ -22,7 +22,9 @@ from typing import Final
 import aiohttp
 
 from edge_llm.errors import RemoteProtocolError, Unauthorized, WorkerSilent, WorkerUnreachable
-from edge_llm.kv.frames import NEED_DATA, Chunk, Event, FrameDecoder, Header, Progress
+from edge_llm.kv.frames import Chunk, Event, FrameDecoder, Header, NeedData, Progress
+from edge_llm.kv.payload import check_finite
+from edge_llm.kv.snapshot import Geometry
 from edge_llm.worker.client import CONNECT_S, SILENCE_S, error_of
 from edge_llm.worker.links import Links, Meter
 from edge_llm.worker.messages import ADVANCE_S, ErrorReply, PrefillCandidate, PrefillRequest, decode, encode
@@ -31,6 +33,7 @@ from edge_llm.worker.tickets import authorization
 
 MAX_ERROR_BYTES: Final = 64 << 10
 _READ_BYTES: Final = 1 << 18
+_CHUNKS_IN_ONE: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +49,15 @@ PATIENCE: Final = Patience()
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What the receiver's own model and request say the frames must be."""
+    """What the receiver's own model and request say the frames must be. `chunk_tokens`: its own; senders may be set to
+    a few times as much. `geometry`: to look into what comes; None where nobody keeps it."""
 
     kv_bytes_per_token: int
+    chunk_tokens: int
     n_tokens: int
     start: int
     ids_sha256: str
+    geometry: Geometry | None = None
 
 
 def check_address(address: str, networks: tuple[str, ...]) -> None:
@@ -93,7 +99,8 @@ class Puller:
         Raises WorkerSilent (stalled), WorkerUnreachable (no connection, broken), RemoteProtocolError, or the error P
         answered with.
         """
-        decoder = FrameDecoder(key, expected.kv_bytes_per_token, expected.n_tokens)
+        longest = min(expected.n_tokens, _CHUNKS_IN_ONE * expected.chunk_tokens)
+        decoder = FrameDecoder(key, expected.kv_bytes_per_token, expected.n_tokens, longest)
         where = f"prefill worker {candidate.worker} at {candidate.address}"
         headway = _Headway(self._clock, max(self._patience.advance_s, candidate.patience_s), where)
         meter = self._links.meter(candidate.worker, self._clock)
@@ -111,7 +118,7 @@ class Puller:
                     async with headway.limit():
                         body = await _short_body(reply)
                     raise error_of(decode(ErrorReply, body), candidate.worker)
-                async for event in _events(reply.content, decoder, headway, meter):
+                async for event in _events(reply.content, decoder, expected.geometry, headway, meter):
                     _check(event, expected)
                     headway.note(_position(event))
                     yield event
@@ -150,8 +157,14 @@ class _Headway:
 
 
 async def _events(
-    content: aiohttp.StreamReader, decoder: FrameDecoder, headway: _Headway, meter: Meter
+    content: aiohttp.StreamReader, decoder: FrameDecoder, geometry: Geometry | None, headway: _Headway, meter: Meter
 ) -> AsyncGenerator[Event, None]:
+    def next_event() -> Event | NeedData:
+        event = decoder.next_event()
+        if isinstance(event, Chunk) and geometry is not None:
+            check_finite(geometry, event.payload)
+        return event
+
     while not decoder.is_done:
         async with headway.limit():
             data = await content.readany()
@@ -160,8 +173,8 @@ async def _events(
             return
         decoder.feed(data)
         while True:
-            event = await off_loop(decoder.ready_bytes, decoder.next_event)
-            if event is NEED_DATA:
+            event = await off_loop(decoder.ready_bytes, next_event)
+            if isinstance(event, NeedData):
                 break
             yield event
 

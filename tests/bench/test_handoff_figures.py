@@ -41,6 +41,7 @@ def a_run(**samples: list[float]) -> Run:
         f"{SPLIT}, 0 streams: overlap_share": [0.90],
         f"{SPLIT}, 1 streams: prompt_stall_ratio": [1.0],
         f"{SPLIT}, 4 streams: prompt_stall_ratio": [2.0],
+        f"{SPLIT}, 1 streams: stall_ratio": [2.0],
         f"{SPLIT}, 4 streams: stall_ratio": [2.5],
         f"{MIXED}, 1 streams: stall_ratio": [4.0],
         f"{MIXED}, 4 streams: stall_ratio": [3.0],
@@ -84,14 +85,33 @@ def test_what_was_not_measured_is_missed() -> None:
 
 
 def test_a_figure_is_the_median_of_repetitions_and_the_worst_number_of_streams() -> None:
-    samples = {f"{SPLIT}, 1 streams: prompt_stall_ratio": [9.0, 1.5, 1.6], f"{SERVER}, 4 streams: stall_ratio": [7.0]}
+    samples = {f"{SPLIT}, 1 streams: prompt_stall_ratio": [9.0, 1.5, 1.6]}
+    samples |= {f"{SERVER}, 1 streams: stall_ratio": [6.0], f"{SERVER}, 4 streams: stall_ratio": [7.0]}
     found = figures(a_run(**samples), PLAN)
     assert found["decode_stall_ratio"] == 2.0
     assert found["answer_stall_ratio"] == 2.5, "the first steps of the answer are told apart, not left out"
     assert found["llama_server_stall_ratio"] == 7.0
     assert found["peak_handoff_bytes"] == SNAPSHOT + 2 * CHUNK
     assert found["memory"]["snapshot_bytes"] == SNAPSHOT
-    assert found["arrivals"][f"{SPLIT}, 1 streams"] == {"prompt_stall_ratio": 1.6}
+    assert found["arrivals"][f"{SPLIT}, 1 streams"] == {"stall_ratio": 2.0, "prompt_stall_ratio": 1.6}
+
+
+@pytest.mark.parametrize("count", PLAN.stall_streams)
+def test_a_number_of_streams_that_was_not_measured_could_be_the_worst(count: int) -> None:
+    run = a_run()
+    del run.samples[f"{SPLIT}, {count} streams: prompt_stall_ratio"]
+    assert missed(figures(run, PLAN)) == ["decode_stall_ratio was not measured"]
+
+
+@pytest.mark.parametrize(("sender", "receiver", "misses"), [(3, 2, 0), (4, 2, 1), (3, 3, 1), (4, 3, 2)])
+def test_memory_of_the_sender_and_of_the_receiver_are_judged_one_by_one(
+    sender: int, receiver: int, misses: int
+) -> None:
+    grown = {
+        "sender_growth_bytes": [1.0 * sender * CHUNK],
+        "receiver_growth_bytes": [SNAPSHOT + 1.0 * receiver * CHUNK],
+    }
+    assert len(missed(figures(a_run(**grown), PLAN))) == misses
 
 
 @pytest.mark.anyio

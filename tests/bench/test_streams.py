@@ -48,11 +48,23 @@ def test_prompts_of_two_seeds_share_no_beginning_and_stay_in_the_vocabulary() ->
 
 def test_what_a_prompt_does_to_a_stream_leaves_out_the_steps_that_make_tokens_of_its_answer() -> None:
     arrivals_s = [0.0, 1.0, 2.0, 4.5, 5.5, 9.0, 12.5]
-    assert largest_gap_before(arrivals_s, sent_s=2.1, first_s=9.01) == 2.5
-    assert largest_gap_before(arrivals_s, sent_s=2.1, first_s=8.99) == 2.5
-    assert largest_gap_before([0.0, 1.0, 9.0], sent_s=1.0, first_s=9.0) is None
+    assert largest_gap_before(arrivals_s, sent_s=2.1, first_s=9.01, answer_s=3.4) == 2.5
+    assert largest_gap_before(arrivals_s, sent_s=2.1, first_s=8.99, answer_s=3.4) == 2.5
+    assert largest_gap_before([0.0, 1.0, 9.0], sent_s=1.0, first_s=9.0, answer_s=8.5) == 0.0
+
+
+def test_a_stream_that_stands_still_all_the_while_is_no_stream_without_a_stall() -> None:
+    """Silent from before the prompt was sent until after its first token: nothing but one gap is there to be seen."""
+    assert largest_gap_before([0.0, 1.0, 2.0, 13.5], sent_s=2.5, first_s=13.0, answer_s=1.0) == 10.0
+    assert largest_gap_before([0.0, 1.0, 2.0, 3.0, 13.5], sent_s=2.5, first_s=13.0, answer_s=1.0) == 9.0
+    assert largest_gap_before([0.0, 1.0, 2.0, 8.0, 8.5, 9.5], sent_s=2.5, first_s=9.4, answer_s=1.0) == 6.0
+
+
+def test_a_stream_that_ended_while_the_prompt_arrived_shows_nothing() -> None:
+    with pytest.raises(MeasureFailed, match="too early"):
+        largest_gap_before([0.0, 1.0, 2.0], sent_s=2.5, first_s=9.0, answer_s=1.0)
 
 
 def test_pieces_that_came_together_before_it_do_not_let_the_first_step_of_an_answer_count() -> None:
     arrivals_s = [0.0, 1.0, 1.0, 2.0, 3.0, 5.0, 9.0]
-    assert largest_gap_before(arrivals_s, sent_s=3.1, first_s=9.01) == 2.0
+    assert largest_gap_before(arrivals_s, sent_s=3.1, first_s=9.01, answer_s=3.5) == 2.0

@@ -116,7 +116,21 @@ def test_a_state_of_a_sender_that_died_midway_is_cut_to_what_arrived(v_columns: 
     blob.place(0, 7, values(geometry, 0, 7), "rows")
     with pytest.raises(LocalProtocolError):
         _ = blob.buffer
-    assert bytes(blob.truncated().buffer) == native(shape, values(geometry, 0, 7), 0, 7, 1)
+    blob.cut_short()
+    assert bytes(blob.buffer) == native(shape, values(geometry, 0, 7), 0, 7, 1)
+    assert blob.payload(0, 7) == cut(shape, blob.buffer, 7, 0, 7)
+
+
+@given(geometries, st.booleans(), st.integers(1, 30), st.data())
+def test_whatever_arrived_a_state_that_is_cut_short_is_the_state_of_that(
+    geometry: Geometry, v_columns: bool, n: int, data: st.DataObject
+) -> None:
+    shape = layout(geometry, 2, v_columns)
+    count = data.draw(st.integers(1, n))
+    blob = StateBlob(shape, n, 1)
+    blob.place(0, count, values(geometry, 0, count), "rows")
+    blob.cut_short()
+    assert bytes(blob.buffer) == native(shape, values(geometry, 0, count), 0, count, 1)
 
 
 def test_a_state_read_back_from_an_engine_is_the_state_that_was_put_there() -> None:

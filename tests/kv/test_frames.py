@@ -50,7 +50,7 @@ def plain(event: Event) -> Event:
 
 
 def decode(parts: Iterable[bytes], key: bytes = KEY) -> list[Event]:
-    decoder = FrameDecoder(key, BYTES_PER_TOKEN, max_tokens=16)
+    decoder = FrameDecoder(key, BYTES_PER_TOKEN, max_tokens=16, max_chunk_tokens=8)
     events: list[Event] = []
     for part in parts:
         decoder.feed(part)
@@ -79,7 +79,7 @@ def test_the_decoder_does_not_care_where_the_network_cuts() -> None:
 
 def test_a_stream_cut_anywhere_is_refused_and_gives_no_wrong_event() -> None:
     for cut in range(len(WHOLE)):
-        decoder = FrameDecoder(KEY, BYTES_PER_TOKEN, max_tokens=16)
+        decoder = FrameDecoder(KEY, BYTES_PER_TOKEN, max_tokens=16, max_chunk_tokens=8)
         decoder.feed(WHOLE[:cut])
         seen = []
         while (event := decoder.next_event()) is not NEED_DATA:
@@ -119,10 +119,10 @@ def test_an_oversized_frame_is_refused_from_its_preamble_alone() -> None:
     encoder = FrameEncoder(KEY)
     head = b"".join(map(bytes, encoder.send(HEADER)))
     giant = b"".join(map(bytes, encoder.send(Chunk(0, 0, 4, bytes(1 << 20)))))
-    decoder = FrameDecoder(KEY, BYTES_PER_TOKEN, max_tokens=16)
+    decoder = FrameDecoder(KEY, BYTES_PER_TOKEN, max_tokens=16, max_chunk_tokens=8)
     decoder.feed(head + giant[:32])
     assert decoder.next_event() == HEADER
-    with pytest.raises(RemoteProtocolError, match="larger than this model"):
+    with pytest.raises(RemoteProtocolError, match="larger than this worker takes"):
         decoder.next_event()
     with pytest.raises(RemoteProtocolError, match="already refused"):
         decoder.next_event()
@@ -183,10 +183,17 @@ def test_a_transfer_that_starts_late_carries_only_what_is_missing() -> None:
     assert decode(sent)[:3] == events
 
 
+def test_a_chunk_of_more_positions_than_the_header_announced_is_refused() -> None:
+    encoder = FrameEncoder(KEY)
+    sent = [*encoder.send(HEADER), *encoder.send(Chunk(0, 0, 5, payload(0, 5)))]
+    with pytest.raises(RemoteProtocolError, match="does not follow"):
+        decode(map(bytes, sent))
+
+
 @settings(max_examples=300)
 @given(st.binary(max_size=300))
 def test_bytes_of_strangers_never_do_more_than_be_refused(data: bytes) -> None:
-    decoder = FrameDecoder(KEY, BYTES_PER_TOKEN, max_tokens=16)
+    decoder = FrameDecoder(KEY, BYTES_PER_TOKEN, max_tokens=16, max_chunk_tokens=8)
     decoder.feed(data)
     try:
         assert decoder.next_event() is NEED_DATA

@@ -41,6 +41,14 @@ def pieces_of(ids: Sequence[int], v_layout: VLayout = "rows") -> list[Piece]:
     ]
 
 
+def keep(store: PrefixStore, tenant: str, ids: Sequence[int], pieces: Sequence[Piece]) -> int:
+    """Keep consecutive pieces of `ids` from position 0 on; returns how many positions are kept now."""
+    chain = store.chain(tenant)
+    for piece in pieces:
+        chain.add(ids[piece.p0 : piece.p1], piece)
+    return chain.finish()
+
+
 def store_of(limit: int = 1 << 20) -> PrefixStore:
     return PrefixStore(CHUNK, limit)
 
@@ -65,7 +73,7 @@ def test_the_longest_common_beginning_of_anything_kept_is_found(
 ) -> None:
     store = store_of()
     for ids in kept:
-        assert store.keep("a", ids, pieces_of(ids, v_layout)) == len(ids)
+        assert keep(store, "a", ids, pieces_of(ids, v_layout)) == len(ids)
     found = store.match("a", wanted)
     check_right(found, wanted, v_layout)
     assert found.n_tokens == max((common(ids, wanted) for ids in kept), default=0)
@@ -83,7 +91,7 @@ def test_the_cap_holds_at_every_moment_and_what_is_found_is_still_right(
     store = store_of(room * ROW)
     for ids, is_kept in work:
         if is_kept:
-            store.keep("a", ids, pieces_of(ids))
+            keep(store, "a", ids, pieces_of(ids))
         else:
             check_right(store.match("a", ids), ids)
         assert store.used_bytes <= room * ROW
@@ -92,26 +100,26 @@ def test_the_cap_holds_at_every_moment_and_what_is_found_is_still_right(
 
 def test_sequences_that_begin_alike_hold_their_beginning_once() -> None:
     store = store_of()
-    store.keep("a", [1, 1, 1, 1, 2], pieces_of([1, 1, 1, 1, 2]))
-    store.keep("a", [1, 1, 1, 1, 0, 0], pieces_of([1, 1, 1, 1, 0, 0]))
+    keep(store, "a", [1, 1, 1, 1, 2], pieces_of([1, 1, 1, 1, 2]))
+    keep(store, "a", [1, 1, 1, 1, 0, 0], pieces_of([1, 1, 1, 1, 0, 0]))
     assert store.used_bytes == (4 + 1 + 2) * ROW
 
 
 def test_what_was_used_least_recently_goes_first_and_ends_before_beginnings() -> None:
     old, new = [0] * 8, [1] * 8
     store = store_of(16 * ROW)
-    store.keep("a", old, pieces_of(old))
-    store.keep("a", new, pieces_of(new))
+    keep(store, "a", old, pieces_of(old))
+    keep(store, "a", new, pieces_of(new))
     store.match("a", old)
-    store.keep("a", [2] * 4, pieces_of([2] * 4))
+    keep(store, "a", [2] * 4, pieces_of([2] * 4))
     assert store.match("a", new).n_tokens == 4
     assert store.match("a", old).n_tokens == 8
 
 
 def test_a_piece_larger_than_the_cap_is_not_kept_and_drops_nothing() -> None:
     store = store_of(3 * ROW)
-    store.keep("a", [1], pieces_of([1]))
-    assert store.keep("a", [2] * 4, pieces_of([2] * 4)) == 0
+    keep(store, "a", [1], pieces_of([1]))
+    assert keep(store, "a", [2] * 4, pieces_of([2] * 4)) == 0
     assert store.match("a", [1]).n_tokens == 1
 
 
@@ -132,7 +140,7 @@ def test_two_sequences_kept_at_the_same_time_never_hold_more_than_the_cap_or_lea
 def test_pieces_behind_a_gap_are_not_kept() -> None:
     ids = [1] * 8
     store = store_of()
-    assert store.keep("a", ids, pieces_of(ids)[1:]) == 0
+    assert keep(store, "a", ids, pieces_of(ids)[1:]) == 0
     assert len(store) == 0
 
 
@@ -150,7 +158,7 @@ def test_pieces_that_part_a_chunk_are_found_as_one() -> None:
     ids = [0, 1, 2, 0, 1, 1]
     store = store_of()
     parted = [Piece(p0, p1, payload(ids, p0, p1, "rows")) for p0, p1 in ((0, 3), (3, 4), (4, 6))]
-    assert store.keep("a", ids, parted) == 6
+    assert keep(store, "a", ids, parted) == 6
     check_right(store.match("a", ids), ids)
     assert store.match("a", ids, only_chunks=True).n_tokens == CHUNK
 

@@ -15,7 +15,7 @@ import json
 import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
@@ -24,10 +24,11 @@ import pytest
 from aiohttp import web
 
 from edge_llm.engine.simulated import SimulatedBackend
-from edge_llm.kv.snapshot import ids_digest
+from edge_llm.errors import RemoteProtocolError
+from edge_llm.kv.snapshot import CacheShape, Geometry, LayerShape, ids_digest
 from edge_llm.worker.client import Peer
 from edge_llm.worker.messages import ErrorReply, PrefillRequest, PromptReport, decode, encode
-from edge_llm.worker.pull import Patience
+from edge_llm.worker.pull import Expected, Patience, Puller
 from edge_llm.worker.tickets import ticket_of
 from tests.loopback import (
     CHUNK,
@@ -50,6 +51,7 @@ TOTAL: Final = len(PROMPT) - 1
 STALL_S, ADVANCE_S = 0.3, 0.6
 DRIP_S: Final = 0.03
 IDENTITY: Final = SimulatedBackend(settings_of("prefill")).facts.identity
+F16: Final = 1
 PROTOCOL, UNREACHABLE = "protocol_error", "worker_unreachable"
 
 
@@ -631,3 +633,28 @@ async def test_nobody_there_is_a_fallback(stage: Stage) -> None:
     with socket.create_server(("127.0.0.1", 0)) as bound:
         address = "{}:{}".format(*bound.getsockname())
     await stage.survives(UNREACHABLE, 0, Peer("gone", address))
+
+
+async def test_kv_that_is_no_finite_number_is_refused_before_anybody_has_it(stage: Stage) -> None:
+    """The simulated KV are hashes: read as halves some of them are NaN."""
+    halves = Geometry((CacheShape((LayerShape(F16, 16, F16, 16, 2),) * 2),))
+    stage.liar.answering = saying(lambda writer: b"".join(writer.frames()))
+    candidate = stage.cluster.gateway.candidate(stage.liar.peer, "r1", PROMPT)
+    request = PrefillRequest(request_id="r1", ids=PROMPT, compatibility=IDENTITY.compatibility)
+    key = KEYS.transfer_key(candidate.ticket)
+    seen: list[str] = []
+
+    async def pull(geometry: Geometry) -> None:
+        expected = Expected(geometry.kv_bytes_per_token, CHUNK, TOTAL, 0, ids_digest(PROMPT), geometry)
+        async with Puller() as puller, aclosing(puller.pull(candidate, request, key, expected)) as events:
+            async for event in events:
+                seen.append(type(event).__name__)
+
+    layout = stage.decode.worker.facts.layout
+    assert layout is not None
+    await pull(layout.geometry)
+    assert seen.count("Chunk") == -(-TOTAL // CHUNK)
+    seen.clear()
+    with pytest.raises(RemoteProtocolError, match="infinite or undefined"):
+        await pull(halves)
+    assert "Chunk" not in seen
