@@ -230,8 +230,8 @@ def cpu_features(root: Path) -> str:
 
 
 def fingerprint(root: Path, python: tuple[int, ...], is_dev: bool) -> str:
-    """Everything that the environment's content depends on."""
-    digest = hashlib.sha256(repr((python, FLAGS, is_dev, str(root))).encode())
+    """Everything that the environment's content depends on: moved to another CPU, it would die of its instructions."""
+    digest = hashlib.sha256(repr((python, FLAGS, is_dev, str(root), cpu_features(Path("/")))).encode())
     for name in (LOCKS[is_dev], "pyproject.toml"):
         digest.update((root / name).read_bytes())
     return digest.hexdigest()

@@ -8,6 +8,7 @@ determine every later token (at level `exact`), wherever it runs.
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
@@ -38,6 +39,9 @@ class SamplingParams:
     penalty_last_n: int = 64
     seed: int = 0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    # the same, 64-bit ids and 32-bit floats, laid out once: it is added at every token
+    bias_ids: array[int] = field(init=False, repr=False, compare=False)
+    biases: array[float] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _within("temperature", self.temperature, 0.0, 100.0)
@@ -51,6 +55,8 @@ class SamplingParams:
         _within("seed", self.seed, 0, (1 << SEED_BITS) - 1)
         for token, bias in self.logit_bias.items():
             _within(f"logit_bias[{token}]", bias, -100.0, 100.0)
+        object.__setattr__(self, "bias_ids", array("q", self.logit_bias))
+        object.__setattr__(self, "biases", array("f", self.logit_bias.values()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,9 @@ gateway. Refuses to know engines: what it compares are the token ids that client
 
 Each prompt is answered alone and unsplit (the reference), then alone and split, then among seven others: split, and
 unsplit. Half of the prompts are greedy, half sampled with a seed. The runs must have happened the way they claim: every
-split answer names two workers, eight rows met in one decode call, two prompts met on one prefill worker; otherwise
-the proof fails even if all ids are equal. What workers count since their start is compared with what it was before,
-so that an earlier run proves nothing for this one.
+split answer names two workers and got all of its KV, eight rows met in one decode call, two prompts met on one prefill
+worker; otherwise the proof fails even if all ids are equal. What workers count since their start is compared with what
+it was before, so that an earlier run proves nothing for this one.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class Answer:
     mode: str
     prefill_node: str
     decode_node: str
+    fallback: str | None = None
 
 
 @dataclass(slots=True)
@@ -265,6 +266,7 @@ async def _ask(session: aiohttp.ClientSession, model: str, case: Case, mode: str
         mode=split["mode"],
         prefill_node=split["prefill_node"],
         decode_node=split["decode_node"],
+        fallback=split["fallback"],
     )
 
 
@@ -295,6 +297,8 @@ def _compare(case: Case, way: str, reference: Answer, answer: Answer, proof: Pro
     # a prompt of one token has nothing to prefill elsewhere
     if is_split != way.startswith("split") and answer.prompt_tokens > 1:
         proof.unproven.append(f"{case.name}, {way}: ran {answer.mode} on {answer.decode_node}")
+    elif is_split and answer.fallback:
+        proof.unproven.append(f"{case.name}, {way}: only in part, {answer.fallback}")
 
 
 async def _nodes(session: aiohttp.ClientSession) -> list[dict[str, Any]]:

@@ -91,6 +91,7 @@ class KeptKV:
     request_id: str
     ids: tuple[int, ...]
     state: StateBlob
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +101,7 @@ class PromptProgress:
     request_id: str
     done: int
     total: int
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +110,7 @@ class Failure:
 
     request_id: str
     error: EdgeLLMError
+    epoch: int = 0
 
 
 class Step(NamedTuple):

@@ -133,7 +133,8 @@ class LlamaBackend:
 
     def _check_canary(self, slot: int) -> None:
         """After a refused restore: does this slot still give the known answer? llama.cpp has left K and V of a refused
-        state in place (its issue 27068). A context that does not is not asked again: this error ends the engine."""
+        state in place (its issue 27068); in masked cells finite numbers do no harm, and others do not get here
+        (kv/payload.py). A context that does not is not asked again: this error ends the engine."""
         if self._canary and self._known_answer(slot) != self._canary:
             raise PoisonedContext(
                 f"slot {slot} gives other logits since llama.cpp refused a state; this worker starts anew"
@@ -142,7 +143,8 @@ class LlamaBackend:
     def _known_answer(self, slot: int) -> bytes:
         ids = known_ids(self._model.n_vocab, _SELF_TEST_TOKENS + 1)
         try:
-            self._slots.prompt(ids[:-1], 0, slot)
+            # an interrupt that was meant for an earlier call must not leave half of it out
+            self._slots.prompt(ids[:-1], 0, slot, can_abort=False)
             return self._slots.decode(ids[-1:], [len(ids) - 1], [slot]).tobytes()
         finally:
             self._slots.remove(slot)
@@ -196,8 +198,8 @@ class LlamaBackend:
         for context in self._contexts:
             context.arm()
 
-    def use_threads(self, threads: int) -> None:
-        """Threads of both phases from the next call on; `verify` compares counts."""
+    def use_threads(self, threads: int | None) -> None:
+        """Threads of both phases from the next call on; `verify` compares counts. None: as configured."""
         for context in self._contexts:
             context.use_threads(threads)
 

@@ -36,7 +36,16 @@ from edge_llm.request import Generation, SamplingParams
 Result = dict[str, Any]
 GREEDY: Final = SamplingParams(temperature=0.0)
 # What chat programs send by default, with every stage on.
-FULL: Final = SamplingParams(temperature=0.8, top_k=40, top_p=0.95, min_p=0.05, repeat_penalty=1.1, seed=1)
+# all stages; as many biases as OpenAI's clients send at most
+FULL: Final = SamplingParams(
+    temperature=0.8,
+    top_k=40,
+    top_p=0.95,
+    min_p=0.05,
+    repeat_penalty=1.1,
+    seed=1,
+    logit_bias={64 * token: -1.0 for token in range(300)},
+)
 NUCLEUS: Final = SamplingParams(temperature=0.8, top_p=0.95, seed=1)
 PLAIN: Final = SamplingParams(temperature=1.0, seed=1)
 _SAMPLERS: Final[Mapping[str, SamplingParams]] = {"greedy": GREEDY, "full": FULL, "top_p": NUCLEUS, "plain": PLAIN}

@@ -153,6 +153,10 @@ class NativeModel:
         self.vocab = lib.llama_model_get_vocab(self.pointer)
         self.n_vocab = int(lib.llama_vocab_n_tokens(self.vocab))
 
+    @property
+    def n_ctx_train(self) -> int:
+        return int(self._lib.llama_model_n_ctx_train(self.pointer))
+
     def metadata(self, key: str) -> str | None:
         """A GGUF metadata value as text."""
         buffer = ctypes.create_string_buffer(1 << 16)
@@ -168,18 +172,6 @@ class NativeModel:
         buffer = ctypes.create_string_buffer(128)
         self._lib.llama_model_desc(self.pointer, buffer, len(buffer))
         return buffer.value.decode(errors="replace")
-
-    @property
-    def n_ctx_train(self) -> int:
-        return int(self._lib.llama_model_n_ctx_train(self.pointer))
-
-    @property
-    def is_recurrent(self) -> bool:
-        return bool(self._lib.llama_model_is_recurrent(self.pointer))
-
-    @property
-    def is_hybrid(self) -> bool:
-        return bool(self._lib.llama_model_is_hybrid(self.pointer))
 
     def close(self) -> None:
         if self.pointer:
@@ -231,6 +223,7 @@ class NativeContext:
         lib = self._lib = library()
         self.model = model
         self.settings: ContextSettings = settings
+        self._configured = settings
         params = lib.llama_context_default_params()
         params.n_ctx = settings.n_ctx if settings.is_unified else settings.n_ctx * settings.n_seq
         params.n_batch = params.n_ubatch = settings.rows
@@ -280,7 +273,9 @@ class NativeContext:
             self._batch.seq_id[row][0] = seq
         self._filled = (list(seqs), wants)
 
-    def prompt(self, tokens: Sequence[int], p0: int, seq: int, *, wants_last: bool = False) -> bool:
+    def prompt(
+        self, tokens: Sequence[int], p0: int, seq: int, *, wants_last: bool = False, can_abort: bool = True
+    ) -> bool:
         """KV of `tokens` at positions p0.. of `seq`, no logits, or (`wants_last`, as llama-bench has it) those of the
         last token. False: aborted. Raises EngineFailed."""
         lib = self._lib
@@ -289,7 +284,8 @@ class NativeContext:
             self._wants[len(tokens) - 1] = True
             self._filled = ([], False)
         self._set_threads(self.settings.threads_batch)
-        lib.llama_set_abort_callback(self.pointer, self._flag.callback, self._flag.data)
+        if can_abort:
+            lib.llama_set_abort_callback(self.pointer, self._flag.callback, self._flag.data)
         status = lib.llama_decode(self.pointer, self._batch)
         lib.llama_set_abort_callback(self.pointer, self._flag.never, None)
         if status == ABORTED:
@@ -337,9 +333,10 @@ class NativeContext:
     def arm(self) -> None:
         self._flag.clear()
 
-    def use_threads(self, threads: int) -> None:
-        """Threads of both phases from the next call on (llama_set_n_threads)."""
-        self.settings = replace(self.settings, threads=threads, threads_batch=threads)
+    def use_threads(self, threads: int | None) -> None:
+        """Threads of both phases from the next call on (llama_set_n_threads); None: as it was configured."""
+        given = self._configured
+        self.settings = given if threads is None else replace(given, threads=threads, threads_batch=threads)
 
     def clear(self) -> None:
         self._lib.llama_memory_clear(self.memory, False)

@@ -39,7 +39,8 @@ def sample(logits: Floats, history: Sequence[int], params: SamplingParams, posit
     `logits` float32 [vocab]; `history` all ids before it, prompt included. Raises EngineFailed for NaN logits.
     """
     logits = _biased(_penalized(logits, history, params), params)
-    if params.temperature == 0.0 or params.top_k == 1:
+    # what is 0 as float32 is 0: the whole vocabulary is divided by it
+    if np.float32(params.temperature) == 0 or params.top_k == 1:
         return _argmax(logits)
     u = uniform(params.seed, position)
     if not params.top_k and params.top_p >= 1.0 and params.min_p == 0.0:
@@ -83,10 +84,10 @@ def _penalized(logits: Floats, history: Sequence[int], params: SamplingParams) -
 def _biased(logits: Floats, params: SamplingParams) -> Floats:
     if not params.logit_bias:
         return logits
+    ids, biases = np.frombuffer(params.bias_ids, np.int64), np.frombuffer(params.biases, np.float32)
+    known = (ids >= 0) & (ids < len(logits))
     changed = logits.copy()
-    for token, bias in params.logit_bias.items():
-        if 0 <= token < len(changed):
-            changed[token] += np.float32(bias)
+    changed[ids[known]] += biases[known]
     return changed
 
 

@@ -240,7 +240,7 @@ class Sequencer:
     def _advance_local(self, sequence: _Sequence, outcome: _Outcome) -> None:
         p0, total = sequence.kv_tokens, len(sequence.ids) - 1
         p1 = self._piece_end(p0, total)
-        request_id = sequence.generation.request_id
+        generation = sequence.generation
 
         def compute() -> None:
             self._backend.prompt(sequence.slot, sequence.ids[p0:p1], p0)
@@ -253,7 +253,7 @@ class Sequencer:
             return
         sequence.waits_a_step = p1 == total and self._has_streams
         sequence.kv_tokens = p1
-        outcome.progress.append(PromptProgress(request_id, p1, total))
+        outcome.progress.append(PromptProgress(generation.request_id, p1, total, generation.epoch))
         # oldest first keeps time to first token fair; a finished prompt leaves the queue
         if sequence.is_decoding:
             self._forget_prompt(sequence.slot)
@@ -375,7 +375,8 @@ class Sequencer:
 
     def _export(self, sequence: _Sequence) -> KeptKV:
         state = self._backend.export(sequence.slot, sequence.kv_tokens)
-        return KeptKV(sequence.generation.request_id, tuple(sequence.ids[: sequence.kv_tokens]), state)
+        generation = sequence.generation
+        return KeptKV(generation.request_id, tuple(sequence.ids[: sequence.kv_tokens]), state, generation.epoch)
 
     def _accept(self, sequence: _Sequence, token_id: int) -> TokenEvent:
         """Append a drawn token and say what it means for the text and the end of the answer."""
@@ -394,4 +395,4 @@ class Sequencer:
 
     def _fail(self, sequence: _Sequence, error: EdgeLLMError, outcome: _Outcome) -> None:
         self.end(sequence.slot)
-        outcome.failures.append(Failure(sequence.generation.request_id, error))
+        outcome.failures.append(Failure(sequence.generation.request_id, error, sequence.generation.epoch))

@@ -50,7 +50,9 @@ _PIECES: Final = (1, 7, 32, 100, 3, 64, 128)
 class Verifiable(Backend, Protocol):
     """A backend whose threads can be changed while it runs."""
 
-    def use_threads(self, threads: int) -> None: ...
+    def use_threads(self, threads: int | None) -> None:
+        """Of both phases; None: as configured."""
+        ...
 
 
 @dataclass(slots=True)
@@ -73,11 +75,13 @@ class Comparison:
     def add(self, got: Logits, expected: Logits, where: str) -> None:
         """Compare two logit vectors bit for bit."""
         self.compared += 1
-        if got.tobytes() == expected.tobytes():
+        if got.tobytes() == expected.tobytes() and np.isfinite(got).all():  # NaN everywhere is equal, too
             return
         self.different += 1
         self.first_divergence = self.first_divergence or where
-        self.largest_difference = max(self.largest_difference, float(np.nanmax(np.abs(got - expected))))
+        apart = np.abs(got - expected)
+        if np.isfinite(apart).any():
+            self.largest_difference = max(self.largest_difference, float(apart[np.isfinite(apart)].max()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,11 +202,16 @@ class Verifier:
 
     def _prompt(self, slot: int, ids: Sequence[int], pieces: Iterator[int] | None = None) -> None:
         """Whole chunks, or pieces of the given sizes."""
-        position = 0
-        while position < len(ids):
-            size = next(pieces) if pieces else self._backend.facts.chunk_tokens
-            end = min(len(ids), position + min(size, self._backend.facts.chunk_tokens))
-            self._backend.prompt(slot, ids[position:end], position)
+        for p0, p1 in self._spans(len(ids), pieces):
+            self._backend.prompt(slot, ids[p0:p1], p0)
+
+    def _spans(self, total: int, pieces: Iterator[int] | None) -> Iterator[tuple[int, int]]:
+        """[p0, p1) of each piece; without `pieces` they are chunks."""
+        chunk_tokens, position = self._backend.facts.chunk_tokens, 0
+        while position < total:
+            size = next(pieces) if pieces else chunk_tokens
+            end = min(total, position + min(size, chunk_tokens))
+            yield position, end
             position = end
 
     def _decode(self, rows: Sequence[Row]) -> Logits:
@@ -265,6 +274,10 @@ class Verifier:
             self._prompt(0, reference.prompt[:-1], _cycle(_PIECES, shift))
             self._follow(row, reference, 0)
             self._clear()
+            if self._can_split:  # a mixed worker serves others in pieces too, out of another context
+                self._backend.restore(0, self._serve(reference.prompt, _cycle(_PIECES, shift)))
+                self._follow(row, reference, 0)
+                self._clear()
 
     def _compare_placement(self, row: Comparison) -> None:
         """The last slot; and the prompt context after another prompt was there."""
@@ -296,8 +309,12 @@ class Verifier:
                 self._prompt(0, reference.prompt[:-1])
                 self._follow(row, reference, 0)
                 self._clear()
+                if self._can_split:
+                    self._backend.restore(0, self._serve(reference.prompt))
+                    self._follow(row, reference, 0)
+                    self._clear()
         finally:
-            self._backend.use_threads(self._threads[0])
+            self._backend.use_threads(None)
 
     def _compare_resumed(self, row: Comparison) -> None:
         for reference in self._references[:2]:
@@ -305,8 +322,9 @@ class Verifier:
             self._follow(row, reference, 0, first=RESUMED)
             self._clear()
 
-    def _serve(self, ids: Sequence[int]) -> StateBlob:
-        """ids[:-1] through the prompt context, real frames, and a StateBlob, as two workers would."""
+    def _serve(self, ids: Sequence[int], pieces: Iterator[int] | None = None) -> StateBlob:
+        """ids[:-1] as two workers would: through the prompt context (whole chunks, or pieces of the given sizes), real
+        frames and a StateBlob."""
         facts, backend = self._backend.facts, self._backend
         assert facts.layout is not None
         total = len(ids) - 1
@@ -325,8 +343,7 @@ class Verifier:
         )
         sent = list(encoder.send(header))
         backend.serve_open()
-        for index, p0 in enumerate(range(0, total, facts.chunk_tokens)):
-            p1 = min(total, p0 + facts.chunk_tokens)
+        for index, (p0, p1) in enumerate(self._spans(total, pieces)):
             backend.serve_prompt(ids[p0:p1], p0)
             sent += encoder.send(Chunk(index, p0, p1, backend.serve_export(p0, p1)))
         blob = StateBlob(facts.layout, total, 0)

@@ -29,7 +29,7 @@ from typing import Final
 import structlog
 
 from edge_llm.engine.batch import smoothed
-from edge_llm.engine.engine import Engine, EngineFacts, KeptKV, PromptProgress, Step
+from edge_llm.engine.engine import Engine, EngineFacts, Failure, KeptKV, PromptProgress, Step
 from edge_llm.errors import (
     ContextTooLong,
     DeadlinePassed,
@@ -43,8 +43,9 @@ from edge_llm.errors import (
 )
 from edge_llm.kv.codec import StateBlob
 from edge_llm.kv.store import Match
-from edge_llm.request import Generation, SamplingParams
+from edge_llm.request import Generation, TokenEvent
 from edge_llm.worker.adopt import Adopter, ByteBudget, PromptRecord, Wanted
+from edge_llm.worker.generation import generation_of
 from edge_llm.worker.loop import EngineLoop
 from edge_llm.worker.messages import WIDE_ROWS, DecodeRequest
 from edge_llm.worker.outbox import Outboxes
@@ -132,7 +133,7 @@ class DecodeRole:
 
     def accept(self, request: DecodeRequest, claims: Claims) -> None:
         """Claim a slot and start; raises what the caller must be told instead of 202."""
-        generation = _generation(request)
+        generation = generation_of(request)
         self._check(request, generation, claims)
         self._outboxes.open(request.gateway)
         self._replace_older(request)
@@ -177,8 +178,8 @@ class DecodeRole:
         for progress in step.progress:
             self._on_progress(progress, step.prompt_s)
         for event in step.events:
-            running = self._running.get(event.request_id)
-            if running is None or running.request.epoch != event.epoch:
+            running = self._of(event)
+            if running is None:
                 continue
             self._report(running)
             self._outboxes.add_token(running.request.gateway, event)
@@ -188,10 +189,15 @@ class DecodeRole:
                 )
                 self._release(running)
         for failure in step.failures:
-            running = self._running.get(failure.request_id)
+            running = self._of(failure)
             if running is not None and running.is_begun:
                 self._fail(running, failure.error)
         self._outboxes.flush()
+
+    def _of(self, made: TokenEvent | PromptProgress | Failure | KeptKV) -> _Running | None:
+        """The sequence that something was made for. A step may be heard of after a newer epoch took its place."""
+        running = self._running.get(made.request_id)
+        return running if running is not None and running.request.epoch == made.epoch else None
 
     def on_death(self, error: EdgeLLMError) -> None:
         for running in list(self._running.values()):
@@ -327,7 +333,7 @@ class DecodeRole:
             self.prompt_token_s = smoothed(self.prompt_token_s, step.prompt_s / step.prompt_tokens)
 
     def _on_progress(self, progress: PromptProgress, prompt_s: float) -> None:
-        running = self._running.get(progress.request_id)
+        running = self._of(progress)
         if running is None or not running.is_begun:
             return
         self._outboxes.add_progress(running.request.gateway, running.generation, progress.done, progress.total)
@@ -344,7 +350,7 @@ class DecodeRole:
 
     def _keep(self, kept: KeptKV) -> None:
         """For a next turn. The copy is made beside the event loop, and tokens do not wait for it."""
-        running = self._running.get(kept.request_id)
+        running = self._of(kept)
         if running is None:
             return
         prompt_tokens = len(running.generation.prompt_ids)
@@ -414,35 +420,3 @@ def _take(engine: Engine, slot: int) -> KeptKV:
         return engine.export(slot)
     finally:
         engine.end(slot)
-
-
-def _generation(request: DecodeRequest) -> Generation:
-    """The engine's words for a message; bounds that the message type cannot say are checked by those classes."""
-    s = request.sampling
-    try:
-        bias = {int(token): value for token, value in s.logit_bias.items()}
-    except ValueError as error:
-        raise InvalidRequest("logit_bias keys are token ids", param="logit_bias") from error
-    sampling = SamplingParams(
-        temperature=s.temperature,
-        top_k=s.top_k,
-        top_p=s.top_p,
-        min_p=s.min_p,
-        repeat_penalty=s.repeat_penalty,
-        frequency_penalty=s.frequency_penalty,
-        presence_penalty=s.presence_penalty,
-        penalty_last_n=s.penalty_last_n,
-        seed=int(s.seed),
-        logit_bias=bias,
-    )
-    return Generation(
-        request_id=request.request_id,
-        epoch=request.epoch,
-        prompt_ids=tuple(request.prompt_ids),
-        max_tokens=request.max_tokens,
-        sampling=sampling,
-        stop=tuple(request.stop),
-        stop_ids=frozenset(request.stop_ids),
-        delivered_ids=tuple(request.delivered_ids),
-        tpot_s=request.tpot_s or None,
-    )

@@ -41,9 +41,11 @@ class Cluster:
         split_mode: str = "split",
         whole_mode: str = "local",
         is_restarted: bool = False,
+        fallback: str | None = None,
     ) -> None:
         self._wide, self._met, self._answers, self._wrong = wide, met, answers, wrong
         self._split_mode, self._whole_mode, self._is_restarted = split_mode, whole_mode, is_restarted
+        self._fallback = fallback
         self.prompts: list[Any] = []
 
     @asynccontextmanager
@@ -82,6 +84,7 @@ class Cluster:
             "mode": self._split_mode if mode == "split" else self._whole_mode,
             "prefill_node": "prefill",
             "decode_node": "decode",
+            "fallback": self._fallback if mode == "split" else None,
         }
         usage = {"prompt_tokens": len(prompt)}
         choices = [{"finish_reason": "length"}]
@@ -167,6 +170,13 @@ def test_no_prompt_is_longer_than_a_small_context() -> None:
         text = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
         tokens = len(given) if "ids" in case.name else len(text.encode())  # a vocabulary may have a token for each byte
         assert tokens + case.body["max_tokens"] <= 1024
+
+
+async def test_answers_that_got_a_part_of_their_kv_only_prove_nothing() -> None:
+    proof, _ = await proven(Cluster(fallback="prefill: protocol_error after 8 of 99 tokens"))
+    assert not proof.holds
+    assert len(proof.unproven) == 2 * sum(tokens > 1 for tokens in proof.prompt_tokens)
+    assert "only in part, prefill: protocol_error" in proof.unproven[0]
 
 
 async def test_answers_that_did_not_split_and_empty_answers_prove_nothing() -> None:

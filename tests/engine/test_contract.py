@@ -376,7 +376,7 @@ def test_a_chat_becomes_a_prompt_that_names_its_roles(vocabulary: Vocabulary) ->
 
 
 def test_a_fault_in_the_kv_changes_the_answer(engine: Engine) -> None:
-    """The suite can fail: one flipped bit of KV, and split no longer equals whole."""
+    """The suite can fail: other exponents in the first chunk, and split no longer equals whole."""
     ids = prompt(3 * CHUNK)
     whole = alone(engine, ask(ids, max_tokens=40))
     chunks = serve(engine, ids)

@@ -46,6 +46,15 @@ def test_a_refused_state_leaves_a_slot_that_answers_as_before(backend_of: LoadBa
     assert answer(backend, 1) == before
 
 
+def test_a_refusal_just_after_a_cancellation_is_a_refusal_and_no_poisoned_context(backend_of: LoadBackend) -> None:
+    """The interrupt of a call that is over must not break off the check."""
+    backend = backend_of()
+    bad = damaged(backend)
+    backend.interrupt()
+    with pytest.raises(RestoreRefused):
+        backend.restore(1, bad)
+
+
 class Poisoned(LlamaBackend):
     """Gives another answer after a state was refused."""
 

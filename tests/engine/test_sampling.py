@@ -108,3 +108,20 @@ def test_penalties_touch_only_what_was_seen_and_never_the_callers_array() -> Non
 def test_logits_that_are_not_numbers_are_the_engines_fault(bad: float, params: SamplingParams) -> None:
     with pytest.raises(EngineFailed):
         sample(np.array([0.0, bad, 1.0], np.float32), [], params, 0)
+
+
+def test_a_bias_is_added_to_its_tokens_alone_and_one_of_no_token_is_nothing() -> None:
+    logits = np.array([0.0, 1.0, 2.0, 3.0], np.float32)
+    biased = SamplingParams(temperature=0.0, logit_bias={0: 4.5, 3: -100.0, 99: 100.0, -1: 100.0})
+    assert sample(logits, [], biased, 0) == 0
+    assert logits.tolist() == [0.0, 1.0, 2.0, 3.0], "the caller's logits stay"
+    assert sample(logits, [], SamplingParams(temperature=0.0, logit_bias={2: 1.5}), 0) == 2
+
+
+@pytest.mark.parametrize("temperature", [1e-320, 1e-50, 1e-44, 1e-38])
+@pytest.mark.parametrize("more", [{}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}])
+def test_a_temperature_that_is_nearly_nothing_is_greedy(temperature: float, more: dict[str, float]) -> None:
+    logits = np.array([0.5, 3.0, 2.999, -1.0] * 40, np.float32)
+    params = SamplingParams(temperature=temperature, **more)  # type: ignore[arg-type]
+    with np.errstate(all="ignore"):
+        assert {sample(logits, [], params, position) % 4 for position in range(20)} == {1}

@@ -12,6 +12,7 @@ from edge_llm.engine.rates import NOTHING_KNOWN, Rates
 from edge_llm.engine.sequencer import Sequencer
 from edge_llm.engine.simulated import SimulatedBackend, SimulatedSettings, SimulatedVocabulary
 from edge_llm.kv.codec import StateBlob
+from edge_llm.kv.snapshot import Level
 from edge_llm.request import Generation, SamplingParams
 
 STEP_S, EXPORT_S = 0.005, 0.05
@@ -22,8 +23,8 @@ class Timed(SimulatedBackend):
     """Takes time on a clock of its own: a step for decoding and more for deep rows, a tenth of a step for a prompt
     token, ten steps for reading KV out."""
 
-    def __init__(self, slots: int = 2, cell_s: float = 0.0) -> None:
-        super().__init__(SimulatedSettings(slots=slots))
+    def __init__(self, slots: int = 2, cell_s: float = 0.0, level: Level = "exact") -> None:
+        super().__init__(SimulatedSettings(slots=slots, level=level))
         self.now_s, self.cell_s = 0.0, cell_s
         self.calls: list[list[int]] = []
 
@@ -58,6 +59,17 @@ def test_a_prompt_beside_a_stream_leaves_room_for_the_streams_limit(tpot_steps: 
     assert [step.prompt_tokens for step in steps] == [tokens] * 4
     if tpot_steps == 2.0:
         assert max(step.prompt_s + step.decode_s for step in steps) <= tpot_steps * STEP_S
+
+
+def test_at_level_same_plan_pieces_are_whole_chunks_whatever_runs_beside_them() -> None:
+    backend = Timed(level="same-plan")
+    engine = Sequencer(backend, SimulatedVocabulary(), clock=backend.clock)
+    engine.begin(0, Generation("running", 0, tuple(range(5, 25)), 500, GREEDY, tpot_s=2 * STEP_S))
+    while engine.step().decoded_rows < 1:
+        pass
+    engine.begin(1, Generation("arriving", 0, tuple(5 + at % 200 for at in range(300)), 2, GREEDY))
+    steps = [engine.step() for _ in range(8)]
+    assert [step.prompt_tokens for step in steps if step.prompt_tokens] == [128, 128, 43]
 
 
 @pytest.mark.parametrize("keeps_kv", [False, True])

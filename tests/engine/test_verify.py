@@ -99,9 +99,9 @@ class RestoresLess(Faulty):
 
 
 class DependsOnThreads(Faulty):
-    threads = 1
+    threads: int | None = 1
 
-    def use_threads(self, threads: int) -> None:
+    def use_threads(self, threads: int | None) -> None:
         self.threads = threads
         super().use_threads(threads)
 
@@ -115,9 +115,9 @@ class DependsOnThreads(Faulty):
 class PrefillDependsOnThreads(Faulty):
     """Decode does not; a prompt that two threads compute is another one."""
 
-    threads = 1
+    threads: int | None = 1
 
-    def use_threads(self, threads: int) -> None:
+    def use_threads(self, threads: int | None) -> None:
         self.threads = threads
         super().use_threads(threads)
 
@@ -125,6 +125,37 @@ class PrefillDependsOnThreads(Faulty):
         if self.threads == 2:
             ids = [*ids[:-1], (ids[-1] + 1) % self.facts.vocab_size]
         super().prompt(slot, ids, p0)
+
+
+class ServesByPieces(Faulty):
+    """Prompts of this worker are right, those that it computes for others are not when a piece is odd."""
+
+    def serve_prompt(self, ids: Sequence[int], p0: int) -> None:
+        if len(ids) == 7:
+            ids = [*ids[:-1], (ids[-1] + 1) % self.facts.vocab_size]
+        super().serve_prompt(ids, p0)
+
+
+class ServesByThreads(Faulty):
+    """Only a prompt for others that two threads compute is another one."""
+
+    threads: int | None = 1
+
+    def use_threads(self, threads: int | None) -> None:
+        self.threads = threads
+        super().use_threads(threads)
+
+    def serve_prompt(self, ids: Sequence[int], p0: int) -> None:
+        if self.threads == 2:
+            ids = [*ids[:-1], (ids[-1] + 1) % self.facts.vocab_size]
+        super().serve_prompt(ids, p0)
+
+
+class GivesNoNumbers(Faulty):
+    """The same nonsense whatever is asked: bit for bit equal."""
+
+    def decode(self, rows: Sequence[Row]) -> Logits:
+        return np.full_like(super().decode(rows), np.nan)
 
 
 class DecodesUnlikePrefill(Faulty):
@@ -163,6 +194,9 @@ def test_an_exact_backend_is_exact_in_every_row(backend_of: LoadBackend) -> None
         (RestoresLess, "split", "none"),
         (DependsOnThreads, "threads", "same-plan"),
         (PrefillDependsOnThreads, "threads", "same-plan"),
+        (ServesByPieces, "chunks", "same-plan"),
+        (ServesByThreads, "threads", "same-plan"),
+        (GivesNoNumbers, "split", "none"),
         (DecodesUnlikePrefill, "resumed", "same-plan"),
     ],
 )

@@ -8,6 +8,7 @@ from dataclasses import replace
 import msgspec
 import pytest
 
+from edge_llm.engine.engine import Failure, PromptProgress, Step
 from edge_llm.errors import ContextTooLong, InvalidRequest, Overloaded, WorkerError
 from edge_llm.request import SamplingParams
 from edge_llm.worker.client import Peer
@@ -205,6 +206,20 @@ async def test_a_newer_epoch_takes_the_place_of_an_older_one(cluster: Cluster) -
     assert (await newer.over()).ids == undisturbed(prompt, 8)
     assert not older.is_over
     assert decode.slots_free == 1
+
+
+async def test_what_an_older_epoch_did_last_does_not_touch_the_newer_one(cluster: Cluster) -> None:
+    """A step may be heard of when its sequence has been replaced already."""
+    decode = await cluster.start("decode", "d1", SLOW)
+    prompt = prompt_of(CHUNK)
+    newer = await cluster.gateway.ask(decode.peer, prompt, max_tokens=40, request_id="same", epoch=2)
+    await newer.first_token()
+    role = decode.worker.decode
+    assert role is not None
+    late = Failure("same", WorkerError("no KV cells left"), epoch=1)
+    role.on_step(Step(failures=(late,), progress=(PromptProgress("same", 1, 999, epoch=1),)))
+    assert (await newer.over()).ids == undisturbed(prompt, 40)
+    assert (1, 999) not in newer.progress
 
 
 async def test_cancel_frees_the_slot_at_once(cluster: Cluster) -> None:
