@@ -2,8 +2,8 @@
 
 Owns everything between a fresh clone and a working `edge-llm` command, and says in one sentence what is missing before
 anything long starts. Runs with the system's python3 before any package exists: standard library only, nothing of ours
-imported, syntax that an old Python can still read (so that it can say that it is too old). It is the one module besides
-config.py that reads the environment, and like a command it prints.
+imported, syntax that an old Python can still read (so that it can say that it is too old). Like config.py it reads the
+environment, and like a command it prints.
 
 Invariants: a second run with nothing to do takes a blink (a stamp in the environment); a wheel in the cache is whole
 (one rename) and was compiled for this version, these flags and this CPU; no package index is ever named: pip's own
