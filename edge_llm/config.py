@@ -361,13 +361,11 @@ def _explain(section: str, error: ValidationError, origins: Mapping[str, str]) -
     """`origins`: where each given key was found, as words that follow its name."""
     lines = []
     for problem in error.errors(include_url=False):
-        place = ".".join(map(str, problem["loc"]))
+        place, what = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
         if not place:  # about several settings together
-            lines.append(f"{section}: {problem['msg']}")
+            lines.append(f"{section}: {what}")
             continue
-        lines.append(
-            f"{section}.{place}{origins.get(str(problem['loc'][0]), '')}: {problem['msg']} (got {problem['input']!r})"
-        )
+        lines.append(f"{section}.{place}{origins.get(str(problem['loc'][0]), '')}: {what} (got {problem['input']!r})")
     return "wrong setting: " + "; ".join(lines)
 
 

@@ -71,7 +71,6 @@ class Server:
         app: Starlette,
         bound: socket,
         drain: Callable[[], Awaitable[None]],
-        log_level: LogLevel = "info",
         http: type[asyncio.Protocol] | Literal["auto"] = "auto",
     ) -> None:
         config = uvicorn.Config(
@@ -84,7 +83,7 @@ class Server:
             server_header=False,
         )
         self._server = _Uvicorn(config)
-        self._socket, self._drain, self._log_level = bound, drain, log_level
+        self._socket, self._drain = bound, drain
         self._has_failed = False
 
     def fail(self) -> None:
@@ -94,7 +93,6 @@ class Server:
 
     def run(self, announce: bool, facts: dict[str, Any]) -> None:
         """Serve until told to stop. Exits the process with 1 after `fail`."""
-        configure_logging(self._log_level)
         # uvicorn's choice: uvloop where it is installed, which halves what a token costs the gateway
         with asyncio.Runner(loop_factory=self._server.config.get_loop_factory()) as runner:
             runner.run(self._serve(announce, facts))

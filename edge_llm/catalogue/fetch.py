@@ -200,6 +200,7 @@ class _Transfer:
         self._entry, self._report, self._pause = entry, report, pause
         self._part, self._origin = target.with_suffix(".part"), target.with_suffix(".origin")
         self._scratch = target.with_suffix(".wheel")
+        self._is_continued = False
 
     def run(self) -> Path:
         """The verified part file. Raises what the only source said, or all that they said."""
@@ -229,6 +230,16 @@ class _Transfer:
             )
 
     def _from_source(self, source: Source) -> None:
+        """What was continued and is wrong may be sewn together of two versions: then once more from its start."""
+        self._is_continued = False
+        try:
+            self._brought(source)
+        except ChecksumMismatch:
+            if not self._is_continued:
+                raise
+            self._brought(source)
+
+    def _brought(self, source: Source) -> None:
         self._report(0, self._entry.size)
         if source.file is not None:
             self._from_file(manifest_path().parent / source.file)
@@ -271,7 +282,13 @@ class _Transfer:
     def _broke_off(self, url: str, problem: Exception) -> str:
         if not self._size():
             return f"nothing came from {url} ({reason_of(problem)})"
-        return f"the download broke off after {self._size()} bytes ({reason_of(problem)}); the next try continues there"
+        goes_on = "continues there" if self._can_continue else "begins again: the server names no version of its file"
+        return f"the download broke off after {self._size()} bytes ({reason_of(problem)}); the next try {goes_on}"
+
+    @property
+    def _can_continue(self) -> bool:
+        known = _Origin.load(self._origin)
+        return known is not None and bool(known.validator or self._entry.sha256)
 
     def _request(self, url: str, token: str | None) -> None:
         """Continue the partial file when the server still has the same version; begin again when not."""
@@ -279,8 +296,11 @@ class _Transfer:
         if known is not None and known.url == url and have == self._entry.size:
             return  # whole, but killed before it was verified
         headers = {"User-Agent": "edge-llm"}
-        if known is not None and known.url == url and known.validator and have:
-            headers |= {"Range": f"bytes={have}-", "If-Range": known.validator}
+        if known is not None and known.url == url and have:
+            if known.validator:
+                headers |= {"Range": f"bytes={have}-", "If-Range": known.validator}
+            elif self._entry.sha256 is not None:  # the hash tells whether it was still the same file
+                headers["Range"] = f"bytes={have}-"
         self._check_proof(url)
         request = urllib.request.Request(url, headers=headers)
         if token is not None:
@@ -289,6 +309,7 @@ class _Transfer:
             start = _start_of(reply, have)
             length = reply.headers.get("content-length")
             total = start + int(length) if length and length.isdigit() else None
+            self._is_continued |= start > 0
             if start == 0:
                 _Origin(url, _validator(reply)).save(self._origin)
             with self._part.open("r+b" if start else "wb") as out:

@@ -28,6 +28,7 @@ KILL_S: Final = 10.0
 KEPT_LINES: Final = 40
 # Longer lines are cut: a log line that holds what a stranger sent must not fill our memory.
 LINE_BYTES: Final = 4096
+_ERROR: Final = "edge-llm: "  # how cli.py begins one
 _BLOCK: Final = 1 << 16
 Say = Callable[[str], None]
 
@@ -126,7 +127,10 @@ class Child:
         line = await process.stdout.readline()
         if not line:
             raise ValueError(f"exit code {await process.wait()}")
-        ready = json.loads(line)
+        try:
+            ready = json.loads(line)
+        except ValueError:
+            ready = None
         if not isinstance(ready, dict) or "address" not in ready:
             raise ValueError(f"it said {line[:200]!r} instead of being ready")
         return ready
@@ -151,4 +155,7 @@ class Child:
 
     @property
     def _last_words(self) -> str:
-        return "".join(f"\n{line}" for line in list(self.tail)[-8:])
+        """The last lines: an error of ours from its beginning on, however long."""
+        lines = list(self.tail)
+        begins = [number for number, line in enumerate(lines) if line.startswith(_ERROR)]
+        return "".join(f"\n{line}" for line in lines[min([*begins[-1:], max(0, len(lines) - 8)]) :])

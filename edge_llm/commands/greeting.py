@@ -20,13 +20,14 @@ def own_command() -> str:
     return str(place if str(near).startswith("..") else near)
 
 
-def greeting(url: str, model: str, levels: set[str], can_split: bool, stop: str) -> str:
-    """`levels`: what the workers promise of their exactness; `stop`: what ends the cluster."""
+def greeting(url: str, model: str, levels: set[str], can_split: bool, stop: str, which: str = "") -> str:
+    """`levels`: what the workers promise of their exactness; `stop`: what ends the cluster; `which`: the option that
+    names the model to other commands, unless it is the default."""
     question = '{"role": "user", "content": "What is a prefill?"}'
     ours = ', "edge_llm": {"mode": "split"}' if can_split else ""
     body = f'{{"messages": [{question}], "stream": true{ours}}}'
     hint = (
-        f"Not verified yet whether this build is exact here: `{own_command()} verify` measures it, "
+        f"Not verified yet whether this build is exact here: `{own_command()} verify{which}` measures it, "
         "and answers name the level after the next start.\n"
         if "unverified" in levels
         else ""

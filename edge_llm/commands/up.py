@@ -6,6 +6,7 @@ import asyncio
 import http.client
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from edge_llm.commands.endpoint import open_url
 from edge_llm.commands.greeting import greeting, own_command
 from edge_llm.commands.serve import SLO_SETTINGS, config_option, slo_option
 from edge_llm.commands.supervisor import SIMULATED_MODEL, Supervisor, check_port_free
-from edge_llm.config import UpConfig, load_settings
+from edge_llm.config import DEFAULT_MODEL, GatewayConfig, UpConfig, WorkerConfig, load_settings
 from edge_llm.errors import ConfigError, WorkerUnreachable
 from edge_llm.reasons import reason_of
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _PORTS = click.IntRange(1, 65535)
 _port = click.option("--port", type=_PORTS, help="Port of the endpoint; needed where several clusters run.")
 STATUS_S = 5.0
+_INTERRUPTED = 130
 
 
 @click.command(context_settings={"ignore_unknown_options": False})
@@ -64,7 +66,7 @@ def up(
     """
     if worker_options and not worker_options[0].startswith("-"):
         raise click.UsageError(f"{worker_options[0]!r} is no option, of `up` or of workers")
-    settings = load_settings(UpConfig, flags, config)
+    settings = _with_shared(load_settings(UpConfig, flags, config), config)
     running = read_state(settings.port)
     if running is not None:
         raise ConfigError(
@@ -76,6 +78,13 @@ def up(
     else:
         stop = f"`{own_command()} down --port {settings.port}`" if detached else "Ctrl-C"
         _run(settings, worker_options, slo_arguments(slo), stop)
+
+
+def _with_shared(settings: UpConfig, config: Path | None) -> UpConfig:
+    """Port and model as the gateway's and the workers' own sections have them, where nothing says so of `up`."""
+    given = {"port": load_settings(GatewayConfig, {}, config), "model": load_settings(WorkerConfig, {}, config)}
+    found = {name: getattr(other, name) for name, other in given.items() if name in other.model_fields_set}
+    return settings.model_copy(update={name: found[name] for name in found.keys() - settings.model_fields_set})
 
 
 @click.command()
@@ -150,10 +159,13 @@ def _run(settings: UpConfig, worker_options: Sequence[str], gateway_options: Seq
         state = ClusterState.of_this_process(settings.port, name, workers, supervisor.stop_s)
         write_state(state)
         can_split = {"prefill", "decode"} <= set(settings.roles)
-        click.echo(greeting(state.url, name, _levels(supervisor), can_split, stop))
+        which = "" if settings.model == DEFAULT_MODEL else f" --model {shlex.quote(settings.model)}"
+        click.echo(greeting(state.url, name, _levels(supervisor), can_split, stop, which))
 
     try:
-        asyncio.run(_until_signal(supervisor, on_ready))
+        if not asyncio.run(_until_signal(supervisor, on_ready)):
+            click.echo("stopped before the cluster was ready", err=True)
+            sys.exit(_INTERRUPTED)
     except BaseExceptionGroup as group:
         raise _root_of(group) from None
     finally:
@@ -188,7 +200,8 @@ def _with_roles_for(settings: UpConfig, model: LocalModel) -> UpConfig:
     return settings.model_copy(update={"prefill": 0, "decode": 0, "mixed": mixed})
 
 
-async def _until_signal(supervisor: Any, on_ready: Any) -> None:
+async def _until_signal(supervisor: Any, on_ready: Any) -> bool:
+    """Whether the cluster was ready before it was told to stop."""
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -200,7 +213,8 @@ async def _until_signal(supervisor: Any, on_ready: Any) -> None:
     try:
         await running
     except asyncio.CancelledError:
-        click.echo("stopped before the cluster was ready", err=True)
+        return False
+    return True
 
 
 def _root_of(group: BaseException) -> BaseException:

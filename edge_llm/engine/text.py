@@ -28,12 +28,9 @@ class TextStream:
         return self._release(self._decoder.decode(piece))
 
     def flush(self) -> str:
-        """What was still held, when no more pieces come. An unfinished character becomes U+FFFD."""
-        if self._is_stopped:
-            return ""
-        text, is_stopped = self._release(self._decoder.decode(b"", final=True))
+        """What was still held, when no more pieces come. An unfinished character is left out: it would be another."""
         rest, self._held = self._held, ""
-        return text if is_stopped else text + rest
+        return rest
 
     def _release(self, text: str) -> tuple[str, bool]:
         if not self._stop:

@@ -27,6 +27,7 @@ from pydantic import (
 
 from edge_llm.cluster.slo import NO_LIMITS, Slo
 from edge_llm.errors import EdgeLLMError, InvalidRequest, Overloaded
+from edge_llm.gateway.unsupported import refuse_unsupported
 from edge_llm.request import SamplingParams, check_stop
 
 DONE: Final = b"data: [DONE]\n\n"
@@ -131,11 +132,15 @@ class _Chat(_Common):
     messages: Annotated[list[_Message], Field(max_length=MAX_MESSAGES, fail_fast=True)]
 
 
+_Ids = Annotated[list[StrictInt], Field(max_length=MAX_PROMPT_IDS, fail_fast=True)]
+
+
 class _Completion(_Common):
     prompt: (
         StrictStr
-        | Annotated[list[StrictInt], Field(max_length=MAX_PROMPT_IDS, fail_fast=True)]
+        | _Ids
         | Annotated[list[StrictStr], Field(max_length=MAX_MESSAGES, fail_fast=True)]
+        | Annotated[list[_Ids], Field(max_length=MAX_MESSAGES, fail_fast=True)]
     )
     echo: StrictBool = False
     best_of: StrictInt | None = None
@@ -207,6 +212,7 @@ def parse(
         raise _first_problem(error) from error
     if mode_header is not None and mode_header not in ("auto", "split", "local"):
         raise InvalidRequest(f"x-edge-llm-mode is auto, split or local, not {mode_header!r}", param="x-edge-llm-mode")
+    refuse_unsupported(values)
     return _ask(body, random_seed, mode_header, _seconds(timeout_header))
 
 
@@ -224,7 +230,6 @@ def _seconds(header: str | None) -> float | None:
 def _ask(
     body: _Chat | _Completion, random_seed: Callable[[], int], mode_header: str | None, timeout_s: float | None
 ) -> Ask:
-    _refuse_unsupported(body)
     text, ids = _prompt(body) if isinstance(body, _Completion) else (None, None)
     mode: Any = mode_header or body.edge_llm.mode
     return Ask(
@@ -246,15 +251,6 @@ def _ask(
         deadline_s=min((s for s in (timeout_s, body.edge_llm.deadline_s) if s is not None), default=None),
         slo=Slo(body.edge_llm.slo.ttft_s, body.edge_llm.slo.tpot_s),
     )
-
-
-def _refuse_unsupported(body: _Chat | _Completion) -> None:
-    if body.n not in (None, 1):
-        raise InvalidRequest(f"n must be 1, got {body.n}: send the request again for another answer", param="n")
-    if isinstance(body, _Completion) and body.echo:
-        raise InvalidRequest("echo is not supported", param="echo")
-    if isinstance(body, _Completion) and body.best_of not in (None, 1):
-        raise InvalidRequest("best_of must be 1", param="best_of")
 
 
 def _messages(messages: Sequence[_Message]) -> tuple[tuple[str, str], ...]:
@@ -294,13 +290,17 @@ def _prompt(body: _Completion) -> tuple[str | None, tuple[int, ...] | None]:
     if not prompt:
         raise InvalidRequest("prompt is empty", param="prompt")
     if all(isinstance(item, int) for item in prompt):
-        ids = tuple(item for item in prompt if isinstance(item, int))
-        if min(ids) < 0 or max(ids) >= 1 << 31:
-            raise InvalidRequest("prompt has a token id out of range", param="prompt")
-        return None, ids
+        return None, _ids([item for item in prompt if isinstance(item, int)])
     if len(prompt) != 1:
         raise InvalidRequest("several prompts in one request are not supported: send one each", param="prompt")
-    return str(prompt[0]), None
+    only = prompt[0]
+    return (None, _ids(only)) if isinstance(only, list) else (str(only), None)
+
+
+def _ids(ids: Sequence[int]) -> tuple[int, ...]:
+    if not ids or min(ids) < 0 or max(ids) >= 1 << 31:
+        raise InvalidRequest("prompt has no token id, or one out of range", param="prompt")
+    return tuple(ids)
 
 
 def _max_tokens(body: _Common) -> int | None:
@@ -323,7 +323,9 @@ def _sampling(body: _Common, random_seed: Callable[[], int]) -> SamplingParams:
         "penalty_last_n": body.repeat_last_n,
     }
     values: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    # llama.cpp's clients send -1 for "choose one"
+    # llama.cpp's clients send seed -1 for "choose one", vLLM's top_k -1 for "all"
+    if values.get("top_k") == -1:
+        values["top_k"] = 0
     seed = body.seed if body.seed is not None and body.seed >= 0 else random_seed()
     bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
     return SamplingParams(**values, seed=seed & _MAX_SEED, logit_bias=bias)
@@ -335,7 +337,12 @@ def _stop(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     return words
 
 
-_WORDS: Final = {"missing": "is missing", "extra_forbidden": "is no field of edge_llm"}
+_WORDS: Final = {
+    "missing": "is missing",
+    "extra_forbidden": "is no field of edge_llm",
+    "model_type": "must be an object",
+    "int_type": "must be an integer of at most 64 bits",
+}
 
 
 def _first_problem(error: ValidationError) -> InvalidRequest:
@@ -343,7 +350,8 @@ def _first_problem(error: ValidationError) -> InvalidRequest:
     problems = error.errors(include_url=False, include_input=False)
     name = str(problems[0]["loc"][0]) if problems[0]["loc"] else "body"
     problem = max((p for p in problems if p["loc"][:1] == problems[0]["loc"][:1]), key=lambda p: len(p["loc"]))
-    path = ".".join(str(part) for part in problem["loc"] if not _BRANCH.fullmatch(str(part)))
+    parts = [part for part in problem["loc"] if not _BRANCH.fullmatch(str(part))]
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).removeprefix(".")
     what = _WORDS.get(problem["type"], problem["msg"])
     return InvalidRequest(f"{path or name}: {what}", param=name)
 

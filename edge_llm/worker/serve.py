@@ -16,7 +16,7 @@ from edge_llm.config import WorkerConfig, levels_dir
 from edge_llm.engine.engine import Engine, Vocabulary
 from edge_llm.errors import ConfigError
 from edge_llm.machine import available_memory_bytes, usable_cores
-from edge_llm.serving import Server, bind, read_keys
+from edge_llm.serving import Server, bind, configure_logging, read_keys
 from edge_llm.worker.app import create_app
 from edge_llm.worker.worker import Worker
 
@@ -27,6 +27,7 @@ SWITCH_S: Final = 0.0005
 
 def run_worker(config: WorkerConfig) -> None:
     """Serve until SIGTERM or Ctrl-C. Raises ConfigError, CatalogueError, EngineFailed before the port answers."""
+    configure_logging(config.log_level)  # before anything is said: stdout is for being ready
     keys = read_keys(config.key_file, config.key_fd)
     socket = bind(config.host, config.port)
     port = socket.getsockname()[1]
@@ -44,7 +45,7 @@ def run_worker(config: WorkerConfig) -> None:
     # the engine thread takes the interpreter lock several times a step: beside a long request that is being parsed it
     # would wait the default 5 ms each time, and running streams with it
     sys.setswitchinterval(SWITCH_S)
-    server = Server(create_app(worker), socket, drain=worker.drain, log_level=config.log_level)
+    server = Server(create_app(worker), socket, drain=worker.drain)
     worker.on_death = server.fail
     server.run(config.announce, {"worker": config.name, "role": worker.role, "level": engine.facts.level})
 

@@ -280,12 +280,24 @@ def test_without_ranges_it_begins_again(server: Server, models: Path, waits: lis
 
 
 @pytest.mark.parametrize("etag", [None, 'W/"v1"'])
-def test_what_cannot_be_told_from_another_version_is_not_continued(
+def test_a_file_without_a_version_is_continued_where_its_hash_is_known(
     server: Server, models: Path, waits: list[float], etag: str | None
 ) -> None:
-    server.pages["/m"] = Page(etag=etag, cuts=[100_000])
+    server.pages["/m"] = Page(etag=etag, cuts=[100_000], minds_if_range=False)
     assert fetch(entry(Source(url=f"{server.url}/m")), pause=waits.append).read_bytes() == CONTENT
-    assert server.ranges == [None, None]
+    assert server.ranges == [None, "bytes=100000-"]
+
+
+def test_an_interrupted_download_without_a_version_says_that_it_goes_on_and_does(
+    server: Server, models: Path, waits: list[float]
+) -> None:
+    server.pages["/m"] = Page(etag=None, cuts=[100_000, *[0] * 50], minds_if_range=False)
+    wanted = entry(Source(url=f"{server.url}/m"))
+    with pytest.raises(CatalogueError, match="the next try continues there"):
+        fetch(wanted, pause=waits.append)
+    server.pages["/m"].cuts = []
+    assert fetch(wanted).read_bytes() == CONTENT
+    assert server.ranges[-1] == "bytes=100000-"
 
 
 def test_a_file_that_changed_meanwhile_is_taken_from_its_start(
@@ -300,18 +312,17 @@ def test_a_file_that_changed_meanwhile_is_taken_from_its_start(
     assert server.ranges == [None, "bytes=100000-"]
 
 
-def test_two_versions_sewn_together_are_refused_and_the_next_try_is_clean(
-    server: Server, models: Path, waits: list[float]
+@pytest.mark.parametrize("etag", ['"v1"', None])
+def test_two_versions_sewn_together_are_found_and_fetched_once_more_from_the_start(
+    server: Server, models: Path, waits: list[float], etag: str | None
 ) -> None:
     def change() -> None:
-        server.pages["/m"] = Page(OTHER, etag='"v2"', minds_if_range=False)
+        server.pages["/m"] = Page(OTHER, etag=etag and '"v2"', minds_if_range=False)
 
-    server.pages["/m"] = Page(cuts=[100_000], on_cut=change)
+    server.pages["/m"] = Page(etag=etag, cuts=[100_000], on_cut=change)
     wanted = entry(Source(url=f"{server.url}/m"), content=OTHER)
-    with pytest.raises(ChecksumMismatch, match="removed"):
-        fetch(wanted, pause=waits.append)
-    assert left_in(models) == set()
-    assert fetch(wanted).read_bytes() == OTHER
+    assert fetch(wanted, pause=waits.append).read_bytes() == OTHER
+    assert server.ranges == [None, "bytes=100000-", None]
 
 
 def test_a_server_that_keeps_breaking_off_is_given_up_and_what_came_stays(

@@ -76,6 +76,20 @@ async def test_a_child_that_prints_after_it_is_ready_does_not_wait_for_a_reader(
     assert await until_ended(one) == 8
 
 
+async def test_a_child_that_says_something_else_first_is_told_by_what_it_said() -> None:
+    one = child("print('12 warnings', flush=True)\ntime.sleep(60)")
+    with pytest.raises(WorkerError, match="it said b'12 warnings"):
+        await one.start(KEY)
+
+
+async def test_an_error_of_many_lines_is_told_from_its_beginning_on() -> None:
+    lines = ["starting", "edge-llm: it does not fit: 9 MiB", *(f"part {n}" for n in range(12)), "Lower --n-ctx"]
+    one = child(f"print({chr(10).join(lines)!r}, file=sys.stderr, flush=True)\nsys.exit(1)")
+    with pytest.raises(WorkerError) as caught:
+        await one.start(KEY)
+    assert caught.value.message.splitlines()[1:] == lines[1:]
+
+
 async def test_a_child_that_does_not_become_ready_is_ended_and_its_last_words_are_said() -> None:
     one = child("print('loading', file=sys.stderr, flush=True)\ntime.sleep(60)")
     with pytest.raises(WorkerError, match=r"decode-1 was not ready within 1 s\nloading"):
@@ -87,7 +101,7 @@ async def test_a_child_that_does_not_become_ready_is_ended_and_its_last_words_ar
     ("program", "words"),
     [
         ("sys.exit('no such model')", "exit code 1\nno such model"),
-        ("print('hello', flush=True)\ntime.sleep(60)", "Expecting value"),
+        ("print('hello', flush=True)\ntime.sleep(60)", "instead of being ready"),
         ("print('[1]', flush=True)\ntime.sleep(60)", "instead of being ready"),
         ("print('z' * 200_000, flush=True)\ntime.sleep(60)", "limit"),
     ],

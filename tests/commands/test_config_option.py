@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -41,8 +42,20 @@ def test_the_catalogue_of_the_file_is_used(tmp_path: Path, arguments: tuple[str,
     assert "no-such-list.yaml" in refusal(tmp_path, settings, *arguments)
 
 
+def test_up_takes_the_port_of_the_gateway_and_the_model_of_the_workers_where_nothing_says_otherwise(
+    tmp_path: Path,
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"port {port}" in refusal(tmp_path, f"gateway: {{port: {port}}}\n", "up")
+        both = f"gateway: {{port: {port}}}\nup: {{port: {free_port()}, model: no-such-model}}\n"
+        assert "no-such-model" in refusal(tmp_path, both, "up"), "what is said of up counts"
+    assert "nor-this-one" in refusal(tmp_path, "worker: {model: nor-this-one}\n", "up", "--port", str(free_port()))
+
+
 def test_the_workers_of_up_read_the_file_too(tmp_path: Path) -> None:
-    model = make_model(tmp_path, quantization="F16")  # its header is read; it is never loaded
-    words = refusal(tmp_path, f"worker: {{slots: 0}}\nup: {{model: {model}}}\n", "up", "--port", str(free_port()))
+    model = make_model(tmp_path, quantization="F16")
+    settings = f"worker: {{v_type: q8_0}}\nup: {{model: {model}}}\n"  # only who loads the model knows that it cannot be
+    words = refusal(tmp_path, settings, "up", "--port", str(free_port()))
     assert "could not start" in words
-    assert f"worker.slots in {tmp_path}/mine.yaml" in words
+    assert "V q8_0" in words

@@ -56,7 +56,16 @@ def test_a_character_is_shown_only_when_all_its_bytes_are_there() -> None:
 def test_bytes_that_are_no_text_become_replacement_characters() -> None:
     out = TextStream()
     assert out.push(b"a\xff\xf0\x9f")[0] == "a�"
-    assert out.flush() == "�"
+    assert out.flush() == ""
+
+
+def test_an_answer_that_ends_within_a_character_ends_before_it() -> None:
+    out = TextStream(("stop",))
+    assert out.push("日本".encode() + "語".encode()[:2]) == ("日本", False)
+    assert out.flush() == ""
+    held = TextStream(("stop",))
+    assert held.push(b"st" + "語".encode()[:1]) == ("", False)
+    assert held.flush() == "st", "the beginning of a stop string was none"
 
 
 def test_a_false_start_of_a_stop_string_is_shown_as_soon_as_it_is_one() -> None:

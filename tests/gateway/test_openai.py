@@ -204,7 +204,7 @@ BAD_COMMON: Final[dict[str, list[object]]] = {
     "n": [0, 2, "1"],
     "temperature": [-0.1, 100.5, "0.5", True, []],
     "top_p": [-0.1, 1.1, "1"],
-    "top_k": [-1, 1.5, 1 << 31],
+    "top_k": [-2, 1.5, 1 << 31],
     "min_p": [-0.1, 1.1, False],
     "repeat_penalty": [0, 101, "1"],
     "frequency_penalty": [-2.1, 2.1, {}],
@@ -232,7 +232,23 @@ BAD_MESSAGES: Final[list[object]] = [
     [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
 ]
 BAD_COMPLETION: Final[dict[str, list[object]]] = {
-    "prompt": [None, [], 5, {}, [1, "a"], [1.5], [True], [-1], [1 << 31], ["a", "b"], [[1, 2]]],
+    "prompt": [
+        None,
+        [],
+        5,
+        {},
+        [1, "a"],
+        [1.5],
+        [True],
+        [-1],
+        [1 << 31],
+        ["a", "b"],
+        [[1, 2], [3]],
+        [[]],
+        [[-1]],
+        [[1.5]],
+        [[[1]]],
+    ],
     "echo": [True, "no"],
     "best_of": [2, "1"],
 }
@@ -265,8 +281,49 @@ def test_a_problem_deep_in_the_messages_is_named_with_its_place() -> None:
     assert "messages[1].role" in refusal(lambda: chat(messages=[good, {"role": "robot"}])).message
     assert "messages[1]" in refusal(lambda: chat(messages=[good, {**good, "content": [{"type": "audio"}]}])).message
     deep = refusal(lambda: chat(messages=[good, {**good, "content": [{"type": "text"}, {"type": 5}]}])).message
-    assert deep.startswith("messages.1.content.1.type: ")
-    assert refusal(lambda: chat(stop=["a", 5])).message.startswith("stop.1: ")
+    assert deep.startswith("messages[1].content[1].type: ")
+    assert refusal(lambda: chat(stop=["a", 5])).message.startswith("stop[1]: ")
+    assert refusal(lambda: chat(messages=["hello"])).message == "messages[0]: must be an object"
+    assert "64 bits" in refusal(lambda: chat(seed=1e30)).message
+
+
+UNSUPPORTED: Final[list[tuple[str, object]]] = [
+    ("logprobs", True),
+    ("logprobs", 0),
+    ("top_logprobs", 2),
+    ("tools", [{"type": "function", "function": {"name": "f"}}]),
+    ("functions", [{"name": "f"}]),
+    ("response_format", {"type": "json_object"}),
+    ("response_format", "json"),
+    ("suffix", "}"),
+    ("grammar", 'root ::= "a"'),
+    ("guided_json", {"type": "object"}),
+    ("best_of", 2),
+    ("echo", True),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), UNSUPPORTED)
+def test_what_would_change_the_answer_and_cannot_be_had_is_refused_not_passed_over(name: str, value: object) -> None:
+    for asked in (lambda: chat(None, **{name: value}), lambda: completion(**{name: value})):
+        error = refusal(asked)
+        assert error.param == name
+        assert error.status == 400
+
+
+def test_what_asks_for_nothing_unusual_is_passed_over() -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert chat(tools=tools, tool_choice="none") == chat()
+    assert chat(tools=[], logprobs=False, top_logprobs=0, response_format={"type": "text"}) == chat()
+    assert completion(suffix="", best_of=1, echo=False) == completion()
+
+
+def test_ids_in_a_list_of_one_prompt_are_that_prompt() -> None:
+    assert completion(prompt=[[1, 2, 3]]).ids == (1, 2, 3)
+
+
+def test_a_negative_top_k_is_off_as_vllms_clients_send_it() -> None:
+    assert chat(top_k=-1).sampling.top_k == 0
 
 
 def test_two_prompts_and_two_answers_are_refused_with_a_way_out() -> None:

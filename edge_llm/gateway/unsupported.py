@@ -1,0 +1,51 @@
+"""What clients may ask for and this server cannot do: an answer without it would look like one with it.
+
+Pure. Owns the list, of OpenAI's names and of those that llama-server and vLLM give to a form of the answer. Fields that
+change nothing about the answer's meaning are passed over elsewhere (openai.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from edge_llm.errors import InvalidRequest
+
+_Asks = Callable[[Any, Mapping[str, Any]], bool]
+
+
+def refuse_unsupported(body: Mapping[str, Any]) -> None:
+    """Raises InvalidRequest that names the first field of `body` that cannot be served."""
+    if (n := body.get("n")) not in (None, 1):
+        raise InvalidRequest(f"n must be 1, got {n}: send the request again for another answer", param="n")
+    for name, is_asked in _UNSUPPORTED.items():
+        if (value := body.get(name)) is not None and is_asked(value, body):
+            raise InvalidRequest(f"{name} is not supported: leave it out", param=name)
+
+
+def _asks_for_tools(value: Any, body: Mapping[str, Any]) -> bool:
+    return bool(value) and "none" not in (body.get("tool_choice"), body.get("function_call"))
+
+
+def _asks_for_a_form(value: Any, _body: Mapping[str, Any]) -> bool:
+    return not (isinstance(value, dict) and value.get("type") == "text")
+
+
+def _is_given(value: Any, _body: Mapping[str, Any]) -> bool:
+    return value is not False and value not in ("", [], {})
+
+
+def _is_not(harmless: int) -> _Asks:
+    return lambda value, _body: bool(value != harmless)
+
+
+_UNSUPPORTED: Final[Mapping[str, _Asks]] = {
+    "tools": _asks_for_tools,
+    "functions": _asks_for_tools,
+    "response_format": _asks_for_a_form,
+    "logprobs": _is_given,
+    "top_logprobs": _is_not(0),
+    "best_of": _is_not(1),
+    **dict.fromkeys(("echo", "suffix", "audio", "grammar", "json_schema", "structured_outputs"), _is_given),
+    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), _is_given),
+}
