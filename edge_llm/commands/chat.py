@@ -10,7 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 
@@ -18,6 +18,8 @@ from edge_llm.commands.cluster_state import url_of_the_only_one
 from edge_llm.commands.endpoint import open_url
 from edge_llm.errors import WorkerUnreachable
 from edge_llm.reasons import reason_of
+
+_HELP: Final = "/reset forgets what was said, /quit leaves; Ctrl-C ends an answer"
 
 
 @click.command()
@@ -31,18 +33,24 @@ from edge_llm.reasons import reason_of
 @click.option("--temperature", type=float, default=0.7, show_default=True)
 @click.option("--mode", type=click.Choice(["auto", "split", "local"]), default="auto", show_default=True)
 def chat(url: str | None, api_key_file: Path | None, system: str | None, **options: Any) -> None:
-    """Chat; answers stream. /reset forgets, /quit leaves. Reads one question per line when piped; then the first
-    failure ends it. At a terminal a question that failed is forgotten and can be asked again."""
+    """Chat; answers stream. /reset forgets, /quit leaves; Ctrl-C ends an answer, and between answers the chat.
+
+    Reads one question per line when piped; then the first failure ends it. At a terminal a question that failed is
+    forgotten and can be asked again.
+    """
     url = url or url_of_the_only_one()
     history = [{"role": "system", "content": system}] if system else []
     start = list(history)
     headers = {"authorization": f"Bearer {api_key_file.read_text().strip()}"} if api_key_file else {}
     _check_reachable(url, headers)
     for question in _questions():
-        if question == "/quit":
+        if question in ("/quit", "/exit", "/bye"):
             return
         if question == "/reset":
             history = list(start)
+            continue
+        if question in ("/help", "/?"):
+            click.echo(_HELP, err=True)
             continue
         history.append({"role": "user", "content": question})
         try:
@@ -54,7 +62,7 @@ def chat(url: str | None, api_key_file: Path | None, system: str | None, **optio
             history.pop()
             continue
         history.append({"role": "assistant", "content": answer})
-        click.secho(_summary(timings), dim=True, err=True)
+        click.secho("stopped" if timings is None else _summary(timings), dim=True, err=True)
 
 
 def _check_reachable(url: str, headers: dict[str, str]) -> None:
@@ -84,8 +92,8 @@ def _questions() -> Iterator[str]:
 
 def _ask(
     url: str, headers: dict[str, str], history: list[dict[str, str]], options: dict[str, Any]
-) -> tuple[str, dict[str, Any]]:
-    """Print an answer as it comes; returns it with its timings."""
+) -> tuple[str, dict[str, Any] | None]:
+    """Print an answer as it comes; returns it with its timings; None: it was stopped at a terminal."""
     body = {"messages": history, "stream": True, "edge_llm": {"mode": options["mode"]}}
     body |= {key: options[key] for key in ("model", "max_tokens", "temperature") if options[key] is not None}
     request = urllib.request.Request(
@@ -101,6 +109,10 @@ def _ask(
                     piece = choice["delta"].get("content") or ""
                     text += piece
                     click.echo(piece, nl=False)
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+            return text, None  # what it said so far stays said
         except (OSError, http.client.HTTPException) as error:
             raise WorkerUnreachable(f"the answer broke off: {error}") from error
         except (AttributeError, LookupError, TypeError, ValueError) as error:

@@ -85,8 +85,13 @@ def need_state(port: int | None) -> ClusterState:
 
 
 def url_of_the_only_one() -> str:
-    """Where a cluster of this user answers: the only one that runs, or else the default port."""
+    """Where a cluster of this user answers: the only one that runs, or the default port when none does. Raises
+    ConfigError that names them where there are several."""
     running = list(running_clusters())
+    if len(running) > 1:
+        raise ConfigError(
+            "several clusters run: say " + " or ".join(f"--url {one.url} ({one.model})" for one in running)
+        )
     return running[0].url if len(running) == 1 else f"http://127.0.0.1:{DEFAULT_PORT}"
 
 

@@ -36,7 +36,7 @@ def list_models(as_json: bool) -> None:
         click.echo(json.dumps(rows))
         return
     for row in rows:
-        size = f"{row['size'] >> 20} MiB" if row["size"] else "?"
+        size = f"{row['size'] / (1 << 20):.{0 if row['size'] >= 10 << 20 else 1}f} MiB" if row["size"] else "?"
         click.echo(f"{row['name']:<32} {row['state']:<11} {size:>10}  {row['licence']}")
 
 

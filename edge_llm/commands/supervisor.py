@@ -135,6 +135,8 @@ class Supervisor:
 
     async def _start_all(self) -> None:
         """Workers all at once. When one of them fails, those that are not ready are not waited for."""
+        names = ", ".join(child.name for child in self.workers)
+        self._say(f"starting {names}: each checks and loads its model")
         starts = [asyncio.create_task(self._start(child), name=f"start {child.name}") for child in self.workers]
         try:
             await asyncio.wait(starts, return_when=asyncio.FIRST_EXCEPTION)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from edge_llm.commands.progress import progress
 from edge_llm.config import DEFAULT_MODEL, cache_dir, levels_dir
@@ -67,6 +68,8 @@ def _settings(report: Any, **options: Any) -> Any:
 
     model = options["model"]
     if options["random_format"]:
+        if click.get_current_context().get_parameter_source("model") is ParameterSource.COMMANDLINE:
+            raise click.UsageError("--model and --random exclude each other: say which model")
         model = str(make_model(Path(cache_dir()) / "random", options["shape"], options["random_format"]))
     found = resolve(model, report)
     return LlamaSettings(

@@ -103,7 +103,7 @@ class Intake:
         """The model asked for; none named means the only one."""
         models = self._dispatcher.view.models
         if not models:
-            raise Overloaded("no worker is ready yet: models are still loading", retry_after_s=2.0)
+            raise Overloaded("no worker answers: models are still loading, or all workers are gone", retry_after_s=2.0)
         if wanted is not None and not key.may_use(wanted):
             raise ModelNotAllowed(f"the API key {key.id} may not use the model {wanted!r}", param="model")
         allowed = self.models(key)

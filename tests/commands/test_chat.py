@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -140,9 +141,16 @@ def test_what_the_cluster_refuses_is_said_in_its_words(cluster: str, options: tu
 
 class Server:
     """Answers every question with `body`, claiming `length` bytes of it; the second and later ones with `then` if it
-    is given. `asked` are the messages of each question."""
+    is given. `asked` are the messages of each question. `hold`: the first answer does not end before it is set."""
 
-    def __init__(self, status: int, body: bytes, length: int | None = None, then: bytes | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        body: bytes,
+        length: int | None = None,
+        then: bytes | None = None,
+        hold: threading.Event | None = None,
+    ) -> None:
         self.asked: list[list[dict[str, str]]] = []
         asked = self.asked
 
@@ -163,6 +171,8 @@ class Server:
                     self.send_header("transfer-encoding", "chunked")
                 self.end_headers()
                 self.wfile.write(said)
+                if hold is not None and not is_later:
+                    hold.wait(DEADLINE_S)
 
             def log_message(self, *_: Any) -> None:
                 pass
@@ -234,6 +244,38 @@ def test_at_a_terminal_a_failed_question_is_forgotten_and_the_next_one_is_asked(
     assert "edge-llm: come back later" in done.stderr
     assert "half an ans" in done.stdout
     assert [[message["content"] for message in question] for question in server.asked] == [["Hello"], ["Again"]]
+
+
+def test_ctrl_c_ends_an_answer_at_a_terminal_and_the_chat_goes_on_with_what_was_said() -> None:
+    over = threading.Event()
+    ours, theirs = pty.openpty()
+    try:
+        with Server(200, PIECE, len(PIECE) + 100, then=PIECE + b"data: [DONE]\n\n", hold=over) as server:
+            process = subprocess.Popen(
+                command("chat", "--url", server.url),
+                stdin=theirs,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=environment(),
+            )
+            os.write(ours, b"/help\nHello\n")
+            assert process.stdout is not None
+            said = b""
+            while b"half an ans" not in said:
+                said += os.read(process.stdout.fileno(), 100)
+            process.send_signal(signal.SIGINT)
+            os.write(ours, b"Again\n/exit\n")
+            _, words = process.communicate(timeout=DEADLINE_S)
+            over.set()
+    finally:
+        over.set()
+        os.close(ours)
+        os.close(theirs)
+    assert process.returncode == 0
+    assert b"/quit leaves" in words
+    assert b"stopped" in words
+    asked = [[message["content"] for message in question] for question in server.asked]
+    assert asked == [["Hello"], ["Hello", "half an ans", "Again"]]
 
 
 def test_an_empty_delta_and_comments_are_no_text() -> None:

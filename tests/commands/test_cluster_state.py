@@ -80,12 +80,13 @@ def test_among_several_none_is_meant_until_its_port_is_named() -> None:
     assert need_state(9002).port == 9002
 
 
-def test_chat_finds_the_only_cluster_and_else_asks_the_default_port() -> None:
+def test_chat_finds_the_only_cluster_asks_the_default_port_without_one_and_names_several() -> None:
     assert url_of_the_only_one() == "http://127.0.0.1:8080"
     write_state(state(9001))
     assert url_of_the_only_one() == state(9001).url
     write_state(state(9002))
-    assert url_of_the_only_one() == "http://127.0.0.1:8080"
+    with pytest.raises(ConfigError, match=r"several clusters run: say --url http://127.0.0.1:9001 .* or --url"):
+        url_of_the_only_one()
 
 
 def test_a_port_that_is_named_is_the_only_one_that_counts() -> None:
