@@ -256,7 +256,11 @@ class DecodeRole:
         """Top of a sequence's task: obtain the prompt, hand the sequence to the engine."""
         try:
             known = await self._known(running)
-            async with self.adopting.reserved(self._snapshot_bytes(running, known)):
+            size = self._snapshot_bytes(running, known)
+            if is_waiting := not self.adopting.has_room(size):
+                known = Match()  # held while it waits, what is evicted meanwhile would stay in memory
+            async with self.adopting.reserved(size):
+                known = await self._known(running, counts=False) if is_waiting else known
                 snapshot = await self._adopter.fetch(self._wanted(running, known), running.prompt)
                 await self._begin(running, snapshot)
         except EdgeLLMError as error:
@@ -266,10 +270,11 @@ class DecodeRole:
             self._fail(running, WorkerError(f"worker {self._name} failed: {error!r}"))
         self._outboxes.flush()
 
-    async def _known(self, running: _Running) -> Match:
+    async def _known(self, running: _Running, *, counts: bool = True) -> Match:
         if not running.request.cache_prompt:
             return Match()
-        return await self._prefixes.match(running.request.tenant, running.generation.context_ids[:-1])
+        ids = running.generation.context_ids[:-1]
+        return await self._prefixes.match(running.request.tenant, ids, counts=counts)
 
     def _snapshot_bytes(self, running: _Running, known: Match) -> int:
         layout = self._facts().layout
