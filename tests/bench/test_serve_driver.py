@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -14,8 +15,9 @@ from aiohttp.test_utils import TestServer
 
 from edge_llm.bench.goodput import Limits
 from edge_llm.bench.least_busy import LeastBusy
-from edge_llm.bench.serve.answers import CUT, Answer, Call
+from edge_llm.bench.serve.answers import CUT, Answer, Call, ask
 from edge_llm.bench.serve.driver import circulate, lateness, replay, sending, served_per_s
+from edge_llm.bench.serve.metrics import figures
 
 Handler = Callable[[web.Request, dict[str, Any]], Awaitable[web.StreamResponse]]
 
@@ -402,3 +404,56 @@ async def test_an_interrupted_loop_still_tells_of_what_was_under_way() -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
     assert [answer.kind for answer in ended] == ["unfinished"] * 2
+
+
+class HangsUp:
+    """A server that says it keeps connections, and closes each when the next request comes on it."""
+
+    def __init__(self, answers_each: int) -> None:
+        self.answers_each = answers_each
+        self.requests = 0
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        body = (
+            b"".join(f"data: {json.dumps(part)}\n\n".encode() for part in (text("a"), text("b"), LAST)) + DONE.encode()
+        )
+        for number in range(self.answers_each + 1):
+            try:
+                head = await reader.readuntil(b"\r\n\r\n")
+            except asyncio.IncompleteReadError:  # the client is through
+                break
+            length = next(line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
+            await reader.readexactly(int(length.partition(b":")[2]))
+            self.requests += 1
+            if number == self.answers_each:
+                break
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
+            writer.write(b"%x\r\n" % len(body) + body + b"\r\n0\r\n\r\n")
+            await writer.drain()
+        writer.close()
+
+
+async def one_after_the_other(server: HangsUp, count: int) -> list[Answer]:
+    async with await asyncio.start_server(server.serve, "127.0.0.1", 0) as listening, sending() as session:
+        url = "http://{}:{}".format(*listening.sockets[0].getsockname()[:2])
+        servers, answers = LeastBusy([url]), [Answer(0.0, 3) for _ in range(count)]
+        for answer in answers:
+            await ask(session, servers, "/v1/completions", Call(0.0, {}, 3), answer, time.monotonic)
+        return answers
+
+
+@pytest.mark.anyio
+async def test_a_request_that_meets_a_connection_closed_after_an_answer_is_sent_again_on_a_new_one() -> None:
+    server = HangsUp(answers_each=1)
+    answers = await one_after_the_other(server, 4)
+    assert [answer.error for answer in answers] == [""] * 4
+    assert all(answer.is_complete for answer in answers)
+    assert [answer.reconnects for answer in answers] == [0, 1, 1, 1]
+    assert figures([answers], is_open=False).reconnected == 3
+
+
+@pytest.mark.anyio
+async def test_a_new_connection_that_is_closed_without_an_answer_is_a_failure_and_asked_once() -> None:
+    server = HangsUp(answers_each=0)
+    (answer,) = await one_after_the_other(server, 1)
+    assert (answer.kind, answer.reconnects, server.requests) == ("disconnected", 0, 1)

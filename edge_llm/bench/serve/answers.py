@@ -15,6 +15,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any, Final, Literal
 
 import aiohttp
@@ -57,9 +58,29 @@ class Call:
 
 
 @dataclass(slots=True)
+class Way:
+    """How one try reached its server; `is_used`: by a connection that had carried another request."""
+
+    is_used: bool = False
+
+
+def noting_ways() -> aiohttp.TraceConfig:
+    """For a session: fills the `Way` that is given along with a request."""
+    noting = aiohttp.TraceConfig()
+
+    async def note(is_used: bool, context: SimpleNamespace) -> None:
+        if isinstance(context.trace_request_ctx, Way):
+            context.trace_request_ctx.is_used = is_used
+
+    noting.on_connection_reuseconn.append(lambda _session, context, _params: note(True, context))
+    noting.on_connection_create_end.append(lambda _session, context, _params: note(False, context))
+    return noting
+
+
+@dataclass(slots=True)
 class Answer:
     """What a client saw of one call. `own`: our gateway's report, empty of other servers. `code`: of an error, where a
-    program can read it, in a body or in the stream.
+    program can read it, in a body or in the stream. `reconnects`: connections that turned out to be closed.
 
     One that ended early is not complete, however it says that it is over, unless it might: all are asked with
     `ignore_eos`, and a server that stops sooner (its context is full) has done less than the others.
@@ -89,6 +110,7 @@ class Answer:
     prompt_tokens: int | None = None
     cached_tokens: int | None = None
     finish_reason: str | None = None
+    reconnects: int = 0
 
     @classmethod
     def to(cls, call: Call) -> Answer:
@@ -167,10 +189,9 @@ async def ask(
     deadline = asyncio.timeout(timeout_s)
     try:
         with servers.chosen() as url:
-            answer.url, answer.sent_s = url, now_s()
-            async with deadline, session.post(url.rstrip("/") + path, json=call.body, allow_redirects=False) as reply:
-                answer.headers_s, answer.status = now_s(), reply.status
-                await _read(reply, answer, now_s)
+            answer.url = url
+            async with deadline:
+                await _asked(session, url.rstrip("/") + path, call, answer, now_s)
     except asyncio.CancelledError:
         answer.failed(UNFINISHED, CUT)
         raise
@@ -181,6 +202,25 @@ async def ask(
             answer.failed(_kind_of(error), str(error) or type(error).__name__)
     finally:
         answer.ended_s = now_s()
+
+
+async def _asked(
+    session: aiohttp.ClientSession, url: str, call: Call, answer: Answer, now_s: Callable[[], float]
+) -> None:
+    """Once more on a new connection when one that was used before was closed in the meantime (RFC 9112, 9.3.1): a
+    server may hang up after an answer without having said so. The time of sending is that of the last try."""
+    way = Way()
+    while True:
+        answer.sent_s, way.is_used = now_s(), False
+        try:
+            async with session.post(url, json=call.body, allow_redirects=False, trace_request_ctx=way) as reply:
+                answer.headers_s, answer.status = now_s(), reply.status
+                await _read(reply, answer, now_s)
+            return
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+            if not way.is_used or answer.headers_s is not None:
+                raise
+            answer.reconnects += 1
 
 
 def _kind_of(error: Exception) -> str:

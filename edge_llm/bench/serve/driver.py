@@ -19,7 +19,7 @@ from typing import Final
 import aiohttp
 
 from edge_llm.bench.least_busy import LeastBusy
-from edge_llm.bench.serve.answers import Answer, Call, ask
+from edge_llm.bench.serve.answers import Answer, Call, ask, noting_ways
 from edge_llm.bench.stats import percentile
 
 COMPLETIONS: Final = "/v1/completions"
@@ -160,6 +160,7 @@ async def sending(
     async with aiohttp.ClientSession(
         timeout=timeout,
         connector=connector,
+        trace_configs=[noting_ways()],
         headers={"accept-encoding": "identity", **(headers or {})},
         read_bufsize=_LINE_BYTES,
     ) as session:

@@ -40,6 +40,8 @@ DEFINITIONS: Final[Mapping[str, str]] = {
     "stages": "of our gateway's own report: in the queue, computing the prompt, hand-off after that, the first step",
     "failed": "requests without a complete answer, by kind; `cut_short`: it ended in order before it had all tokens "
     "that were forced; they are in no latency",
+    "reconnected": "requests sent again on a new connection, because the server had closed the one that was open; "
+    "timed from then",
 }
 LATE_SHARE: Final = 0.1
 # What our gateway says of each answer, in ms (README).
@@ -113,6 +115,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     attained: Attained | None = None
     saturation: Saturation | None = None
     generator: Generator | None = None
+    reconnected: int = 0
 
 
 def figures(passes: Sequence[Sequence[Answer]], is_open: bool, limits: Limits | None = None) -> Figures:
@@ -148,6 +151,7 @@ def figures(passes: Sequence[Sequence[Answer]], is_open: bool, limits: Limits | 
         attained=attained(answers, limits, duration_s) if limits is not None else None,
         saturation=saturation(passes) if is_open else None,
         generator=_generator(answers, ttft_ms) if is_open and answers else None,
+        reconnected=sum(answer.reconnects > 0 for answer in answers),
     )
 
 

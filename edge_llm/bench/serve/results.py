@@ -256,6 +256,8 @@ def _of_load(load: LoadFigures) -> Iterator[str]:
         yield f"{sum(found.failed.values())} of {found.requests} requests failed: {kinds}"
     if found.cut_short:
         yield f"{found.cut_short} answers ended before they had all tokens that were asked for"
+    if found.reconnected:
+        yield f"{found.reconnected} requests met a connection that the server had closed, and were sent again at once"
     if found.saturation is not None and found.saturation.is_saturated:
         yield f"over-saturated, its latencies depend on how long is measured: {found.saturation.why}"
     if found.generator is not None and found.generator.is_fault:
