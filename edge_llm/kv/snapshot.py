@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
+from array import array
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Final, Literal
@@ -129,4 +131,7 @@ def digest_of(value: object) -> str:
 
 def ids_digest(ids: Sequence[int]) -> str:
     """sha256 hex of token ids as little-endian i32: binds a ticket and a KV stream to one prompt."""
-    return hashlib.sha256(b"".join(int(i).to_bytes(4, "little", signed=True) for i in ids)).hexdigest()
+    numbers = array("i", ids)  # element by element it would be most of what a gateway does for a long prompt
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return hashlib.sha256(numbers.tobytes()).hexdigest()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 
 from edge_llm.errors import RemoteProtocolError
 from edge_llm.kv.payload import check_finite
-from edge_llm.kv.snapshot import CacheShape, Geometry, LayerShape
+from edge_llm.kv.snapshot import CacheShape, Geometry, LayerShape, ids_digest
 
 F32, F16, Q4_0, Q8_0, I16, BF16 = 0, 1, 2, 8, 25, 30
 TOKENS = 5
@@ -82,3 +84,9 @@ def test_what_lies_behind_a_scale_is_no_floating_point_number() -> None:
 def test_types_that_are_whole_numbers_hold_any_bits() -> None:
     of = geometry(I16, 8, I16, 4)
     check_finite(of, b"\xff" * of.payload_bytes(TOKENS))
+
+
+def test_the_digest_of_token_ids_is_that_of_their_four_bytes_each() -> None:
+    ids = (0, 1, 255, 256, 49_151, (1 << 31) - 1)
+    data = b"".join(number.to_bytes(4, "little", signed=True) for number in ids)
+    assert ids_digest(ids) == ids_digest(list(ids)) == hashlib.sha256(data).hexdigest()
