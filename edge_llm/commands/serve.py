@@ -77,6 +77,11 @@ def serve() -> None:
 @click.option("--threads", type=int, help="Threads for decode; 0 = all cores.")
 @click.option("--threads-batch", type=int, help="Threads for prefill; 0 = all cores.")
 @click.option("--chunk-tokens", type=int, help="Prompt tokens per chunk; the same on all nodes.")
+@click.option(
+    "--handoff",
+    type=click.Choice(["overlapped", "serialized"]),
+    help="KV for others leaves while the prompt is read (default), or after it: to see what overlapping saves.",
+)
 @click.option("--k-type", type=click.Choice(["f16", "f32", "bf16", "q8_0", "q4_0"]), help="Type of the K cache.")
 @click.option("--v-type", type=click.Choice(["f16", "f32", "bf16", "q8_0", "q4_0"]), help="Type of the V cache.")
 @click.option("--policy", type=click.Choice(["exact", "fast"]), help="Kernel policy.")

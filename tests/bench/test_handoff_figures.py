@@ -26,6 +26,7 @@ from edge_llm.bench.handoff import (
 from edge_llm.bench.layout import Layout, Started
 from edge_llm.bench.record import ModelFacts
 from edge_llm.bench.run import Run
+from edge_llm.commands.serve import worker
 from edge_llm.errors import WorkerError
 
 PLAN = Plan(core=0, repetitions=1, vocab_size=1000, chunk_tokens=128, prompt_tokens=1001)
@@ -145,6 +146,12 @@ async def test_a_part_that_cannot_be_measured_leaves_the_others_and_is_said(tmp_
 def test_split_workers_have_a_slot_for_every_stream_and_the_new_prompt() -> None:
     options = layouts(PLAN)[SPLIT].options
     assert int(options[options.index("--slots") + 1]) > max(PLAN.ttft_streams)
+
+
+@pytest.mark.parametrize("name", layouts(PLAN))
+def test_workers_know_the_options_that_they_are_started_with(name: str) -> None:
+    with worker.make_context("worker", list(layouts(PLAN)[name].options)) as context:
+        assert context.params["level_cap"] in (None, "same-plan")
 
 
 def test_what_is_compared_with_overlapping_computes_the_same_chunks() -> None:
