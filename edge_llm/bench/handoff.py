@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -43,8 +43,9 @@ BARS: Final[Mapping[str, tuple[str, float]]] = {
 }
 # What a sender may hold beside the engine: two chunks not yet sent (worker/prefill.py), one that is being exported.
 SENDER_CHUNKS: Final = 3
-# And a receiver beside the snapshot: a chunk that is put there, the next one that is coming in.
-RECEIVER_CHUNKS: Final = 2
+# And a receiver beside the snapshot: a chunk that is put there, the next one that is coming in; a third for what the
+# first hand-off in a process's life touches for the first time.
+RECEIVER_CHUNKS: Final = 3
 Progress = Callable[[str, int, int], None]
 
 
@@ -99,7 +100,7 @@ async def measure(
         ("KV export", lambda: asyncio.to_thread(_measure_export, plan, model, run)),
         ("split", lambda: _arrivals(plan, clusters[SPLIT], launch, everywhere, run, progress)),
         ("one piece after prefill", lambda: _arrivals(plan, clusters[ONE_PIECE], launch, few, run, progress)),
-        ("memory", lambda: _arrivals(plan, clusters[MEMORY], launch, (0,), run, progress)),
+        ("memory", lambda: _memories(plan, clusters[MEMORY], launch, run, progress)),
         ("mixed", lambda: _arrivals(plan, clusters[MIXED], launch, plan.stall_streams, run, progress)),
     ]
     if launch_server is not None:
@@ -150,8 +151,7 @@ async def _arrivals(
                     )
                     ids = prompt_ids(plan.prompt_tokens, plan.vocab_size, seed=100 * repetition + count)
                     with run.one_case(f"{layout.name}, {count} streams", repetition=repetition):
-                        with _growth(cluster, run) if layout.name == MEMORY else nullcontext():
-                            await _arrival(plan, layout, client, ids, count, run)
+                        await _arrival(plan, layout, client, ids, count, run)
         finally:
             for process in cluster.processes:
                 run.used(_usage(process, layout, before[process.pid], time.monotonic() - started_s))
@@ -204,18 +204,37 @@ def _add_parts(where: str, last: Mapping[str, Any], run: Run) -> None:
     run.add(f"{where}: handoff_bytes", own["handoff_bytes"])
 
 
+async def _memories(plan: Plan, layout: Layout, launch: Launch, run: Run, progress: Progress) -> None:
+    """What a hand-off takes where it is sent and where it arrives, each on a cluster of its own: who receives keeps the
+    memory of one snapshot for the next, so the first one that arrives counts; who sends has to have read a prompt."""
+    for repetition in range(plan.repetitions):
+        progress("memory", repetition, plan.repetitions)
+        async with launch(layout) as cluster:
+            pids = {process.name.partition("-")[0]: process.pid for process in cluster.processes}
+            with run.one_case("memory", repetition=repetition):
+                await _asked(plan, cluster, "local", 3 * repetition)  # touches the cells of the slot, and the code
+                with _growth("receiver", pids["decode"], run):
+                    await _asked(plan, cluster, "split", 3 * repetition + 1)
+                with _growth("sender", pids["prefill"], run):
+                    await _asked(plan, cluster, "split", 3 * repetition + 2)
+
+
+async def _asked(plan: Plan, cluster: Started, mode: str, seed: int) -> None:
+    """One prompt, computed anew. Raises MeasureFailed where it ran otherwise."""
+    async with client_of(cluster.url, {"cache_prompt": False, "edge_llm": {"mode": mode}}) as client:
+        last, _ = await client.ask(prompt_ids(plan.prompt_tokens, plan.vocab_size, 10**6 + seed), plan.answer_tokens)
+    own = _own(last)
+    if own.get("mode") != mode or own.get("fallback"):
+        raise MeasureFailed(f"a prompt that was to run {mode} ran {own.get('mode')}, {own.get('fallback')}")
+
+
 @contextmanager
-def _growth(cluster: Started, run: Run) -> Iterator[None]:
-    """How far the memory of both workers rose meanwhile above what they had before."""
-    workers = {process.name: process.pid for process in cluster.processes if process.name != "gateway"}
-    before = {name: _rss(pid) for name, pid in workers.items()}
-    is_reset = all([reset_peak_memory(pid) for pid in workers.values()])
+def _growth(role: str, pid: int, run: Run) -> Iterator[None]:
+    """How far the memory of a worker rises meanwhile above what it had before."""
+    before, is_reset = _rss(pid), reset_peak_memory(pid)
     yield
-    if not is_reset:
-        return
-    for name, pid in workers.items():
-        role = "sender" if name.startswith("prefill") else "receiver"
-        run.add(f"{role}_growth_bytes", max(0, (peak_memory_bytes(pid) or 0) - before[name]))
+    if is_reset:
+        run.add(f"{role}_growth_bytes", max(0, (peak_memory_bytes(pid) or 0) - before))
 
 
 def _rss(pid: int) -> int:

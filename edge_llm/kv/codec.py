@@ -315,8 +315,9 @@ def _join(parts: _Parts, layout: BlobLayout, p0: int, p1: int) -> bytes:
 class StateBlob:
     """A native state in the making: allocated once, filled by payloads in order, handed to the engine whole."""
 
-    def __init__(self, layout: BlobLayout, n_tokens: int, stream: int) -> None:
-        """Reserve a state of `n_tokens` positions for the context that `layout` was learned from."""
+    def __init__(self, layout: BlobLayout, n_tokens: int, stream: int, memory: Bytes | None = None) -> None:
+        """Reserve a state of `n_tokens` positions for the context that `layout` was learned from, in `memory` that an
+        earlier one had, if it is large enough."""
         if n_tokens < 1 or not 0 <= stream:
             raise LocalProtocolError(f"a state of {n_tokens} positions in stream {stream}")
         self.layout, self.n_tokens, self.filled_to = layout, n_tokens, 0
@@ -324,7 +325,9 @@ class StateBlob:
         self._stream = min(stream, layout.n_stream - 1)
         # not bytearray: zeroing it holds the interpreter lock, 50 ms for 40 MB, and running streams wait. These pages
         # come with the first write to them; what was not placed is never read.
-        native = np.empty(layout.size(n_tokens), np.uint8)
+        size = layout.size(n_tokens)
+        self.memory = memory if memory is not None and len(memory) >= size else np.empty(size, np.uint8)
+        native = self.memory[:size]
         self._native = native.data
         offsets = _write_heads(self._native, layout, n_tokens, self._stream)
         self._parts = _Parts(native, layout, n_tokens, offsets)
@@ -337,6 +340,7 @@ class StateBlob:
         made._parts = _checked_parts(layout, blob, 0, n_tokens)
         made._stream = _stream_of(layout, blob)
         made._native = memoryview(blob)
+        made.memory = np.frombuffer(blob, np.uint8)
         return made
 
     @property

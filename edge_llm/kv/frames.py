@@ -24,6 +24,8 @@ from dataclasses import asdict, dataclass, fields
 from enum import Enum, IntEnum
 from typing import Any, Final, get_args
 
+import numpy as np
+
 from edge_llm.errors import LocalProtocolError, RemoteProtocolError
 from edge_llm.kv.snapshot import VLayout
 
@@ -166,8 +168,9 @@ class FrameDecoder:
         self._max_tokens = max_tokens
         self._parts: deque[memoryview] = deque()  # as they came
         self._buffered = 0
-        self._frame = bytearray()  # the frame in the making: with the parts one copy, not two
-        self._head: tuple[Kind, int] | None = None  # what the frame is, and how long
+        # the frame in the making, first its preamble alone; of what was promised, memory comes with what is written
+        self._frame, self._filled = memoryview(bytearray(_PREAMBLE.size)), 0
+        self._kind: Kind | None = None
         self._sequence = 0
         self._state = _State.HEADER
         self._chunks = 0
@@ -182,8 +185,8 @@ class FrameDecoder:
     @property
     def ready_bytes(self) -> int:
         """Bytes that the next `next_event` will check: 0 while its frame is incomplete."""
-        needed = self._head[1] if self._head else 0
-        return needed if len(self._frame) + self._buffered >= needed else 0
+        is_ready = self._kind is not None and self._filled + self._buffered >= len(self._frame)
+        return len(self._frame) if is_ready else 0
 
     def feed(self, data: Buffer) -> None:
         """Bytes as they came. The buffer must not change afterwards."""
@@ -203,21 +206,24 @@ class FrameDecoder:
 
     def eof(self) -> None:
         """The connection ended. Raises RemoteProtocolError unless the stream was complete."""
-        if self._state is not _State.DONE or self._frame or self._buffered:
+        if self._state is not _State.DONE or self._filled or self._buffered:
             self._die()
             raise RemoteProtocolError(
                 f"the KV stream ended early, after {self._filled_to} of {self._n_tokens} positions"
             )
 
     def _next(self) -> Event | NeedData:
-        if self._head is None:
-            if not self._gather(_PREAMBLE.size):
-                return NEED_DATA
-            self._head = self._parse_preamble(bytes(self._frame))
-        kind, size = self._head
-        if not self._gather(size):
+        if not self._is_whole():
             return NEED_DATA
-        frame, self._frame, self._head = memoryview(self._frame), bytearray(), None
+        if self._kind is None:
+            preamble = bytes(self._frame)
+            self._kind, size = self._parse_preamble(preamble)
+            self._frame = np.empty(size, np.uint8).data
+            self._frame[: len(preamble)] = preamble
+            if not self._is_whole():
+                return NEED_DATA
+        kind, frame = self._kind, self._frame
+        self._start_over()
         signed, mac = frame[:-MAC_BYTES], bytes(frame[-MAC_BYTES:])
         if not hmac.compare_digest(mac, _mac(self._key, signed)):
             raise RemoteProtocolError("a KV frame is not authentic")
@@ -228,19 +234,24 @@ class FrameDecoder:
         self._state = _NEXT.get(kind, self._state)
         return event
 
-    def _gather(self, size: int) -> bool:
-        """Move what came into the frame until that has `size` bytes; whether it has. It grows with what came, whatever
-        the preamble promised."""
-        while self._parts and (missing := size - len(self._frame)) > 0:
+    def _is_whole(self) -> bool:
+        """Move what came into the frame; whether nothing of it is missing."""
+        while self._parts and (missing := len(self._frame) - self._filled):
             part = self._parts.popleft()
-            self._frame += part[:missing]
-            self._buffered -= min(missing, len(part))
+            taken = part[:missing]
+            self._frame[self._filled : self._filled + len(taken)] = taken
+            self._filled += len(taken)
+            self._buffered -= len(taken)
             if len(part) > missing:
                 self._parts.appendleft(part[missing:])
-        return len(self._frame) >= size
+        return self._filled == len(self._frame)
+
+    def _start_over(self) -> None:
+        self._kind, self._frame, self._filled = None, memoryview(bytearray(_PREAMBLE.size)), 0
 
     def _die(self) -> None:
-        self._state, self._frame = _State.DEAD, bytearray()
+        self._state = _State.DEAD
+        self._start_over()
         self._parts.clear()
 
     def _parse_preamble(self, preamble: bytes) -> tuple[Kind, int]:

@@ -27,6 +27,8 @@ _FLOATS: Final[Mapping[int, tuple[type[np.unsignedinteger], int, int]]] = {
 # Quantized types by block: bytes of one, which begins with an F16 scale. Q4_0, Q8_0.
 _BLOCK_BYTES: Final[Mapping[int, int]] = {2: 18, 8: 34}
 _F16: Final = 1
+# Elements that are looked at together: a copy of all would be as large as the payload.
+_BLOCK: Final = 1 << 16
 
 
 def check_finite(geometry: Geometry, payload: bytes | bytearray | memoryview) -> None:
@@ -55,7 +57,9 @@ def _is_finite(kind: int, data: npt.NDArray[np.uint8]) -> bool:
     if kind not in _FLOATS or not len(data):
         return True  # of other types only whole numbers are known
     element, magnitude, infinite = _FLOATS[kind]
-    return int((data.view(element) & element(magnitude)).max()) < infinite
+    values = data.view(element)
+    blocks = (values[at : at + _BLOCK] for at in range(0, len(values), _BLOCK))
+    return all(int((block & element(magnitude)).max()) < infinite for block in blocks)
 
 
 def slice_payload(geometry: Geometry, v_layout: VLayout, payload: bytes, n_tokens: int, p0: int, p1: int) -> bytes:

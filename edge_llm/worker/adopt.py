@@ -18,12 +18,13 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import structlog
 
 from edge_llm.engine.engine import EngineFacts
 from edge_llm.errors import EdgeLLMError, IncompatibleKV, WorkerSilent
-from edge_llm.kv.codec import StateBlob
+from edge_llm.kv.codec import Bytes, StateBlob
 from edge_llm.kv.frames import Chunk, End, Error, Header, Progress
 from edge_llm.kv.snapshot import Identity, VLayout, check_compatible, ids_digest
 from edge_llm.kv.store import Match
@@ -170,8 +171,26 @@ class ByteBudget:
         return not self._used or self._used + size <= self._limit
 
 
+class Spare:
+    """The memory of one snapshot, kept for the next one: to get as much anew takes the kernel longer than to fill it,
+    and running streams wait meanwhile. A single one, so that it is within what the memory sum counts for adoption."""
+
+    def __init__(self) -> None:
+        self._memory: Bytes | None = None
+
+    def take(self) -> Bytes | None:
+        """It belongs to the caller then; what is too small is not kept beside something larger."""
+        memory, self._memory = self._memory, None
+        return memory
+
+    def give(self, memory: Bytes) -> None:
+        """Nobody may look at it any more."""
+        if self._memory is None or len(memory) > len(self._memory):
+            self._memory = memory
+
+
 class Adopter:
-    """Fetches prompts for one decode worker."""
+    """Fetches prompts for one decode worker. `spare`: where snapshots go when the engine has them."""
 
     def __init__(
         self,
@@ -181,6 +200,7 @@ class Adopter:
         clock: Callable[[], float],
     ) -> None:
         self._puller, self._keys, self._facts, self._clock = puller, keys, facts, clock
+        self.spare = Spare()
 
     async def fetch(self, wanted: Wanted, record: PromptRecord) -> StateBlob | None:
         """The snapshot: what is known here and what arrived; None when that is nothing."""
@@ -196,8 +216,9 @@ class Adopter:
         record.cached_tokens = wanted.known.n_tokens
         if not wanted.candidates or self._is_soon_done(wanted):
             return await state_of(wanted.known, layout)
-        size = layout.size(wanted.total)
-        snapshot = await off_loop(size, lambda: StateBlob(layout, wanted.total, 0))
+        size, memory = layout.size(wanted.total), self.spare.take()
+        snapshot = await off_loop(size, partial(StateBlob, layout, wanted.total, 0, memory))
+        del memory  # it is the snapshot's, or was too small
         await place(wanted.known, snapshot)
         reasons = await self._ask_in_turn(wanted, record, snapshot)
         if not snapshot.is_complete:
@@ -285,6 +306,7 @@ class Adopter:
                         raise error_of(ErrorReply(code=event.code, message=event.message), candidate.worker)
                     case End():
                         return
+                del event  # a chunk that was put away must not stay beside the next one
 
     async def _place(self, chunk: Chunk, v_layout: VLayout, snapshot: StateBlob) -> None:
         await off_loop(len(chunk.payload), lambda: snapshot.place(chunk.p0, chunk.p1, chunk.payload, v_layout))

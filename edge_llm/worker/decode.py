@@ -263,6 +263,8 @@ class DecodeRole:
                 known = await self._known(running, counts=False) if is_waiting else known
                 snapshot = await self._adopter.fetch(self._wanted(running, known), running.prompt)
                 await self._begin(running, snapshot)
+                if snapshot is not None:
+                    self._adopter.spare.give(snapshot.memory)
         except EdgeLLMError as error:
             self._fail(running, error)
         except Exception as error:  # top of the task

@@ -122,6 +122,7 @@ class Puller:
                     _check(event, expected)
                     headway.note(_position(event))
                     yield event
+                    del event
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             kind = WorkerSilent if isinstance(error, TimeoutError) else WorkerUnreachable
             raise kind(f"{where}: {error or type(error).__name__}") from error
@@ -177,6 +178,7 @@ async def _events(
             if isinstance(event, NeedData):
                 break
             yield event
+            del event  # a chunk that was put away must not stay beside the next one
 
 
 async def _short_body(reply: aiohttp.ClientResponse) -> bytes:

@@ -6,11 +6,13 @@ import asyncio
 from dataclasses import replace
 
 import msgspec
+import numpy as np
 import pytest
 
 from edge_llm.engine.engine import Failure, PromptProgress, Step
 from edge_llm.errors import ContextTooLong, InvalidRequest, Overloaded, WorkerError
 from edge_llm.request import SamplingParams
+from edge_llm.worker.adopt import Spare
 from edge_llm.worker.client import Peer
 from edge_llm.worker.messages import CancelRequest
 from edge_llm.worker.pull import Patience
@@ -321,3 +323,22 @@ async def test_a_prefill_worker_that_was_predicted_to_take_long_is_waited_for_an
     held.go_on.set()
     assert (second.report.mode, (await first.over()).report.mode) == ("local", "split")
     assert (first.ids, second.ids) == (undisturbed(slow, 8), undisturbed(other, 8))
+
+
+async def test_the_memory_of_a_snapshot_is_used_again_and_nothing_of_the_one_before_shows(cluster: Cluster) -> None:
+    prefill, decode = await cluster.start("prefill", "p1"), await cluster.start("decode", "d1")
+    for tokens in (4 * CHUNK + 3, 2 * CHUNK, 5 * CHUNK + 1, CHUNK + 1, 5 * CHUNK):
+        prompt = prompt_of(tokens, seed=tokens)
+        answer = await (await cluster.gateway.ask(decode.peer, prompt, [prefill.peer])).over()
+        assert answer.ids == undisturbed(prompt, 8)
+        assert (answer.report.mode, answer.report.fallback) == ("split", None)
+
+
+def test_of_spare_memories_the_larger_one_is_kept_and_taken_once() -> None:
+    spare = Spare()
+    assert spare.take() is None
+    small, large = np.zeros(10, np.uint8), np.zeros(20, np.uint8)
+    for memory in (small, large, small):
+        spare.give(memory)
+    assert spare.take() is large
+    assert spare.take() is None
