@@ -127,6 +127,16 @@ HANDOFF: Final = (
         _MEASURED,
     ),
     Claim(
+        "handoff.memory",
+        "a hand-off takes a few chunks of memory where KV is sent, one snapshot and a few chunks where it arrives",
+        "handoff",
+        (
+            Bar("memory/sender_chunks", "at most", 3.0, "chunks of the sender"),
+            Bar("memory/receiver_chunks", "at most", 3.0, "beside the receiver's snapshot"),
+        ),
+        _MEASURED,
+    ),
+    Claim(
         "stall.prompt",
         "split, a long prompt hardly slows running streams while it arrives: largest gap over their mean gap before",
         "handoff",
