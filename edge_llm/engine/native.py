@@ -394,5 +394,6 @@ def _logits_address(lib: Any) -> Any:
 
 
 def _pointer(buffer: memoryview | bytearray) -> Any:
-    array = (ctypes.c_uint8 * len(buffer)).from_buffer(buffer)
-    return ctypes.cast(array, ctypes.POINTER(ctypes.c_uint8))
+    """For one call. No ctypes.cast: what it returns and what it was made of hold each other, so that every state stayed
+    in memory until Python looked for cycles, which it seldom does (`gc.freeze` in worker/serve.py)."""
+    return ctypes.byref(ctypes.c_uint8.from_buffer(buffer))

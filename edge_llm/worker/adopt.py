@@ -19,7 +19,6 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Final
 
 import structlog
 
@@ -36,7 +35,6 @@ from edge_llm.worker.prefixes import place, state_of
 from edge_llm.worker.pull import Expected, Puller
 from edge_llm.worker.tickets import KeyRing
 
-MOST_SPARE_BYTES: Final = 64 << 20
 log = structlog.get_logger()
 
 
@@ -175,8 +173,7 @@ class ByteBudget:
 
 class Spare:
     """The memory of one snapshot, kept for the next one: to get as much anew takes the kernel longer than to fill it,
-    and running streams wait meanwhile. A single one, and none above MOST_SPARE_BYTES: between two hand-offs a board
-    may need a large one for something else (2026-11-28: 200 MB of a wide model, and a pod was out of memory)."""
+    and running streams wait meanwhile. A single one, so that it is within what the memory sum counts for adoption."""
 
     def __init__(self) -> None:
         self._memory: Bytes | None = None
@@ -188,7 +185,7 @@ class Spare:
 
     def give(self, memory: Bytes) -> None:
         """Nobody may look at it any more."""
-        if len(memory) <= MOST_SPARE_BYTES and (self._memory is None or len(memory) > len(self._memory)):
+        if self._memory is None or len(memory) > len(self._memory):
             self._memory = memory
 
 
