@@ -31,6 +31,7 @@ from edge_llm.bench.processes import MeasureFailed, Measurer
 from edge_llm.bench.record import Process
 from edge_llm.bench.run import Run
 from edge_llm.bench.streams import StreamClient, client_of, gaps_around, largest_gap_before, prompt_ids
+from edge_llm.catalogue.memory import CHUNKS_ON_THEIR_WAY
 from edge_llm.errors import EdgeLLMError
 from edge_llm.machine import peak_memory_bytes, process_usage, reset_peak_memory
 
@@ -41,11 +42,6 @@ BARS: Final[Mapping[str, tuple[str, float]]] = {
     "decode_stall_ratio": ("at most", 2.0),
     "mixed_stall_ratio": ("at most", 4.0),
 }
-# What a sender may hold beside the engine: two chunks not yet sent (worker/prefill.py), one that is being exported.
-SENDER_CHUNKS: Final = 3
-# And a receiver beside the snapshot: a chunk that is put there, the next one that is coming in; a third for what the
-# first hand-off in a process's life touches for the first time.
-RECEIVER_CHUNKS: Final = 3
 Progress = Callable[[str, int, int], None]
 
 
@@ -320,9 +316,8 @@ def missed(found: Mapping[str, Any]) -> list[str]:
     memory = found.get("memory")
     if memory is None:
         return [*lines, "peak_handoff_bytes was not measured"]
-    if memory["sender_chunks"] > SENDER_CHUNKS:
-        lines.append(f"the sender's memory rose by {memory['sender_growth_bytes']} bytes, above {SENDER_CHUNKS} chunks")
-    if memory["receiver_chunks"] > RECEIVER_CHUNKS:
-        rise = f"the receiver's memory rose by {memory['receiver_growth_bytes']} bytes"
-        lines.append(f"{rise}, above one snapshot and {RECEIVER_CHUNKS} chunks")
+    for role, beside in (("sender", ""), ("receiver", "one snapshot and ")):
+        if memory[f"{role}_chunks"] > CHUNKS_ON_THEIR_WAY:
+            rise = f"the {role}'s memory rose by {memory[f'{role}_growth_bytes']} bytes"
+            lines.append(f"{rise}, above {beside}{CHUNKS_ON_THEIR_WAY} chunks")
     return lines

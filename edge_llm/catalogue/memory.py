@@ -18,6 +18,9 @@ from edge_llm.kv.snapshot import Policy
 
 # Interpreter, FastAPI, numpy and the vocabulary's Python side, resident before a model is loaded.
 PYTHON_BYTES: Final = 160 << 20
+# Of a hand-off, beside a snapshot: two that are not sent yet and one that is being exported; one that is put away, the
+# next one that is coming in, and what a first hand-off touches. `bench handoff` holds both ends to it.
+CHUNKS_ON_THEIR_WAY: Final = 3
 # Formats whose repacked kernels round a row the same way whatever batch it is in (blueprint section 4, measured
 # per machine kind by `edge-llm verify`). Anything else is loaded plain.
 EXACT_WHEN_REPACKED: Final = {
@@ -107,6 +110,7 @@ def plan_memory(
             "KV of the prompt context": n_ctx * kv if serves_prompts else 0,
             "compute and logits buffers": contexts * (scores + activations + logits),
             "one snapshot in adoption": n_ctx * kv if slots else 0,
+            "chunks on their way": CHUNKS_ON_THEIR_WAY * min(rows, n_ctx) * kv,
             "kept prefixes": prefix_cache_bytes,
             "one of them in use": min(prefix_cache_bytes, n_ctx * kv),
             "Python": PYTHON_BYTES,

@@ -34,6 +34,16 @@ def test_a_prefill_worker_needs_no_slots_and_no_snapshot() -> None:
     assert plan.parts["KV of the prompt context"] == 90 << 20
 
 
+def test_chunks_that_are_on_their_way_are_counted_at_either_end_of_a_hand_off() -> None:
+    for slots, serves_prompts in ((8, False), (0, True)):
+        plan = plan_memory(SMALL, n_ctx=4096, slots=slots, serves_prompts=serves_prompts, rows=128)
+        assert plan.parts["chunks on their way"] == 3 * 128 * 23040
+    assert (
+        plan_memory(SMALL, n_ctx=64, slots=1, serves_prompts=True, rows=128).parts["chunks on their way"]
+        == 3 * 64 * 23040
+    )
+
+
 def test_what_does_not_fit_is_refused_with_the_sum_and_what_to_change() -> None:
     plan = plan_memory(SMALL, n_ctx=4096, slots=8, serves_prompts=True, rows=128)
     check_fits(plan, plan.total_bytes, "m")
