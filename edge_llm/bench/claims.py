@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from edge_llm.catalogue.memory import CHUNKS_ON_THEIR_WAY
+
 Direction = Literal["at most", "at least", "below", "is"]
 Limit = bool | float | str
 
@@ -131,8 +133,8 @@ HANDOFF: Final = (
         "a hand-off takes a few chunks of memory where KV is sent, one snapshot and a few chunks where it arrives",
         "handoff",
         (
-            Bar("memory/sender_chunks", "at most", 3.0, "chunks of the sender"),
-            Bar("memory/receiver_chunks", "at most", 3.0, "beside the receiver's snapshot"),
+            Bar("memory/sender_chunks", "at most", CHUNKS_ON_THEIR_WAY, "chunks of the sender"),
+            Bar("memory/receiver_chunks", "at most", CHUNKS_ON_THEIR_WAY, "beside the receiver's snapshot"),
         ),
         _MEASURED,
     ),

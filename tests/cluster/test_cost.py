@@ -20,6 +20,13 @@ from edge_llm.cluster.cost import (
     predict_split,
     work_of,
 )
+from edge_llm.engine.batch import (
+    LEAST_PROMPT_STEPS,
+    OF_LIMIT,
+    PROMPT_STEPS_PER_DECODE_STEP,
+    ROW_BLOCK,
+    token_budget,
+)
 from edge_llm.worker.messages import Link, Rates
 from tests.nodes import load_of, node_of
 
@@ -85,6 +92,25 @@ def test_beside_a_stream_with_a_limit_a_piece_leaves_room_for_its_next_token() -
     assert room.piece_s(step_s=0.020, tpot_s=0.9) == pytest.approx(0.030), "never more than without a limit"
     assert room.piece_s(step_s=0.020, tpot_s=0.025) == pytest.approx(0.010), "prompts go on where a limit is lost"
     assert cost_of().piece_s(step_s=0.020, tpot_s=0.025) == pytest.approx(0.030), "a worker that hears of no limits"
+
+
+@pytest.mark.parametrize("tpot_s", [None, 0.020, 0.030, 0.045, 0.060, 1.0])
+@pytest.mark.parametrize("step_s", [0.005, 0.018, 0.040])
+def test_what_is_predicted_between_two_steps_is_what_an_engine_computes_there(
+    tpot_s: float | None, step_s: float
+) -> None:
+    """The gateway must not import the engine, so the rule is written twice; its numbers come from the worker."""
+    rates = Rates(
+        run_s=0.015,
+        token_s=0.0001,
+        prompt_steps=PROMPT_STEPS_PER_DECODE_STEP,
+        of_limit=OF_LIMIT,
+        least_prompt_steps=LEAST_PROMPT_STEPS,
+    )
+    computed_s = token_budget(step_s, 0.0001, tpot_s) * 0.0001
+    predicted_s = NodeCost(rates, chunk_tokens=10_000, kv_bytes_per_token=1).piece_s(step_s, tpot_s)
+    assert computed_s <= predicted_s * (1 + 1e-9)
+    assert computed_s > predicted_s - ROW_BLOCK * 0.0001, "but for whole blocks of rows"
 
 
 def test_the_limit_that_counts_on_a_node_is_the_strictest_of_its_streams() -> None:
