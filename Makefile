@@ -9,13 +9,14 @@ BIN := $(VENV)/bin
 SETUP = $(PYTHON) -I edge_llm/bootstrap.py
 
 .PHONY: help up test lint types unit verify lock reference-tools setup setup-dev clean manifests manifests-check test-cluster \
-	image image-base
+	agreement image image-base
 
 help:
 	@echo "make up               set up, then run a local cluster (ARGS='--port 9000' passes options on)"
 	@echo "make test             set up, then run every check"
 	@echo "make verify           measure on this machine how exact this build is (ARGS='--model NAME')"
 	@echo "make reference-tools  build llama.cpp's own tools to compare with"
+	@echo "make agreement        bench serve beside a client that shares no code with it, at a llama-server (10 minutes)"
 	@echo "make test-cluster     a real Kubernetes of three nodes on this machine, as root, and everything tried on it (30 minutes)"
 	@echo "make manifests        write the version and install.yaml into k3s_manifests"
 	@echo "make manifests-check  checkov's policies on every overlay (installs 290 MB once)"
@@ -55,6 +56,10 @@ reference-tools: setup
 # What `make test` compares with: the version in the manifests, and install.yaml.
 manifests: setup-dev
 	$(BIN)/python -m tests.manifests.rendering
+
+# A measurement: nothing else should run meanwhile. Needs reference-tools.
+agreement: setup-dev
+	$(BIN)/python -m tests.bench.agreement $(ARGS)
 
 # Builds Kubernetes from Go modules once (10 minutes); says what this machine lacks, --install fetches that by apt.
 test-cluster: setup-dev

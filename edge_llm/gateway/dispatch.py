@@ -129,7 +129,9 @@ class Dispatcher:
             decide(Wish(model, 0, 0), self.view, Situation())
         # the least busy first; prefill workers are as good as others: it takes no time of their engines
         nodes = sorted(ready, key=lambda n: (n.status.load.sequences_running, n.worker))
-        if len(nodes) > 1:
+        if len(nodes) == 1:
+            return nodes[0], await self._client.tokenize(peer_of(nodes[0]), request, trace)
+        if nodes:
             first, *others = nodes
             with suppress(TimeoutError, WorkerError, Overloaded, RemoteProtocolError):
                 # in this task: under load each further one waits for its turn
