@@ -42,6 +42,7 @@ from edge_llm.gateway.overview import found_by, overview
 from edge_llm.gateway.planner import Decision, Planner
 from edge_llm.gateway.policies import policy_of
 from edge_llm.gateway.queue import Bounds
+from edge_llm.gateway.tokenizing import Tokenizers
 from edge_llm.worker.client import WorkerClient
 from edge_llm.worker.stream import ClosingStream
 from edge_llm.worker.tickets import KeyRing
@@ -89,7 +90,8 @@ class Gateway:
                 buffer_bytes=config.stream_buffer_bytes,
                 checkpoint_tokens=config.checkpoint_tokens,
             )
-            self.intake = Intake(config, self.dispatcher, time.monotonic)
+            tokenizers = Tokenizers(client, lambda: self.dispatcher.view)
+            self.intake = Intake(config, self.dispatcher, tokenizers, time.monotonic)
             self.operating = Operating(client, lambda worker: self.dispatcher.view.node(worker))
             prober = Prober(self._discovery, client, config.probe_s, self.dispatcher.on_view)
             self.dispatcher.prober = prober
@@ -115,7 +117,7 @@ class Gateway:
         self.intake.close(within_s)
         with suppress(TimeoutError):
             async with asyncio.timeout(within_s):
-                while self.dispatcher.requests:  # noqa: ASYNC110 - what is waited for has no event of its own
+                while not self.dispatcher.is_idle:  # noqa: ASYNC110 - what is waited for has no event of its own
                     await asyncio.sleep(_DRAIN_POLL_S)
         self.dispatcher.end_all(ShuttingDown("this gateway stopped before the answer was complete"))
 
@@ -123,7 +125,7 @@ class Gateway:
         """Nothing was asked, and nothing ran, for `leaving_s`."""
         asked_s = time.monotonic()
         while (now_s := time.monotonic()) < min(asked_s + self.config.leaving_s, ends_s):
-            if self.dispatcher.requests:
+            if not self.dispatcher.is_idle:
                 asked_s = now_s
             await asyncio.sleep(_DRAIN_POLL_S)
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Final
@@ -38,22 +38,18 @@ from edge_llm.gateway.metrics import GatewayMetrics
 from edge_llm.gateway.orders import Orders, peer_of
 from edge_llm.gateway.planner import Planner
 from edge_llm.gateway.running import Finish, Job, Running
-from edge_llm.gateway.scheduler import Plan, Situation, Wish, decide
+from edge_llm.gateway.scheduler import Plan
 from edge_llm.gateway.session import Event, Session, State
 from edge_llm.worker.client import WorkerClient
-from edge_llm.worker.messages import (
-    CancelRequest,
-    TokenizeReply,
-    TokenizeRequest,
-)
+from edge_llm.worker.messages import CancelRequest
 
 REFUSED_S: Final = 0.1
-# A worker that has not tokenized by then may be stopped or cut off: another one is asked as well.
-TOKENIZE_S: Final = 1.0
 # What a worker is told at least: to it, no time left means no deadline.
 MIN_TIME_S: Final = 0.001
 # How long the end of a gateway waits for its last cancellations to arrive; a lease frees what they did not reach.
 CLOSE_S: Final = 1.0
+# How long news of workers may lie before those who wait are planned for again.
+LOOK_AGAIN_S: Final = 0.1
 log = structlog.get_logger()
 
 
@@ -85,6 +81,7 @@ class Dispatcher:
         self._listener = Listener(client, self._running, self, metrics, clock, buffer_bytes)
         self._queue = queue.PlanQueue(bounds, clock=clock)
         self._endings: set[asyncio.Task[None]] = set()
+        self._looking: asyncio.TimerHandle | None = None
         self.prober: Prober | None = None
 
     @property
@@ -99,6 +96,11 @@ class Dispatcher:
     def requests(self) -> dict[str, int]:
         """How many requests are in which state."""
         return dict(Counter(running.session.state.value for running in self._running.values()))
+
+    @property
+    def is_idle(self) -> bool:
+        """Nobody is served, and nobody is on the way there."""
+        return not self._running and not len(self._queue)
 
     @property
     def states(self) -> Counter[tuple[str, State]]:
@@ -119,51 +121,6 @@ class Dispatcher:
     def leave(self, place: queue.Place) -> None:
         """The place is not needed any more, if it ever was."""
         self._queue.leave(place)
-
-    async def tokenize(
-        self, model: str | None, request: TokenizeRequest, trace: str = ""
-    ) -> tuple[Node, TokenizeReply]:
-        """Token ids by any ready worker of the model; all others are asked when one fails or keeps us waiting."""
-        ready = self.view.ready(model)
-        if model is not None and not ready:
-            decide(Wish(model, 0, 0), self.view, Situation())
-        # the least busy first; prefill workers are as good as others: it takes no time of their engines
-        nodes = sorted(ready, key=lambda n: (n.status.load.sequences_running, n.worker))
-        if len(nodes) == 1:
-            return nodes[0], await self._client.tokenize(peer_of(nodes[0]), request, trace)
-        if nodes:
-            first, *others = nodes
-            with suppress(TimeoutError, WorkerError, Overloaded, RemoteProtocolError):
-                # in this task: under load each further one waits for its turn
-                async with asyncio.timeout(TOKENIZE_S):
-                    return first, await self._client.tokenize(peer_of(first), request, trace)
-            nodes = [*others, first]
-        return await self._tokenize_by_any(nodes, request, trace)
-
-    async def _tokenize_by_any(
-        self, nodes: Sequence[Node], request: TokenizeRequest, trace: str
-    ) -> tuple[Node, TokenizeReply]:
-        """The first reply; one after another is asked, and those before are heard, too."""
-        failure: EdgeLLMError = Overloaded("no worker is ready yet", retry_after_s=2.0)
-        unasked = list(reversed(nodes))
-        asked: dict[asyncio.Task[TokenizeReply], Node] = {}
-        try:
-            while unasked or asked:
-                if unasked:
-                    node = unasked.pop()
-                    asked[asyncio.create_task(self._client.tokenize(peer_of(node), request, trace))] = node
-                patience_s = TOKENIZE_S if unasked else None
-                done, _ = await asyncio.wait(asked, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    node = asked.pop(task)
-                    try:
-                        return node, task.result()
-                    except (WorkerError, Overloaded, RemoteProtocolError) as error:
-                        failure = error
-        finally:
-            for task in asked:
-                task.cancel()
-        raise failure
 
     def _hold(self, model: str, change: int) -> None:
         """Counted as it changes: adding up a thousand streams would be most of what a request costs."""
@@ -265,8 +222,8 @@ class Dispatcher:
         except UnknownModel as error:
             # somebody served it when the request came: workers come back
             raise Overloaded(f"no worker serves {job.model} any more", retry_after_s=2.0) from error
-        if running.plan is not None and running.session.delivered:
-            running.is_as_promised &= _goes_on_the_same(running.plan.decode, plan.decode)
+        if running.made_by is not None:
+            running.is_as_promised &= _goes_on_the_same(running.made_by, plan.decode)
         running.plan, running.report = plan, None
         running.notes = [plan.note] if plan.note else []
         running.session.on(Event.PLANNED)
@@ -387,10 +344,22 @@ class Dispatcher:
         """Keep one event connection to every node of the view."""
         self._planner.on_view(after)
         self._listener.on_view(before, after)
+        self._look_again()
+
+    def _look_again(self) -> None:
+        """Plan for who waits, soon: each worker is heard once a second, and planning anew for all that wait each time
+        would be most of what a gateway of many workers does."""
+        if self._looking is None:
+            self._looking = asyncio.get_running_loop().call_later(LOOK_AGAIN_S, self._look)
+
+    def _look(self) -> None:
+        self._looking = None
         self._queue.move()
 
     async def close(self) -> None:
         """Let cancellations arrive, bounded, and end all connections."""
+        if self._looking is not None:
+            self._looking.cancel()
         if self._endings:
             await asyncio.wait(self._endings, timeout=CLOSE_S)
         for task in self._endings:

@@ -32,6 +32,7 @@ from edge_llm.gateway.limits import Limits
 from edge_llm.gateway.openai import Ask
 from edge_llm.gateway.queue import Demand, Place
 from edge_llm.gateway.running import Job, Running
+from edge_llm.gateway.tokenizing import Tokenizers
 from edge_llm.worker.messages import ChatMessage, TokenizeReply, TokenizeRequest
 
 # Before a prompt is tokenized it is taken for short: real text has 3 to 5 bytes a token, and a refusal on an estimate
@@ -53,8 +54,10 @@ class Caller:
 class Intake:
     """What new requests of this gateway have to pass."""
 
-    def __init__(self, config: GatewayConfig, dispatcher: Dispatcher, clock: Callable[[], float]) -> None:
-        self._config, self._dispatcher, self._clock = config, dispatcher, clock
+    def __init__(
+        self, config: GatewayConfig, dispatcher: Dispatcher, tokenizers: Tokenizers, clock: Callable[[], float]
+    ) -> None:
+        self._config, self._dispatcher, self._tokenizers, self._clock = config, dispatcher, tokenizers, clock
         self._limits = Limits()
         self._closes_s: float | None = None
 
@@ -97,7 +100,7 @@ class Intake:
             self._limits.leave(caller.key, job_id, 0)
             raise
         slo = ask.slo.or_else(Slo(self._config.slo_ttft_s, self._config.slo_tpot_s))
-        return Arrival(self._dispatcher, self._limits, self._clock, caller, ask, demand, place, slo)
+        return Arrival(self._dispatcher, self._tokenizers, self._limits, self._clock, caller, ask, demand, place, slo)
 
     def _model(self, wanted: str | None, key: ApiKey) -> str:
         """The model asked for; none named means the only one."""
@@ -125,6 +128,7 @@ class Arrival:
     def __init__(
         self,
         dispatcher: Dispatcher,
+        tokenizers: Tokenizers,
         limits: Limits,
         clock: Callable[[], float],
         caller: Caller,
@@ -133,7 +137,7 @@ class Arrival:
         place: Place,
         slo: Slo,
     ) -> None:
-        self._dispatcher, self._limits, self._clock = dispatcher, limits, clock
+        self._dispatcher, self._tokenizers, self._limits, self._clock = dispatcher, tokenizers, limits, clock
         self._caller, self._ask, self._demand, self._place = caller, ask, demand, place
         self._unused_tokens, self._slo = 0, slo
 
@@ -190,7 +194,7 @@ class Arrival:
         left_s = None if deadline_s is None else max(0.0, deadline_s - self._clock())
         try:
             async with asyncio.timeout(left_s):
-                return await self._dispatcher.tokenize(self._demand.model, request, self._caller.trace)
+                return await self._tokenizers.tokenize(self._demand.model, request, self._caller.trace)
         except TimeoutError as late:
             raise DeadlinePassed("the request's time was over before a worker had tokenized its prompt") from late
 

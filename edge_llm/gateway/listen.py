@@ -108,8 +108,8 @@ class Listener:
         """Read a worker's events until it is gone; then its requests are replanned."""
         try:
             async for batch in self._client.events(Peer(node.worker, node.place.address)):
+                self._end_strays(batch, node)  # before: what loses a worker its request is no stray yet
                 await self._on_batch(batch)
-                self._end_strays(batch, node)
         except EdgeLLMError as error:
             log.warning("event connection lost", worker=node.worker, message=error.message)
             self._lose_all(node, error.message)
@@ -126,15 +126,20 @@ class Listener:
                 self._outcomes.lose(running, lost)
 
     def _end_strays(self, batch: EventBatch, node: Node) -> None:
-        """Sequences of an earlier gateway of this name, or that a cancellation overtook, would otherwise hold their
-        slots until they are whole. One cancellation each."""
+        """Sequences of an earlier gateway of this name, or that a cancellation overtook or did not reach, would
+        otherwise hold their slots until they are whole, here or beside the same request in a later epoch. One
+        cancellation each."""
         for token in batch.tokens:
             stray = (token.request_id, token.epoch)
-            if token.finish_reason is None and stray not in self._strays and token.request_id not in self._running:
+            if token.finish_reason is None and stray not in self._strays and self._is_stray(*stray):
                 self._strays[stray] = None
                 if len(self._strays) > MAX_STRAYS:
                     self._strays.popitem(last=False)
                 self._outcomes.stray(node, *stray)
+
+    def _is_stray(self, request_id: str, epoch: int) -> bool:
+        running = self._running.get(request_id)
+        return running is None or epoch < running.session.epoch
 
     async def _on_batch(self, batch: EventBatch) -> None:
         for prompted in batch.prompted:
@@ -181,6 +186,8 @@ class Listener:
         except RemoteProtocolError as error:
             self._outcomes.lose(running, error)
             return
+        if running.plan is not None:
+            running.made_by = running.plan.decode
         now_s = self._clock()
         self._metrics.token(running, now_s)
         running.last_token_s = now_s

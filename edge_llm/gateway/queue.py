@@ -24,7 +24,9 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
-from edge_llm.errors import DeadlinePassed, EdgeLLMError, Overloaded
+import structlog
+
+from edge_llm.errors import DeadlinePassed, EdgeLLMError, Overloaded, WorkerError
 from edge_llm.gateway.fairness import DeficitRoundRobin
 from edge_llm.gateway.scheduler import Plan
 from edge_llm.gateway.service import Service, tokens_ahead
@@ -32,6 +34,7 @@ from edge_llm.gateway.service import Service, tokens_ahead
 PATIENCE_S: Final = 5.0
 SHARE: Final = 8
 Lane = Hashable
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,12 +191,19 @@ class PlanQueue:
                 passed.append(place)
                 continue
             except EdgeLLMError as error:
-                self._remove(place)
-                place.planned.set_exception(error)
+                self._refuse(place, error)
+                return True
+            except Exception as error:  # a bug of ours on one request: everybody else's turn is moved on in here, too
+                log.error("planning failed", request_id=place.demand.request_id, error=repr(error), exc_info=True)
+                self._refuse(place, WorkerError("the gateway failed on this request; see its log"))
                 return True
             self._go(place, plan, passed, now_s)
             return True
         return False
+
+    def _refuse(self, place: Place, error: EdgeLLMError) -> None:
+        self._remove(place)
+        place.planned.set_exception(error)
 
     def _go(self, place: Place, plan: Plan, passed: list[Place], now_s: float) -> None:
         demand = place.demand

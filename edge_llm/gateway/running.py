@@ -85,7 +85,8 @@ class Running:
     `is_as_promised` ends for good when KV of another class came in, or the answer went on where it may come out
     otherwise. `holder` is a draining worker that holds the KV of all tokens so far for whoever goes on with them.
     `report` is what the present decode worker said of how it came by its KV, `reading` how the prompt came to be read:
-    a decode worker that takes KV over from `holder` has not read anything. `sending` is the call that hands it to its
+    a decode worker that takes KV over from `holder` has not read anything. `made_by` is the worker that gave the latest
+    token: a plan after it may have made none. `sending` is the call that hands it to its
     worker, while that is waited for: a timeout and not a task, which would wait for its turn. `checkpoint_tokens`: how
     long the answer was when its last checkpoint was begun.
     """
@@ -101,6 +102,7 @@ class Running:
     place: queue.Place | None = None
     plan: Plan | None = None
     holder: Node | None = None
+    made_by: Node | None = None
     failures: int = 0
     sent_s: float = 0.0
     first_token_s: float = 0.0

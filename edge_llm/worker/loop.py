@@ -6,7 +6,8 @@ HTTP, tickets and what the mail means.
 
 Invariants: nobody else touches the engine (except `interrupt`); mail is read in the order it was posted, all of it
 before the next step; an idle engine costs nothing (the thread sleeps on its mailbox); every letter is answered, also
-one that is posted while the thread ends; an error that is not ours ends the thread and is told to `on_death`.
+one that is posted while the thread ends; an error that is not ours ends the thread and is told to `on_death`, and so is
+a call that does not come back (`is_stuck`, `abandon`): the thread is left where it is.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final, Generic, Protocol, TypeVar
 
@@ -26,6 +29,11 @@ from edge_llm.errors import EdgeLLMError, EngineFailed
 
 Result = TypeVar("Result")
 STOP_S: Final = 30.0
+# A call is stuck when it takes longer than this and than so many times the longest so far. A chunk of an 8B model takes a
+# minute on a Pi 4; before the first step has shown what is usual here, its pages may come from a slow card.
+STUCK_S: Final = 120.0
+STUCK_TIMES: Final = 5.0
+STUCK_AT_FIRST_S: Final = 600.0
 log = structlog.get_logger()
 
 
@@ -60,9 +68,16 @@ class _Letter(Generic[Result]):
 class EngineLoop:
     """Start it inside a running event loop; `on_step` and `on_death` are called there, `watch` on the engine thread."""
 
-    def __init__(self, engine: Engine, watch: Callable[[Engine, Step], None] = lambda engine, step: None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        watch: Callable[[Engine, Step], None] = lambda engine, step: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._engine = engine
-        self._watch = watch
+        self._watch, self._clock = watch, clock
+        self._busy_since_s: float | None = None  # while the engine is in a call
+        self._longest_s = 0.0
         self._mail: queue.SimpleQueue[_Mail | None] = queue.SimpleQueue()
         self._closing = threading.Lock()
         self._closed: EngineFailed | None = None
@@ -74,6 +89,18 @@ class EngineLoop:
     @property
     def is_alive(self) -> bool:
         return self._closed is None and self._thread.is_alive()
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether the engine is in a call that will not come back: a card that died under its pages, a native deadlock.
+        The process lives and answers, so nobody else can tell."""
+        since_s, longest_s = self._busy_since_s, self._longest_s
+        bound_s = max(STUCK_S, STUCK_TIMES * longest_s) if longest_s else STUCK_AT_FIRST_S
+        return self._closed is None and since_s is not None and self._clock() - since_s > bound_s
+
+    def abandon(self) -> None:
+        """Give up an engine that is stuck."""
+        self._close(EngineFailed("the engine of this worker is stuck in a call"), is_death=True)
 
     def start(self, on_step: Callable[[Step], None], on_death: Callable[[EngineFailed], None]) -> None:
         self._on_step, self._on_death = on_step, on_death
@@ -110,13 +137,16 @@ class EngineLoop:
         if self._thread.is_alive():
             self._mail.put(None)
             self._engine.interrupt()
-            await asyncio.to_thread(self._thread.join, STOP_S)
+            await asyncio.to_thread(self._thread.join, STOP_S if self._closed is None else 0.0)
         return not self._thread.is_alive()
 
     def _run(self) -> None:
         try:
             while self._take_mail():
+                self._busy_since_s = began_s = self._clock()
                 step = self._engine.step()
+                self._busy_since_s = None
+                self._longest_s = max(self._longest_s, self._clock() - began_s)
                 self._watch(self._engine, step)
                 self._deliver(step)
         except Exception as error:  # top of the thread: whatever it was, the engine cannot be trusted
@@ -131,10 +161,15 @@ class EngineLoop:
             try:
                 letter = self._mail.get(block=not self._engine.has_work)
             except queue.Empty:
-                return True
+                return self._closed is None
             if letter is None:
                 return False
+            if self._closed is not None:
+                letter.refuse(self._closed)
+                return False
+            self._busy_since_s = self._clock()
             letter.answer(self._engine)
+            self._busy_since_s = None
 
     def _deliver(self, step: Step) -> None:
         if self._asyncio is not None and not self._asyncio.is_closed():
@@ -143,9 +178,12 @@ class EngineLoop:
     def _close(self, error: EngineFailed, *, is_death: bool) -> None:
         """No letter gets in from here on; those that wait are refused, the engine is not asked again."""
         with self._closing:
+            if self._closed is not None:
+                return  # abandoned, and came back after all
             self._closed = error
-        while not self._mail.empty():
-            if (letter := self._mail.get()) is not None:
-                letter.refuse(error)
+        with suppress(queue.Empty):
+            while True:
+                if (letter := self._mail.get_nowait()) is not None:
+                    letter.refuse(error)
         if is_death and self._asyncio is not None and not self._asyncio.is_closed():
             self._asyncio.call_soon_threadsafe(self._on_death, error)

@@ -77,7 +77,7 @@ class Worker:
         self.prefixes = Prefixes(engine.facts, config.prefix_cache_bytes)
         is_serialized = config.handoff == "serialized"
         self.prefill = PrefillRole(lambda: self.facts, self.prefixes, config.allowed_peers, monotonic, is_serialized)
-        self.loop = EngineLoop(engine, self.prefill.watch)
+        self.loop = EngineLoop(engine, self.prefill.watch, monotonic)
         self.exposition = Exposition(config.metrics_alias)
         self.metrics = WorkerMetrics(self.exposition.registry, Readings(self._labels, self.status, self._computing))
         self.outboxes = Outboxes(monotonic, config.gateway_lease_s, self.metrics.prompted)
@@ -126,6 +126,7 @@ class Worker:
                     self.prefixes,
                     self.config.allowed_peers,
                     self.config.name,
+                    self.links,
                     self._monotonic,
                 )
                 self.standing.sequences = self.decode
@@ -265,6 +266,9 @@ class Worker:
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(_SWEEP_S)
+            if self.loop.is_stuck:
+                log.error("the engine is stuck in a call: its sequences go on elsewhere, and this process ends")
+                self.loop.abandon()
             for gateway in self.outboxes.expired():
                 if self.decode is not None:
                     self.decode.drop_gateway(gateway)

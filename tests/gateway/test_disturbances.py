@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Final
 
 import pytest
 
+from edge_llm.engine.backend import Logits, Row
 from edge_llm.engine.engine import EngineFacts
 from edge_llm.engine.simulated import SimulatedBackend, SimulatedSettings
 from edge_llm.request import SamplingParams
+from edge_llm.worker.loop import STUCK_S
 from tests.gateway.conftest import CHAT, COMPLETIONS, HELLO, PROBE_S, Service, Streamed, asking, serving
-from tests.loopback import CHUNK, GREEDY, HeldBackend, Node, prompt_of, running_cluster, settings_of, undisturbed, until
+from tests.loopback import (
+    CHUNK,
+    DEADLINE_S,
+    GREEDY,
+    HeldBackend,
+    Node,
+    prompt_of,
+    running_cluster,
+    settings_of,
+    undisturbed,
+    until,
+)
 
 pytestmark = pytest.mark.anyio
 # Long enough to still run when the test acts, slow enough to leave the machine alone.
@@ -355,3 +371,38 @@ async def test_a_long_prompt_is_never_silent_for_who_did_not_ask_for_progress() 
         streamed = await service.stream(COMPLETIONS, asking(prompt_of(8 * CHUNK), "local", return_progress=False))
     assert "working" in streamed.comments
     assert streamed.own["token_ids"] == undisturbed(prompt_of(8 * CHUNK), 8)
+
+
+# -- an engine that hangs
+
+
+class StuckBackend(SimulatedBackend):
+    """Decodes until `is_stuck` is set, then not until `go_on` is."""
+
+    def __init__(self, settings: SimulatedSettings) -> None:
+        super().__init__(settings)
+        self.is_stuck, self.is_held, self.go_on = threading.Event(), threading.Event(), threading.Event()
+
+    def decode(self, rows: Sequence[Row]) -> Logits:
+        if self.is_stuck.is_set():
+            self.is_held.set()
+            self.go_on.wait(DEADLINE_S)
+        return super().decode(rows)
+
+
+async def test_a_worker_whose_engine_hangs_is_given_up_and_its_streams_go_on_elsewhere(service: Service) -> None:
+    late_s = 0.0
+    backend = StuckBackend(SLOW)
+    stuck = await service.cluster.start("decode", "d1", backend=backend, clock=lambda: time.monotonic() + late_s)
+    await service.add(stuck.peer)
+    async with service.streaming(COMPLETIONS, asking(PROMPT, max_tokens=TOKENS)) as streamed:
+        await streamed.heard(after(6))
+        await service.start("decode", "d2", SLOW)
+        backend.is_stuck.set()
+        await asyncio.to_thread(backend.is_held.wait)
+        late_s = STUCK_S + 1.0  # that it has been so for two minutes
+        await streamed.whole()
+    assert streamed.own["token_ids"] == undisturbed(PROMPT, TOKENS)
+    assert (streamed.own["decode_node"], streamed.own["replanned"]) == ("d2", 1)
+    assert not stuck.worker.is_ready
+    backend.go_on.set()

@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from edge_llm.engine.simulated import SimulatedSettings
+from edge_llm.worker.messages import TokenizeReply, TokenizeRequest
 from tests.gateway.conftest import COMPLETIONS, Service, asking, serving
 from tests.loopback import CHUNK, prompt_of, running_cluster, undisturbed, until
 
@@ -60,4 +61,25 @@ async def test_without_the_setting_what_is_new_is_refused_at_once() -> None:
             await until(lambda: not service.gateway.intake.is_open)
             assert (await service.post(COMPLETIONS, asking(PROMPT))).error["code"] == "draining"
             await streamed.whole()
+        await draining
+
+
+async def test_a_request_that_is_still_being_tokenized_is_waited_for_too() -> None:
+    async with running_cluster() as cluster, serving(cluster, drain_s=20) as service:
+        node = await service.start("decode", "d1", SLOW)
+        may_go_on, tokenize = asyncio.Event(), node.worker.tokenizer.tokenize
+
+        async def held(request: TokenizeRequest) -> TokenizeReply:
+            await may_go_on.wait()
+            return await tokenize(request)
+
+        node.worker.tokenizer.tokenize = held  # type: ignore[method-assign]
+        asked = asyncio.create_task(service.post(COMPLETIONS, asking(PROMPT)))
+        await until(lambda: not service.gateway.dispatcher.is_idle)
+        draining = asyncio.create_task(service.gateway.drain())
+        await until(lambda: not service.gateway.intake.is_open)
+        done, _ = await asyncio.wait({draining}, timeout=0.2)
+        assert not done
+        may_go_on.set()
+        assert (await asked).own["token_ids"] == undisturbed(PROMPT, 8)
         await draining

@@ -10,15 +10,18 @@ import json
 import socket
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 from structlog.testing import capture_logs
 
+from edge_llm.cluster.view import ClusterView
 from edge_llm.engine.simulated import SimulatedSettings
 from edge_llm.gateway.keys import KeysFile
+from edge_llm.gateway.running import Running
+from edge_llm.gateway.scheduler import Plan
 from tests.gateway.conftest import COMPLETIONS, Service, asking, serving
 from tests.gateway.test_keys import line_of
 from tests.loopback import CHUNK, DEADLINE_S, HeldBackend, Node, prompt_of, running_cluster, settings_of, until
@@ -342,3 +345,25 @@ def _everything(connection: socket.socket) -> bytes:
     except ConnectionError:
         pass
     return data
+
+
+async def test_news_of_workers_do_not_plan_for_all_who_wait_each_time() -> None:
+    async with running_cluster() as cluster, serving(cluster) as service:
+        await service.start("mixed", "m1", replace(slow(), decode_run_s=0.2))
+        dispatcher = service.gateway.dispatcher
+        streams = [asyncio.create_task(ask(service, number)) for number in range(2 * SLOTS)]
+        await until(lambda: service.requests("queued") == SLOTS)
+        plan, planned = dispatcher.planner.plan, list[str]()
+
+        def counted(running: Running, view: ClusterView, waiting: int = 0) -> Plan:
+            planned.append(running.job.request_id)
+            return plan(running, view, waiting)
+
+        dispatcher.planner.plan = counted  # type: ignore[method-assign]
+        for _ in range(100):
+            dispatcher.on_view(dispatcher.view, dispatcher.view)
+        assert not planned
+        await until(lambda: bool(planned))
+        for stream in streams:
+            stream.cancel()
+        await asyncio.gather(*streams, return_exceptions=True)

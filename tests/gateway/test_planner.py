@@ -97,6 +97,7 @@ class Scene:
             ends = reason if is_whole and at + 1 == tokens else None
             index = len(running.session.delivered)
             running.session.deliver(TokenEvent(running.job.request_id, running.session.epoch, index, 7, "", ends))
+            running.made_by = running.plan.decode if running.plan else None
         if is_whole:
             self.planner.over(running)
 
@@ -447,3 +448,25 @@ def test_help_from_the_other_pool_is_an_event() -> None:
     assert (event.kind, event.worker, event.to) == ("spill", "p1", "token")
     assert scene.last["spills"] == ["p1"]
     assert scene.planner.pool_of(P1) == "prompt"
+
+
+def test_an_answer_goes_on_in_the_class_that_made_its_tokens_not_in_that_of_a_worker_that_made_none() -> None:
+    first, other = (
+        node("d-first", "decode", exactness_class="x" * 64),
+        node("d-other", "decode", exactness_class="y" * 64),
+    )
+    scene = Scene(first)
+    running = scene.request()
+    scene.plan(running)
+    scene.prompt(running)
+    scene.answer(running, 5, is_whole=False)
+    for left in (other, None):
+        scene.planner.failed(running)
+        running.session.on(Event.WORKER_LOST)
+        if left is not None:
+            scene.see(left)
+            assert scene.plan(running).decode.worker == "d-other", "nobody else is there"
+    same = node("d-first-2", "decode", exactness_class="x" * 64)
+    another = node("a-other-2", "decode", exactness_class="y" * 64)
+    scene.see(another, same)
+    assert scene.plan(running).decode.worker == "d-first-2"

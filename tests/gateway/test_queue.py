@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from edge_llm.errors import DeadlinePassed, Overloaded, UnknownModel
+from edge_llm.errors import DeadlinePassed, Overloaded, UnknownModel, WorkerError
 from edge_llm.gateway.queue import PATIENCE_S, Bounds, Demand, Place, PlanQueue
 from edge_llm.gateway.scheduler import Plan
 from tests.nodes import node_of
@@ -323,4 +323,22 @@ async def test_giving_up_a_place_twice_is_giving_it_up(slots: Slots) -> None:
     assert slots.planned == []
     early = slots.queue.enter(slots.demand("b"), 0)
     slots.queue.leave(early)
+    assert len(slots.queue) == 0
+
+
+async def test_a_bug_in_one_plan_ends_that_request_and_nobody_elses_turn() -> None:
+    slots = Slots()
+
+    def broken() -> Plan:
+        if not slots.free:
+            raise Overloaded("full")
+        raise ZeroDivisionError("a bug")
+
+    place = slots.queue.enter(slots.demand("broken"), 0)
+    slots.queue.ready(place, slots.demand("broken"), broken, "other lane")
+    after = slots.join("after it")
+    slots.give()
+    with pytest.raises(WorkerError, match="see its log"):
+        await slots.queue.turn(place)
+    assert await slots.queue.turn(after) is PLAN
     assert len(slots.queue) == 0

@@ -506,6 +506,10 @@ class Sessions(RuleBasedStateMachine):
                 elif client.running is not None:
                     assert client.running.session.state in (State.CANCELLED, State.DONE)
             assert self.dispatcher.planner.booked(ClusterView(self.dispatcher.view.nodes)) == {}
+            for _ in range(20):  # a worker is told of what it does for nobody when it speaks of it
+                self.all_work(1)
+                self.settle(0.3)
+            assert [worker.name for worker in self.workers.values() if worker.running] == []
         finally:
             self.loop.run_until_complete(self._end())
             self.loop.close()

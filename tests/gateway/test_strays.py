@@ -7,9 +7,11 @@ import asyncio
 import pytest
 
 from edge_llm.engine.simulated import SimulatedSettings
-from edge_llm.errors import WorkerUnreachable
+from edge_llm.errors import RemoteProtocolError, WorkerUnreachable
 from edge_llm.gateway.running import Running
 from edge_llm.gateway.scheduler import Plan
+from edge_llm.worker.client import Peer
+from edge_llm.worker.messages import CancelReply, CancelRequest
 from tests.gateway.conftest import COMPLETIONS, Service, asking
 from tests.loopback import CHUNK, prompt_of, undisturbed, until
 
@@ -49,3 +51,27 @@ async def test_a_request_whose_worker_is_lost_between_plan_and_sending_is_planne
     assert lost
     assert reply.own["token_ids"] == undisturbed(PROMPT, 8)
     assert reply.own["replanned"] == 1
+
+
+async def test_an_old_epoch_whose_cancellation_was_lost_is_ended_while_its_request_goes_on_elsewhere(
+    service: Service,
+) -> None:
+    first, dispatcher = await service.start("decode", "d1", ENDLESS), service.gateway.dispatcher
+    cancel, lost = dispatcher._client.cancel, list[CancelRequest]()
+
+    async def lose_the_first(peer: Peer, request: CancelRequest) -> CancelReply:
+        if not lost:
+            lost.append(request)
+            raise WorkerUnreachable("it did not get through")
+        return await cancel(peer, request)
+
+    dispatcher._client.cancel = lose_the_first  # type: ignore[method-assign]
+    async with service.streaming(COMPLETIONS, asking(PROMPT, max_tokens=400)) as streamed:
+        await streamed.heard(lambda heard: len(heard.chunks) > 3)
+        second = await service.start("decode", "d2", ENDLESS)
+        (running,) = dispatcher._running.values()
+        dispatcher.lose(running, RemoteProtocolError("a token is missing"))
+        await until(lambda: second.slots_free == 1)
+        await until(lambda: first.slots_free == 2)
+        assert lost
+        assert not running.session.is_over

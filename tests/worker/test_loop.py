@@ -13,7 +13,7 @@ from edge_llm.engine.rates import NOTHING_KNOWN, Rates
 from edge_llm.errors import EngineFailed, Overloaded
 from edge_llm.kv.codec import StateBlob
 from edge_llm.request import Generation
-from edge_llm.worker.loop import EngineLoop
+from edge_llm.worker.loop import STUCK_AT_FIRST_S, STUCK_S, STUCK_TIMES, EngineLoop
 
 pytestmark = pytest.mark.anyio
 DEADLINE_S = 5.0
@@ -76,7 +76,12 @@ class Running:
     def __init__(self) -> None:
         self.engine = ScriptedEngine()
         self.watched: list[tuple[int, Step]] = []
-        self.loop = EngineLoop(self.engine, lambda engine, step: self.watched.append((threading.get_ident(), step)))
+        self.now_s = 0.0
+        self.loop = EngineLoop(
+            self.engine,
+            lambda engine, step: self.watched.append((threading.get_ident(), step)),
+            clock=lambda: self.now_s,
+        )
         self.steps: list[Step] = []
         self.deaths: list[EngineFailed] = []
         self.died = asyncio.Event()
@@ -255,3 +260,58 @@ async def test_no_letter_is_lost_while_the_thread_dies() -> None:
 
 def _the_script_is_an_engine(engine: ScriptedEngine) -> Engine:
     return engine
+
+
+# -- an engine that does not come back
+
+
+class Call:
+    """A step that lasts as long as the test wants."""
+
+    def __init__(self) -> None:
+        self.begun, self.go_on = threading.Event(), threading.Event()
+
+    def __call__(self) -> Step:
+        self.begun.set()
+        assert self.go_on.wait(DEADLINE_S)
+        return Step()
+
+
+async def test_a_call_is_stuck_when_it_lasts_far_longer_than_the_longest_before_it() -> None:
+    async with running() as r:
+        calls = [Call(), Call(), Call()]
+        await r.put(*calls)
+        for call, before_s, bound_s in zip(
+            calls, (0.0, 1.0, STUCK_S), (STUCK_AT_FIRST_S, STUCK_S, STUCK_TIMES * STUCK_S), strict=True
+        ):
+            await asyncio.to_thread(call.begun.wait)
+            began_s = r.now_s
+            r.now_s = began_s + bound_s
+            assert not r.loop.is_stuck, f"after {before_s} s before it"
+            r.now_s += 0.001
+            assert r.loop.is_stuck
+            r.now_s = began_s + (1.0 if call is calls[0] else STUCK_S)  # what it took after all
+            call.go_on.set()
+        await r.until_steps(3)
+        r.now_s += 1e6
+        assert not r.loop.is_stuck, "an idle engine waits for mail"
+
+
+async def test_an_abandoned_engine_is_told_as_dead_once_and_every_letter_is_answered_also_when_it_comes_back() -> None:
+    async with running() as r:
+        call = Call()
+        await r.put(call, Step)
+        await asyncio.to_thread(call.begun.wait)
+        waiting = r.loop.post(methodcaller("end", 1))
+        r.loop.abandon()
+        await r.died.wait()
+        with pytest.raises(EngineFailed, match="stuck"):
+            await asyncio.wrap_future(waiting)
+        with pytest.raises(EngineFailed, match="stuck"):
+            await r.loop.call(methodcaller("end", 2))
+        assert not r.loop.is_alive
+        call.go_on.set()
+        while not await r.loop.stop():  # it is given no time to end, as one that is stuck would need for ever
+            await asyncio.sleep(0.01)
+        assert r.engine.calls == ["step"], "nothing more is computed"
+        assert len(r.deaths) == 1
