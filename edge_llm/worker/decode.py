@@ -10,7 +10,7 @@ Life of a request in this role:
 5. It ends with a finish reason (its KV is kept for a next turn), /cancel, its deadline, a newer epoch of the same
    request, an engine error (`failed`), or because its gateway was gone for `gateway_lease_s`.
 6. A draining worker stops it at some token, keeps its KV and says `failed` with code `draining`: the gateway plans it
-   elsewhere, and that worker fetches the KV from here (kv-handoff: moving a running sequence).
+   elsewhere, and that worker fetches the KV from here (worker/handover.py; kv-handoff: moving a running sequence).
 
 Owns slots and sequences. Slots are given lowest first (llama.cpp splits batches with holes). A slot is free as soon as
 its `end` is posted: mail is read in order, so the next `begin` finds it empty.
@@ -22,9 +22,7 @@ import asyncio
 import heapq
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Final
 
 import structlog
 
@@ -46,6 +44,8 @@ from edge_llm.kv.store import Match
 from edge_llm.request import Generation, TokenEvent
 from edge_llm.worker.adopt import Adopter, ByteBudget, PromptRecord, Wanted
 from edge_llm.worker.generation import generation_of
+from edge_llm.worker.handover import Leases
+from edge_llm.worker.links import Links
 from edge_llm.worker.loop import EngineLoop
 from edge_llm.worker.messages import WIDE_ROWS, DecodeRequest
 from edge_llm.worker.outbox import Outboxes
@@ -53,8 +53,6 @@ from edge_llm.worker.prefixes import Prefixes
 from edge_llm.worker.pull import Puller, check_address
 from edge_llm.worker.tickets import Claims, KeyRing
 
-# How long a moved sequence's KV is held for whoever goes on with it.
-LEASE_S: Final = 10.0
 log = structlog.get_logger()
 
 
@@ -95,6 +93,7 @@ class DecodeRole:
         prefixes: Prefixes,
         allowed_peers: tuple[str, ...],
         name: str,
+        links: Links,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._loop, self._facts, self._outboxes, self._prefixes = loop, facts, outboxes, prefixes
@@ -103,8 +102,7 @@ class DecodeRole:
         self._free = list(range(facts().slots))
         self._running: dict[str, _Running] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._moved: dict[str, int] = {}  # bytes of sequences that another worker goes on with, until it has them
-        self._moved_changed = asyncio.Event()
+        self._leases = Leases(links, clock)
         self.adopting = ByteBudget(max(1, facts().n_ctx * facts().kv_bytes_per_token))
         self.decode_step_s = 0.0
         self.prompt_token_s = 0.0
@@ -206,39 +204,36 @@ class DecodeRole:
 
     async def hand_over(self, goes_on: Callable[[], bool] = lambda: True) -> None:
         """Stop all sequences, while it `goes_on`, and let the gateway plan them elsewhere. Their KV stays here until
-        another worker has it, LEASE_S at most. One after the other: each needs a copy in host memory."""
-        for running in list(self._running.values()):
-            if self._running.get(running.request_id) is running and goes_on():
-                await self._fetched(self._prefixes.limit_bytes - self._kv_bytes(running))
-                if goes_on():
-                    await self._move_away(running)
-        await self._fetched(0)
+        another worker has it, or its lease is over. One after the other: each needs a copy in host memory."""
+        self._leases.begin()
+        while self._running and goes_on():
+            running = next(iter(self._running.values()))
+            if self._leaves_kv(running):
+                await self._leases.wait(self._prefixes.limit_bytes - self._kv_bytes(running), goes_on)
+            if goes_on() and self._running.get(running.request_id) is running:
+                await self._move_away(running)
+        await self._leases.wait(0, goes_on)
 
     def given(self, request_id: str) -> None:
         """Another worker has fetched what was kept of this request."""
-        self._moved.pop(request_id, None)
-        self._moved_changed.set()
-
-    async def _fetched(self, room: int) -> None:
-        """Wait until no more than `room` bytes of moved sequences are still to be fetched."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(LEASE_S):
-                while sum(self._moved.values()) > max(0, room):
-                    self._moved_changed.clear()
-                    await self._moved_changed.wait()
+        self._leases.given(request_id)
 
     async def _move_away(self, running: _Running) -> None:
         if running.is_begun:
             try:
                 kept = await self._loop.call(lambda engine: _take(engine, running.slot))
-                if running.prompt.is_same_class and self._prefixes.limit_bytes:
+                if self._leaves_kv(running):
                     prompt_tokens = len(running.generation.prompt_ids)
                     await self._prefixes.keep_answer(running.request.tenant, prompt_tokens, kept, is_moving=True)
-                    self._moved[running.request_id] = self._kv_bytes(running)
+                    if self._running.get(running.request_id) is running:  # else nobody is told, and nobody comes for it
+                        self._leases.hold(running.request_id, len(kept.ids) * self._facts().kv_bytes_per_token)
             except Exception as error:  # no memory for a copy, perhaps: the request goes on elsewhere all the same
                 log.warning("KV stays here", request_id=running.request_id, error=repr(error), exc_info=True)
         self._fail(running, Draining(f"worker {self._name} is draining"))
         self._outboxes.flush()
+
+    def _leaves_kv(self, running: _Running) -> bool:
+        return running.is_begun and running.prompt.is_same_class and self._prefixes.limit_bytes > 0
 
     def _kv_bytes(self, running: _Running) -> int:
         return running.generation.cells * self._facts().kv_bytes_per_token

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Final, Protocol
 
 import structlog
@@ -41,6 +42,7 @@ class Standing:
         self.sequences: Sequences | None = None
         self.is_draining = self.is_ending = False
         self._leaving: asyncio.Task[None] | None = None
+        self._drains = 0
 
     @property
     def role(self) -> Role:
@@ -73,6 +75,7 @@ class Standing:
         """Take nothing new, and hand over what runs. Returns at once."""
         if not self.is_draining:
             log.info("draining")
+            self._drains += 1
         self.is_draining = True
         if self._leaving is None or self._leaving.done():
             self._leaving = asyncio.create_task(self._leave(), name="hand over")
@@ -102,7 +105,11 @@ class Standing:
         # a sequence may come between a drain that was taken back and the next one
         while self.is_draining and self.sequences is not None and self.sequences.sequences_running:
             try:
-                await self.sequences.hand_over(lambda: self.is_draining)
+                await self.sequences.hand_over(partial(self._goes_on, self._drains))
             except Exception as error:  # top of the task: the sequences run on here
                 log.error("handing over failed", error=repr(error), exc_info=True)
                 return
+
+    def _goes_on(self, drain: int) -> bool:
+        """A drain that was taken back is over, also when the next one began at once."""
+        return self.is_draining and self._drains == drain
