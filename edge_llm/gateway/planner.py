@@ -20,7 +20,7 @@ from edge_llm.cluster.view import ClusterView, Node
 from edge_llm.errors import Overloaded
 from edge_llm.gateway.affinity import Affinity, Chain, chain_of
 from edge_llm.gateway.policies import Policy
-from edge_llm.gateway.pools import PoolEvent, Pools, Standing
+from edge_llm.gateway.pools import Pool, PoolEvent, Pools, Standing
 from edge_llm.gateway.running import Running
 from edge_llm.gateway.scheduler import CrossClass, Plan, Situation, Wish, decide
 from edge_llm.gateway.session import State
@@ -148,7 +148,7 @@ class Planner:
         situation = Situation(
             self.works(view),
             waiting,
-            lambda node: self._pools.of(node.worker, node.status.role),
+            self.pool_of,
             self._cross_class,
             self._policy,
             self._prompt_tokens.get(running.job.model),
@@ -239,7 +239,7 @@ class Planner:
             mean = self._prompt_tokens.get(job.model, float(wish.prompt_tokens))
             self._prompt_tokens[job.model] = mean + _SMOOTHING * (wish.prompt_tokens - mean)
         for node, pool in plan.spills:
-            _tell(self._pools.spilled(node.worker, node.status.role, pool, now_s))
+            _tell(self._pools.spilled(node.worker, node.status.model, node.status.role, pool, now_s))
         decision = Decision(
             request_id=job.request_id,
             tenant=job.tenant,
@@ -365,7 +365,7 @@ class Planner:
         now_s = self._clock()
         if now_s - self._observed_s >= OBSERVE_S:
             self._observed_s = now_s
-            for event in self._pools.observe(self._standings(view, now_s), now_s):
+            for event in self._pools.observe(self._standings(view), now_s):
                 _tell(event)
 
     def works(self, view: ClusterView) -> Mapping[str, Work]:
@@ -388,26 +388,26 @@ class Planner:
         """The last ones, the newest first."""
         return tuple(reversed(self._pools.events))
 
-    def pool_of(self, node: Node) -> str:
+    def pool_of(self, node: Node) -> Pool:
         """Where a node stands now, whatever its role."""
-        return self._pools.of(node.worker, node.status.role)
+        return self._pools.of(node.worker, node.status.model, node.status.role)
 
-    def _standings(self, view: ClusterView, now_s: float) -> list[Standing]:
-        """A prompt that a decode worker computes for itself is work that the prompt pool could not take only while all
-        of that pool is busy; else it was planned there because that is better. A sequence that waits for its prompt is
-        no work of the token pool yet."""
-        works = {node.worker: self._book.work(node.worker, now_s) for node in view.nodes}
+    def _standings(self, view: ClusterView) -> list[Standing]:
+        """A prompt that a decode worker computes for itself is work that its model's prompt pool could not take only
+        while all of that pool is busy; else it was planned there because that is better. A sequence that waits for its
+        prompt is no work of the token pool yet."""
+        works = self.works(view)
         readers = [node for node in view.ready() if node.prefills and self.pool_of(node) != "token"]
-        is_all_busy = all(works[node.worker].prompts for node in readers)
+        idle = {node.status.model for node in readers if not works[node.worker].prompts}
 
         def prompt_work(node: Node) -> float:
-            work = works[node.worker]
-            counts = work.prompts if self.pool_of(node) != "token" or is_all_busy else work.served
-            return 1.0 if counts else 0.0
+            work, is_choice = works[node.worker], self.pool_of(node) == "token" and node.status.model in idle
+            return 1.0 if (work.served if is_choice else work.prompts) else 0.0
 
         return [
             Standing(
                 node.worker,
+                node.status.model,
                 node.status.role,
                 prompt_work=prompt_work(node),
                 prompt_room=float(node.prefills and node.status.is_ready),
@@ -418,8 +418,8 @@ class Planner:
         ]
 
 
-def _tell(event: PoolEvent) -> None:
-    log.info("pool", kind=event.kind, worker=event.worker, born=event.born, to=event.to, why=event.why)
+def _tell(told: PoolEvent) -> None:
+    log.info("pool", kind=told.kind, worker=told.worker, model=told.model, born=told.born, to=told.to, why=told.why)
 
 
 def _chunks_kept(node: Node) -> int:

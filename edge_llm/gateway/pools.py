@@ -8,8 +8,11 @@ First mechanism, at once: a single request spills to a node of the other pool (t
 its identity). Second, slow: a pool that stays short while the other has room is lent a node (`repurpose`), until it can
 do without or its own pool needs it (`return`).
 
-Invariants: a pool never lends its last node; a node that cannot do the other pool's work is never lent; one change at a
-time, none before the imbalance has lasted `sustained_s`, so that a single long prompt moves nobody.
+Every model has pools of its own: its nodes can help nobody else, and what others have to do says nothing about it.
+
+Invariants: a pool never lends its last node; a node that cannot do the other pool's work is never lent; one change of a
+model at a time, none before the imbalance has lasted `SUSTAINED_S`, so that a single long prompt moves nobody; nothing
+is remembered of a model without nodes, but events.
 """
 
 from __future__ import annotations
@@ -31,6 +34,8 @@ _OTHER: Final[Mapping[Pool, Pool]] = {"prompt": "token", "token": "prompt"}
 SHORT: Final = 0.9
 ROOM: Final = 0.5
 SPARE: Final = 0.7
+SUSTAINED_S: Final = 20.0
+SMOOTHING_S: Final = 20.0
 EVENTS_KEPT: Final = 200
 
 
@@ -40,6 +45,7 @@ class Standing:
     one is computed or waits, tokens count in sequences; room 0 means that it cannot."""
 
     worker: str
+    model: str
     role: Role
     prompt_work: float
     prompt_room: float
@@ -49,10 +55,12 @@ class Standing:
 
 @dataclass(frozen=True, slots=True)
 class PoolEvent:
-    """Something to tell: `kind` happened to `worker`, of pool `born`, towards pool `to`, at `at_s`."""
+    """Something to tell: `kind` happened to `worker`, which has `model`, of pool `born`, towards pool `to`, at
+    `at_s`."""
 
     kind: EventKind
     worker: str
+    model: str
     born: Pool
     to: Pool
     at_s: float
@@ -61,25 +69,53 @@ class PoolEvent:
 
 @dataclass(slots=True)
 class Pools:
-    """Who is lent where. Call `observe` every second or so with everybody's standing."""
+    """Who is lent where, of all models. Call `observe` every second or so with everybody's standing."""
 
-    sustained_s: float = 20.0
-    smoothing_s: float = 20.0
-    lent: dict[str, Pool] = field(default_factory=dict)
     events: deque[PoolEvent] = field(default_factory=lambda: deque(maxlen=EVENTS_KEPT))
+    _by_model: dict[str, _ModelPools] = field(default_factory=dict)
+
+    @property
+    def lent(self) -> dict[str, Pool]:
+        """Who stands in another pool than its own."""
+        return {worker: to for pools in self._by_model.values() for worker, to in pools.lent.items()}
+
+    def of(self, worker: str, model: str, role: Role) -> Pool:
+        """The pool that a node stands in now."""
+        pools = self._by_model.get(model)
+        return _BORN[role] if pools is None else pools.of(worker, role)
+
+    def spilled(self, worker: str, model: str, role: Role, to: Pool, now_s: float) -> PoolEvent:
+        """Note that one request went to a node of the other pool."""
+        event = PoolEvent("spill", worker, model, _BORN[role], to, now_s)
+        self.events.append(event)
+        return event
+
+    def observe(self, nodes: Iterable[Standing], now_s: float) -> list[PoolEvent]:
+        """Lend or give back at most one node of each model. Returns what happened."""
+        by_model: dict[str, list[Standing]] = {}
+        for node in nodes:
+            by_model.setdefault(node.model, []).append(node)
+        self._by_model = {model: self._by_model.get(model, _ModelPools(model)) for model in by_model}
+        made = [pools.observe(by_model[model], now_s) for model, pools in self._by_model.items()]
+        events = [event for event in made if event is not None]
+        self.events.extend(events)
+        return events
+
+
+@dataclass(slots=True)
+class _ModelPools:
+    """The pools of one model."""
+
+    model: str
+    lent: dict[str, Pool] = field(default_factory=dict)
     _seen_s: float | None = None
     _smooth: dict[str, Standing] = field(default_factory=dict)
     _since_s: dict[tuple[EventKind, Pool], float] = field(default_factory=dict)
 
     def of(self, worker: str, role: Role) -> Pool:
-        """The pool that a node stands in now."""
         return self.lent.get(worker, _BORN[role])
 
-    def spilled(self, worker: str, role: Role, to: Pool, now_s: float) -> PoolEvent:
-        """Note that one request went to a node of the other pool."""
-        return self._tell(PoolEvent("spill", worker, _BORN[role], to, now_s))
-
-    def observe(self, nodes: Iterable[Standing], now_s: float) -> list[PoolEvent]:
+    def observe(self, nodes: Iterable[Standing], now_s: float) -> PoolEvent | None:
         """Lend or give back at most one node. Returns what happened."""
         self._average(nodes, now_s)
         for gone in self.lent.keys() - self._smooth.keys():
@@ -92,8 +128,8 @@ class Pools:
             if made is not None:
                 # the loads that led here belong to the old arrangement
                 self._since_s.clear()
-                return [self._tell(made)]
-        return []
+                return made
+        return None
 
     def busy(self, pool: Pool) -> float:
         """Work of this kind, wherever it is done, over the room of the pool; may exceed 1 when it spills. A pool
@@ -103,8 +139,8 @@ class Pools:
         return work / room if room else 1.0
 
     def _average(self, nodes: Iterable[Standing], now_s: float) -> None:
-        """Work comes and goes within a second; what counts is its mean over the last `smoothing_s`."""
-        share = 1.0 if self._seen_s is None else 1 - exp(-(now_s - self._seen_s) / self.smoothing_s)
+        """Work comes and goes within a second; what counts is its mean over the last `SMOOTHING_S`."""
+        share = 1.0 if self._seen_s is None else 1 - exp(-(now_s - self._seen_s) / SMOOTHING_S)
         self._seen_s = now_s
         averaged: dict[str, Standing] = {}
         for node in nodes:
@@ -127,7 +163,7 @@ class Pools:
         guest = min(guests, key=lambda node: (_work(node, pool), node.worker))
         del self.lent[guest.worker]
         why = f"the {home} pool is short" if home_is_short else f"the {pool} pool can do without"
-        return PoolEvent("return", guest.worker, _BORN[guest.role], _BORN[guest.role], now_s, why)
+        return PoolEvent("return", guest.worker, self.model, _BORN[guest.role], _BORN[guest.role], now_s, why)
 
     def _lend(self, pool: Pool, now_s: float) -> PoolEvent | None:
         """A node of the other pool comes to `pool`, which is short while the other has room."""
@@ -141,7 +177,7 @@ class Pools:
         node = min(able, key=lambda node: (_work(node, other), node.worker))
         self.lent[node.worker] = pool
         why = f"{pool} busy {mine:.2f}, {other} busy {theirs:.2f}"
-        return PoolEvent("repurpose", node.worker, _BORN[node.role], pool, now_s, why)
+        return PoolEvent("repurpose", node.worker, self.model, _BORN[node.role], pool, now_s, why)
 
     def _busy_without(self, pool: Pool, leaving: Sequence[Standing]) -> float:
         """How busy the pool is when the roomiest of `leaving` leaves and the others carry its work."""
@@ -154,15 +190,11 @@ class Pools:
         if not is_due:
             self._since_s.pop((kind, pool), None)
             return False
-        return now_s - self._since_s.setdefault((kind, pool), now_s) >= self.sustained_s
+        return now_s - self._since_s.setdefault((kind, pool), now_s) >= SUSTAINED_S
 
     def _members(self, pool: Pool) -> list[Standing]:
         """Who does this pool's work: its own, those lent to it, and the mixed ones."""
         return [node for node in self._smooth.values() if self.of(node.worker, node.role) in (pool, "mixed")]
-
-    def _tell(self, event: PoolEvent) -> PoolEvent:
-        self.events.append(event)
-        return event
 
 
 def _work(node: Standing, pool: Pool) -> float:
