@@ -191,7 +191,7 @@ class Planner:
         return decide(wish, view, situation), wish
 
     def _wish(self, running: Running, known: _Known, view: ClusterView, avoid: frozenset[str]) -> Wish:
-        job, delivered, before = running.job, len(running.session.delivered), running.plan
+        job, delivered, before = running.job, len(running.session.delivered), running.made_by
         now_s = self._clock()
         return Wish(
             model=job.model,
@@ -201,7 +201,7 @@ class Planner:
             avoid=avoid,
             answer_tokens=self.answer_left(running),
             held=self._held(running, known, view),
-            exactness_class=before.decode.status.exactness_class if before is not None and delivered else None,
+            exactness_class=before.status.exactness_class if before is not None else None,
             waited_s=now_s - running.waits_since_s,
             # the first token of an answer that goes on elsewhere came when it came
             slo=Slo(None, job.slo.tpot_s) if delivered else job.slo,
