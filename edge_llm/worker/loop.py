@@ -29,8 +29,8 @@ from edge_llm.errors import EdgeLLMError, EngineFailed
 
 Result = TypeVar("Result")
 STOP_S: Final = 30.0
-# A call is stuck when it takes longer than this and than so many times the longest so far. A chunk of an 8B model takes a
-# minute on a Pi 4; before the first step has shown what is usual here, its pages may come from a slow card.
+# A call is stuck when it takes longer than this and than so many times the longest so far. A chunk of an 8B model takes
+# a minute on a Pi 4; before the first step has shown what is usual here, its pages may come from a slow card.
 STUCK_S: Final = 120.0
 STUCK_TIMES: Final = 5.0
 STUCK_AT_FIRST_S: Final = 600.0

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from operator import methodcaller
@@ -311,7 +312,7 @@ async def test_an_abandoned_engine_is_told_as_dead_once_and_every_letter_is_answ
             await r.loop.call(methodcaller("end", 2))
         assert not r.loop.is_alive
         call.go_on.set()
-        while not await r.loop.stop():  # it is given no time to end, as one that is stuck would need for ever
-            await asyncio.sleep(0.01)
+        while not await r.loop.stop():  # it is given no time to end: one that is stuck would need for ever
+            await asyncio.to_thread(time.sleep, 0.01)
         assert r.engine.calls == ["step"], "nothing more is computed"
         assert len(r.deaths) == 1
