@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import Iterator
 from socket import IPPROTO_TCP, TCP_NODELAY
 
@@ -56,6 +57,13 @@ def test_lines_below_the_level_are_not_written_and_all_others_say_which_request(
     capsys: pytest.CaptureFixture[str], level: LogLevel, said: list[str]
 ) -> None:
     configure_logging(level)
+    logging.getLogger("uvicorn.error").warning("Invalid HTTP %s received.", "request")
+    theirs = json.loads(capsys.readouterr().err)
+    assert (theirs["event"], theirs["logger"], theirs["level"]) == (
+        "Invalid HTTP request received.",
+        "uvicorn.error",
+        "warning",
+    )
     log = structlog.get_logger()
     with structlog.contextvars.bound_contextvars(request_id="r1"):
         log.debug("a")

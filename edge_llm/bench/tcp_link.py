@@ -127,7 +127,7 @@ class Link:
                 yield peer
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise MeasureFailed(
-                f"{where} broke off at {what}: {error or type(error).__name__}: does bench net listen there?"
+                f"{where} broke off at {what}: {str(error) or type(error).__name__}: does bench net listen there?"
             ) from error
 
 

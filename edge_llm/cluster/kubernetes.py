@@ -318,7 +318,7 @@ class Kubernetes(Discovery):
                 f"cannot {verb} EndpointSlices: the answer did not come to its end within {limit_s:.0f} s"
             ) from error
         except (aiohttp.ClientError, ApiException, loading.ConfigException, OSError) as error:
-            raise ApiTrouble(f"cannot {verb} EndpointSlices: {error or type(error).__name__}") from error
+            raise ApiTrouble(f"cannot {verb} EndpointSlices: {str(error) or type(error).__name__}") from error
         except (msgspec.DecodeError, ValueError) as error:
             raise ApiTrouble(f"cannot {verb} EndpointSlices: what came is not the API's JSON: {error}") from error
 

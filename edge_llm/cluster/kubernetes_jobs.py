@@ -278,7 +278,7 @@ class Jobs:
         except TimeoutError as error:
             raise JobTrouble(f"cannot {what}: the API server did not answer in time") from error
         except (aiohttp.ClientError, ApiException, OSError) as error:
-            raise JobTrouble(f"cannot {what}: {error or type(error).__name__}") from error
+            raise JobTrouble(f"cannot {what}: {str(error) or type(error).__name__}") from error
         except msgspec.DecodeError as error:
             raise JobTrouble(f"cannot {what}: what came is not the API's JSON: {error}") from error
 

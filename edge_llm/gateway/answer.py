@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -29,7 +29,8 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -
     async with _cut("the client hung up before its request was accepted") as cut:
 
         def end(_: asyncio.Task[None]) -> None:
-            cut.reschedule(now_s())
+            with suppress(RuntimeError):  # the block is over already, in the same turn of the loop
+                cut.reschedule(now_s())
 
         gone.add_done_callback(end)
         try:

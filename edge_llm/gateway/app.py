@@ -209,7 +209,7 @@ def _say_how_it_is(app: FastAPI, gateway: Gateway) -> None:
     @app.get("/cluster")
     async def cluster(request: Request) -> Response:
         of, key = gateway.dispatcher, caller_of(request).key
-        nodes, planner = of.view.nodes, of.planner
+        nodes, planner = sorted(of.view.nodes, key=lambda node: node.worker), of.planner
         body = overview(
             gateway.name,
             of.requests,

@@ -120,7 +120,7 @@ class _Common(_Body):
     presence_penalty: Number | None = None
     repeat_last_n: Annotated[StrictInt, Field(ge=-1, le=1 << 30)] | None = None
     seed: StrictInt | None = None
-    stop: StrictStr | Annotated[list[StrictStr], Field(max_length=MAX_MESSAGES, fail_fast=True)] | None = None
+    stop: StrictStr | Annotated[list[StrictStr], Field(fail_fast=True)] | None = None
     logit_bias: Annotated[dict[TokenKey, Bias], BeforeValidator(_few)] | None = None
     return_progress: StrictBool = False
     ignore_eos: StrictBool = False

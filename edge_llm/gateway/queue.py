@@ -252,11 +252,13 @@ class PlanQueue:
         wait_s = self.service.wait_s(model, ahead, free_slots)
         if others >= bounds.length:
             retry_s = self.service.retry_after_s(model, None, 0.0)
-            raise Overloaded(f"{others} requests wait already", retry_after_s=retry_s)
+            raise Overloaded(f"{others} requests wait for a slot already", retry_after_s=retry_s)
         own = sum(place.demand.key == demand.key and place is not itself for place in self._held_new())
         if own - free_slots >= SHARE * (bounds.length - others):
             retry_s = self.service.retry_after_s(model, None, 0.0)
-            raise Overloaded(f"{own} requests of key {demand.key} wait already", retry_after_s=retry_s)
+            raise Overloaded(
+                f"{own - free_slots} requests of key {demand.key} wait for a slot already", retry_after_s=retry_s
+            )
         bound_s = bounds.predicted_wait_s
         if demand.deadline_s is not None:
             bound_s = min(bound_s, demand.deadline_s - self._clock())

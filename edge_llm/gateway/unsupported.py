@@ -31,6 +31,10 @@ def _asks_for_a_form(value: Any, _body: Mapping[str, Any]) -> bool:
     return not (isinstance(value, dict) and value.get("type") == "text")
 
 
+def _asks_for_more_than_text(value: Any, _body: Mapping[str, Any]) -> bool:
+    return value not in ([], ["text"])
+
+
 def _is_given(value: Any, _body: Mapping[str, Any]) -> bool:
     return value is not False and value not in ("", [], {})
 
@@ -48,4 +52,9 @@ _UNSUPPORTED: Final[Mapping[str, _Asks]] = {
     "best_of": _is_not(1),
     **dict.fromkeys(("echo", "suffix", "audio", "grammar", "json_schema", "structured_outputs"), _is_given),
     **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), _is_given),
+    "modalities": _asks_for_more_than_text,
+    **dict.fromkeys(("prompt_logprobs", "web_search_options", "n_predict"), _is_given),
+    **dict.fromkeys(("stop_token_ids", "bad_words", "allowed_token_ids", "use_beam_search"), _is_given),
+    **dict.fromkeys(("min_tokens", "mirostat", "dry_multiplier", "xtc_probability", "dynatemp_range"), _is_not(0)),
+    "typical_p": _is_not(1),
 }

@@ -1,7 +1,9 @@
 """HTTP/1.1 as strangers may send it: the head of a request is bounded in bytes and in time.
 
 uvicorn takes a head of any size and waits for it for ever; a few thousand half-sent ones would take all memory and file
-descriptors. Owns only that; bodies are read by edge.py. Refuses to know routes.
+descriptors. Owns that, and what still comes of a body that was answered already: it is taken for a while, because a
+connection that is closed on a client that sends is reset, and the answer that says why is lost with it. Bodies are read
+by edge.py. Refuses to know routes.
 """
 
 from __future__ import annotations
@@ -19,10 +21,14 @@ from edge_llm.gateway.openai import error_body
 
 # The kernel lets a send buffer grow to megabytes; an answer of a few thousand tokens would vanish in it unread.
 SEND_BUFFER_BYTES: Final = 64 << 10
+# Of a body whose answer is sent: so much is still taken.
+DISCARD_BYTES: Final = 256 << 20
+DISCARD_S: Final = 30.0
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """One connection. `_awaits_head` while the next request's head is not whole."""
+    """One connection. `_awaits_head` while the next request's head is not whole, `_is_in_body` while the latest one's
+    body is not; `_discards_to` is where what comes of it after its answer ends, in bytes of this connection."""
 
     max_head_bytes: ClassVar[int]
     head_s: ClassVar[float]
@@ -30,6 +36,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._awaits_head, self._head_bytes, self._parsed_bytes = True, 0, 0
+        self._is_in_body, self._received, self._discards_to = False, 0, 0
         self._error: EdgeLLMError = InvalidRequest("what came is not HTTP/1.1")
         self._timer: asyncio.TimerHandle | None = self.loop.call_later(self.head_s, self._too_slow)
 
@@ -38,6 +45,12 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        self._received += len(data)
+        if self._discards_to:
+            super().data_received(data)
+            if self._discards_to and self._received > self._discards_to:
+                self.transport.close()
+            return
         if self._awaits_head and self._timer is None:
             self._timer = self.loop.call_later(self.head_s, self._too_slow)
         self._head_bytes += len(data)
@@ -58,12 +71,24 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        self._awaits_head = False
+        self._awaits_head, self._is_in_body = False, True
         self._stop_timer()
         super().on_headers_complete()
 
+    def on_message_complete(self) -> None:
+        self._is_in_body = False
+        if self._discards_to:
+            self._discards_to = 0
+            self._stop_timer()
+            self._awaits_head, self._head_bytes = True, 0
+        super().on_message_complete()
+
     def on_response_complete(self) -> None:
-        self._awaits_head, self._head_bytes = True, 0
+        if self._is_in_body and not self.transport.is_closing():
+            self._discards_to = self._received + DISCARD_BYTES
+            self._timer = self.loop.call_later(DISCARD_S, self.transport.close)
+        else:
+            self._awaits_head, self._head_bytes = True, 0
         super().on_response_complete()
 
     def send_400_response(self, msg: str) -> None:

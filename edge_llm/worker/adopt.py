@@ -259,6 +259,11 @@ class Adopter:
                 reasons.append(f"{candidate.worker}: {error.code} after {snapshot.filled_to} of {wanted.total} tokens")
         return reasons
 
+    def _may_begin_here(self, candidate: PrefillCandidate, wanted: Wanted) -> bool:
+        """Whether the candidate may fetch from this worker what is kept here of the beginning, and read the rest. One
+        that only gives what it has stored fetches nothing, and its ticket names no holder."""
+        return bool(wanted.known.n_tokens) and self._facts().level == "exact" and not candidate.only_stored
+
     async def _ask(
         self, candidate: PrefillCandidate, wanted: Wanted, record: PromptRecord, snapshot: StateBlob
     ) -> None:
@@ -271,7 +276,7 @@ class Adopter:
             tenant=wanted.tenant,
             cache_prompt=wanted.cache_prompt,
             only_stored=candidate.only_stored,
-            holder=wanted.holder if wanted.known.n_tokens and facts.level == "exact" else None,
+            holder=wanted.holder if self._may_begin_here(candidate, wanted) else None,
             time_left_s=wanted.time_left_s(),
         )
         expected = Expected(

@@ -252,7 +252,7 @@ class _Called:
             ) from late
         if isinstance(error, aiohttp.ClientError | TimeoutError | OSError):
             raise WorkerUnreachable(
-                f"worker {self._peer.worker} at {self._peer.address}: {error or type(error).__name__}"
+                f"worker {self._peer.worker} at {self._peer.address}: {str(error) or type(error).__name__}"
             ) from error
 
 

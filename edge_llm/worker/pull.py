@@ -125,7 +125,7 @@ class Puller:
                     del event
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             kind = WorkerSilent if isinstance(error, TimeoutError) else WorkerUnreachable
-            raise kind(f"{where}: {error or type(error).__name__}") from error
+            raise kind(f"{where}: {str(error) or type(error).__name__}") from error
         decoder.eof()
 
 

@@ -182,6 +182,20 @@ async def test_a_length_beyond_the_bound_is_refused_before_anything_is_read(serv
         assert (await connection.head()).startswith(b"HTTP/1.1 413 ")
 
 
+@pytest.mark.parametrize("head", ["content-length", "chunked"])
+async def test_who_still_sends_a_body_that_was_refused_hears_why_and_may_ask_again(service: Service, head: str) -> None:
+    size = 4 << 20
+    body, start = b" " * size, post_head(size)
+    if head == "chunked":
+        start = start.replace(f"content-length: {size}".encode(), b"transfer-encoding: chunked")
+        body = b"%x\r\n%b\r\n0\r\n\r\n" % (size, body)
+    async with wire(service) as connection:
+        await connection.send(start + body)
+        assert (await connection.head()).startswith(b"HTTP/1.1 413 ")
+        await connection.send(post_head(2, "connection: close") + b"{}")
+        assert b"HTTP/1.1 400 " in await connection.rest()
+
+
 async def test_bodies_that_are_read_at_once_are_bounded_together(service: Service) -> None:
     async with wire(service) as first, wire(service) as second, wire(service) as third:
         for connection in (first, second, third):

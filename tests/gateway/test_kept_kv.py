@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from edge_llm.engine.simulated import SimulatedSettings
@@ -31,11 +33,17 @@ async def test_a_next_turn_says_how_much_of_it_was_kept(service: Service) -> Non
 
 
 @pytest.mark.parametrize("mode", ["local", "split"])
+@pytest.mark.parametrize("begins", ["with nothing known", "as others did"])
 async def test_a_worker_that_drains_hands_its_streams_over_without_computing_them_again(
-    service: Service, mode: str
+    service: Service, mode: str, begins: str
 ) -> None:
     await service.start("prefill", "p1")
     nodes = [await service.start("decode", name, SLOW, prefix_cache_bytes=CACHE) for name in ("d1", "d2")]
+    known = 6 if begins == "as others did" else 0
+    if known:  # as every chat begins with the tokens of its template
+        others = [asking([*PROMPT[:known], *prompt_of(9, seed)], "local", max_tokens=30) for seed in range(1, 7)]
+        answers = await asyncio.gather(*(service.post(COMPLETIONS, other) for other in others))
+        assert {answer.own["decode_node"] for answer in answers} == {"d1", "d2"}
     async with service.streaming(COMPLETIONS, asking(PROMPT, mode, max_tokens=90)) as streamed:
         await streamed.heard(lambda heard: len(heard.chunks) > 6)
         (busy,) = [node for node in nodes if node.slots_free < 4]
@@ -47,10 +55,11 @@ async def test_a_worker_that_drains_hands_its_streams_over_without_computing_the
     assert (own["replanned"], own["level"], own["decode_node"]) == (1, "exact", idle.peer.worker)
     read_by = "p1" if mode == "split" else busy.peer.worker
     assert (own["mode"], own["prefill_node"]) == (mode, read_by), "who read the prompt, not who gave its KV away"
-    assert own["cached_tokens"] == own["prefill_cached_tokens"] == 0, "it was computed for this request"
+    assert (own["cached_tokens"], own["prefill_cached_tokens"]) == (known, 0), "the rest was computed for this request"
     assert own["fallback"] is None
     assert idle.worker.decode is not None
-    assert idle.worker.decode.prompt_token_s == 0.0, "no prompt was computed there"
+    if not known:
+        assert idle.worker.decode.prompt_token_s == 0.0, "no prompt was computed there"
 
 
 async def test_a_stream_outlives_more_drained_workers_than_it_may_lose_by_failure(service: Service) -> None:

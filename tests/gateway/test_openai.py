@@ -300,6 +300,14 @@ UNSUPPORTED: Final[list[tuple[str, object]]] = [
     ("guided_json", {"type": "object"}),
     ("best_of", 2),
     ("echo", True),
+    ("modalities", ["text", "audio"]),
+    ("min_tokens", 5),
+    ("stop_token_ids", [7]),
+    ("bad_words", ["no"]),
+    ("prompt_logprobs", 0),
+    ("n_predict", 3),
+    ("mirostat", 2),
+    ("typical_p", 0.5),
 ]
 
 
@@ -316,6 +324,11 @@ def test_what_asks_for_nothing_unusual_is_passed_over() -> None:
     assert chat(tools=tools, tool_choice="none") == chat()
     assert chat(tools=[], logprobs=False, top_logprobs=0, response_format={"type": "text"}) == chat()
     assert completion(suffix="", best_of=1, echo=False) == completion()
+    assert chat(modalities=["text"], min_tokens=0, stop_token_ids=[], typical_p=1.0, mirostat=0) == chat()
+
+
+def test_a_long_list_of_stop_strings_is_refused_with_the_number_that_may_be() -> None:
+    assert "at most 16 stop strings" in refusal(lambda: chat(stop=["a"] * 10_000)).message
 
 
 def test_ids_in_a_list_of_one_prompt_are_that_prompt() -> None:

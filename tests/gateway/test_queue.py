@@ -152,7 +152,7 @@ async def test_keys_take_turns_however_many_wait_of_one(slots: Slots) -> None:
 async def test_a_full_queue_refuses_the_new_and_never_who_returns() -> None:
     slots = Slots(length=1)
     slots.join("a")
-    with pytest.raises(Overloaded, match="1 requests wait already"):
+    with pytest.raises(Overloaded, match="1 requests wait for a slot already"):
         slots.join("b")
     slots.join("x", is_returning=True)
     assert len(slots.queue) == 2

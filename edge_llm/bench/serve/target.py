@@ -136,7 +136,7 @@ async def _models(session: aiohttp.ClientSession, url: str) -> list[_Model]:
         return []
     except (aiohttp.ClientError, OSError, ValueError) as error:  # a time-out is an OSError
         raise MeasureFailed(
-            f"nothing that speaks HTTP answers at {where} ({error or type(error).__name__}): is the server up, "
+            f"nothing that speaks HTTP answers at {where} ({str(error) or type(error).__name__}): is the server up, "
             "is the address right?"
         ) from error
 
