@@ -3,129 +3,58 @@
 Owns the list and how each is done: signals, the proxy's rules, a cgroup limit, another worker behind an address. There
 is no switch for any of it in the workers. Refuses to know how many are struck and what the answers should be.
 
-A kind's `strike` runs when its moment has come, returns what it did (`Blow`), and undoes it in `Blow.heal`.
+A kind's `strike` runs when its moment has come and returns what it did, and what is still to fall (fault_scene.py).
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import random
 import signal
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final, Literal
 
-from edge_llm.bench.followed import Followed
+from edge_llm.bench.fault_scene import Blow, Hit, Moment, NotStruck, Role, Scene
 from edge_llm.bench.memory_limit import MemoryGroup
-from edge_llm.bench.proxy import Exchange, FaultProxy, Rule
-from edge_llm.errors import EdgeLLMError
+from edge_llm.bench.proxy import Rule
 
-Role = Literal["prefill", "decode"]
-Moment = Literal["before", "prompt", "computing", "transfer", "middle", "last"]
-# The goal is that a silent worker is out within 6 s: it wakes up after that.
-ASLEEP_S: Final = 8.0
+# Within these a worker is to be out of use, by how its end shows: it says so itself, its connections break, it is mute.
+TOLD_S: Final = 0.0
+DEAD_S: Final = 1.0
+SILENT_S: Final = 6.0
+# Who slept wakes up when so many tokens came from elsewhere: somewhere in the time in which the gateway finds it again.
+AWAKE_TOKENS: Final = (8, 60)
+# What it then has to say for a plan that is over takes a probe to arrive: so long the stream must still live.
+AWAKE_S: Final = 1.0
 # A kill by the kernel comes with the next page that the worker touches.
 KILLED_S: Final = 5.0
+# Within it some stream comes to every worker, while streams follow one another.
+IN_FLIGHT_S: Final = 20.0
+_LOOK_S: Final = 0.02
+_JOIN_TURNS: Final = 25
 _SLOWER_S: Final = 1.5
 _LATENCY_S: Final = 0.1
-_LAST_TOKENS: Final = 3
-
-
-class NotStruck(EdgeLLMError):
-    """The blow did not fall: the stream was elsewhere, or over, or the kernel did not act. Tried again."""
-
-    code = "not_struck"
-
-
-@dataclass(slots=True)
-class Scene:
-    """What a blow may use. `pids` are those of the workers now, `stranger_ports` lead to workers of the same
-    names that serve another model;
-    `ended` are processes that were told to end."""
-
-    proxy: FaultProxy
-    target: Followed
-    tokens: int
-    kv_bytes: int
-    pids: Mapping[str, int]
-    ended: set[int]
-    stranger_ports: Mapping[str, int]
-    rng: random.Random
-    until: Callable[[Callable[[], bool]], Awaitable[None]]
-    all_ready: Callable[[], Awaitable[None]]
-
-    def end(self, worker: str, number: signal.Signals) -> None:
-        """Send a signal that ends a worker. Raises NotStruck when it is gone already."""
-        self.ended.add(self.pids[worker])
-        try:
-            os.kill(self.pids[worker], number)
-        except ProcessLookupError:
-            raise NotStruck(f"{worker} is gone already") from None
-
-    def exchanges(self, role: Role, since_s: float = 0.0) -> list[Exchange]:
-        return self.proxy.of(self.target.request_id, role, since_s)
-
-    def victim(self, role: Role) -> Exchange:
-        """The worker that has the target now. Raises NotStruck."""
-        found = self.exchanges(role)
-        if self.target.is_over or not found or (role == "prefill" and found[-1].is_whole):
-            raise NotStruck(f"the target is in no {role} worker")
-        return found[-1]
-
-
-@dataclass(slots=True)
-class Blow:
-    """What was done: when (monotonic seconds), to whom, by which rule, and how it is undone."""
-
-    victim: str
-    struck_s: float
-    rule: Rule | None = None
-    heal: Callable[[], Awaitable[None]] | None = None
-    after: list[asyncio.Task[None]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """`proof` says, after the streams ended, whether the blow met the target: empty means it did not."""
+    """`proof` says, after the streams ended, whether the blow met the target: empty means it did not. `detection_s`:
+    within it the fault is to be found, or passes by itself. `is_long`: its answers must outlast what is done.
+    `keeps_streams`: one stream follows another as long as the blow's second half falls."""
 
     name: str
     words: str
     moment: Moment
     strike: Callable[[Scene], Awaitable[Blow]]
     proof: Callable[[Scene, Blow], str]
+    detection_s: float = DEAD_S
     needs_strangers: bool = False
     needs_all: bool = False
-
-
-async def wait_for_moment(scene: Scene, moment: Moment) -> None:
-    """Until the target is where the blow shall meet it. Raises NotStruck when it ended before."""
-    target, rng = scene.target, scene.rng
-    share = rng.uniform(0.15, 0.8)
-
-    def is_there() -> bool:
-        if target.is_over:
-            return True
-        transfers, texts = scene.exchanges("prefill"), len(target.arrivals_s)
-        match moment:
-            case "before":
-                return True
-            case "prompt":
-                return bool(scene.exchanges("decode"))
-            case "computing":
-                return bool(transfers)
-            case "transfer":
-                return bool(transfers) and transfers[-1].reply_bytes >= share * scene.kv_bytes
-            case "middle":
-                return texts >= share * scene.tokens
-            case "last":
-                return texts >= scene.tokens - _LAST_TOKENS
-
-    await scene.until(is_there)
-    if target.is_over:
-        raise NotStruck("the stream was over before its moment came")
+    is_long: bool = False
+    keeps_streams: bool = False
 
 
 # -- blows
@@ -141,38 +70,61 @@ def by_ending(role: Role, number: signal.Signals) -> Callable[[Scene], Awaitable
 
 
 def asleep(role: Role) -> Callable[[Scene], Awaitable[Blow]]:
-    """SIGSTOP; SIGCONT long after it was given up, while it still believes in its sequences."""
+    """SIGSTOP; SIGCONT when the target goes on elsewhere, while the worker still believes in its sequences."""
 
     async def strike(scene: Scene) -> Blow:
-        victim = scene.victim(role).worker
-        pid = scene.pids[victim]
-        os.kill(pid, signal.SIGSTOP)
-        struck_s = time.monotonic()
-
-        async def wake() -> None:
-            await asyncio.sleep(max(0.0, struck_s + ASLEEP_S - time.monotonic()))
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGCONT)
-
-        return Blow(victim, struck_s, heal=wake)
+        return _stopped(scene, [scene.victim(role).worker])
 
     return strike
+
+
+async def asleep_untold(scene: Scene) -> Blow:
+    """SIGSTOP, and the cancellation is lost on its way: it would wait for the worker and stop it before it speaks."""
+    victim = scene.victim("decode").worker
+    blow = _stopped(scene, [victim])
+    lost = Rule("swallow", "request", worker=victim, route="cancel")
+    scene.proxy.rules.append(lost)
+
+    async def heal() -> None:
+        scene.proxy.lift(lost)
+        _send(scene, [victim], signal.SIGCONT)
+
+    blow.heal = heal
+    return blow
 
 
 async def asleep_unnoticed(scene: Scene) -> Blow:
     """SIGSTOP to all decode workers but one, a moment before the request comes: it is likely sent to one of them."""
     decoders = sorted(name for name in scene.pids if name.startswith("decode"))
-    victims = scene.rng.sample(decoders, len(decoders) - 1)
-    struck_s = time.monotonic()
-    for victim in victims:
-        os.kill(scene.pids[victim], signal.SIGSTOP)
+    return _stopped(scene, scene.rng.sample(decoders, len(decoders) - 1))
+
+
+def _stopped(scene: Scene, victims: Sequence[str]) -> Blow:
+    """All of them at once, and they wake at once."""
+    blow = Blow(", ".join(victims), time.monotonic())
+    _send(scene, victims, signal.SIGSTOP)
+    tokens = scene.rng.randint(*AWAKE_TOKENS)
+
+    def goes_on() -> bool:
+        return scene.target.is_over or sum(at > blow.struck_s for at in scene.target.arrivals_s) >= tokens
 
     async def wake() -> None:
-        await asyncio.sleep(max(0.0, struck_s + ASLEEP_S - time.monotonic()))
-        for victim in victims:
-            os.kill(scene.pids[victim], signal.SIGCONT)
+        with suppress(TimeoutError):  # a stream that does not go on is lost; it is judged, and nobody stays asleep
+            await scene.until(goes_on)
+        blow.woken_s = time.monotonic()
+        _send(scene, victims, signal.SIGCONT)
 
-    return Blow(", ".join(victims), struck_s, heal=wake)
+    async def heal() -> None:
+        _send(scene, victims, signal.SIGCONT)
+
+    blow.second_half, blow.heal = asyncio.create_task(wake(), name="wake"), heal
+    return blow
+
+
+def _send(scene: Scene, workers: Sequence[str], number: signal.Signals) -> None:
+    for worker in workers:
+        with suppress(ProcessLookupError):  # who is gone had no stream: the proof fails
+            os.kill(scene.pids[worker], number)
 
 
 async def out_of_memory(scene: Scene) -> Blow:
@@ -197,7 +149,7 @@ def by_rule(rule_for: Callable[[Scene], Rule]) -> Callable[[Scene], Awaitable[Bl
         async def lift() -> None:
             scene.proxy.lift(rule)
 
-        return Blow(rule.worker or "prefill worker", time.monotonic(), rule, lift)
+        return Blow(rule.worker or "prefill worker", time.monotonic(), rule, heal=lift)
 
     return strike
 
@@ -213,18 +165,44 @@ async def stranger(scene: Scene) -> Blow:
 
 
 async def rolling_restart(scene: Scene) -> Blow:
-    """SIGTERM to one worker after another, the next when all are ready again; the one with the target is the first."""
+    """SIGTERM to one worker after another, each with a stream in it, the next when all are ready again."""
     first = scene.victim("decode").worker
-    struck_s = time.monotonic()
-    scene.end(first, signal.SIGTERM)
+    blow = Blow(first, time.monotonic())
+    _terminate(scene, blow, first)
 
     async def the_others() -> None:
         for name in scene.pids:
             if name != first:
                 await scene.all_ready()
-                scene.end(name, signal.SIGTERM)
+                await _until_it_has_a_stream(scene, name)
+                _terminate(scene, blow, name)
+        await scene.all_ready()
+        if idle := [hit.worker for hit in blow.hits if not hit.streams]:
+            raise NotStruck(f"no stream was in {', '.join(idle)} when it got its signal")
 
-    return Blow(first, struck_s, after=[asyncio.create_task(the_others(), name="rolling restart")])
+    blow.second_half = asyncio.create_task(the_others(), name="rolling restart")
+    return blow
+
+
+async def _until_it_has_a_stream(scene: Scene, worker: str) -> None:
+    """Or until it seems to get none: the restart goes on, and its end says so.
+
+    Whom the gateway chooses is its own affair, and it may like another worker better: streams join until that one has
+    no room. Two at a time, so that one prefill worker cannot have both prompts.
+    """
+    for turn in range(round(IN_FLIGHT_S / _LOOK_S)):
+        if scene.streams_in(worker):
+            return
+        if turn % _JOIN_TURNS == _JOIN_TURNS - 1:
+            scene.join()
+            scene.join()
+        await asyncio.sleep(_LOOK_S)
+
+
+def _terminate(scene: Scene, blow: Blow, worker: str) -> None:
+    hit = Hit(worker, time.monotonic(), tuple(scene.streams_in(worker)))
+    scene.end(worker, signal.SIGTERM)
+    blow.hits.append(hit)
 
 
 def transfer(scene: Scene, action: Literal["reset", "close", "flip", "swallow"]) -> Rule:
@@ -262,6 +240,32 @@ def prompt_changed(scene: Scene, blow: Blow) -> str:
     """The decode worker reports that the prompt's KV came otherwise than planned."""
     fallback = scene.target.own.get("fallback")
     return f"reported: {fallback}" if fallback else ""
+
+
+def woke_late(proof: Callable[[Scene, Blow], str]) -> Callable[[Scene, Blow], str]:
+    """`proof`, and who slept woke up while the target lived on elsewhere, long enough for late tokens to come."""
+
+    def whole(scene: Scene, blow: Blow) -> str:
+        said = proof(scene, blow)
+        left_s = scene.target.ended_s - blow.woken_s if blow.woken_s is not None else 0.0
+        if not said or left_s < AWAKE_S or blow.woken_s is None:
+            return ""
+        return f"{said}; woke {blow.woken_s - blow.struck_s:.2f} s later, {left_s:.2f} s before the stream's end"
+
+    return whole
+
+
+def spoke_late(scene: Scene, blow: Blow) -> str:
+    """Who slept woke up late, and the gateway dropped what it said."""
+    said = woke_late(sent_again)(scene, blow)
+    return f"{said}; {blow.stale_tokens} late tokens dropped" if said and blow.stale_tokens else ""
+
+
+def every_worker_had_one(scene: Scene, blow: Blow) -> str:
+    """Each worker had a stream in flight when it got its signal."""
+    if {hit.worker for hit in blow.hits if hit.streams} != set(scene.pids):
+        return ""
+    return "streams in flight: " + ", ".join(f"{len(hit.streams)} in {hit.worker}" for hit in blow.hits)
 
 
 def rule_touched(scene: Scene, blow: Blow) -> str:
@@ -314,22 +318,63 @@ _ALL: Final = (
     Kind(
         "kill_prefill_transfer", "kill -9, sending KV", "transfer", by_ending("prefill", signal.SIGKILL), prompt_changed
     ),
-    Kind("stop_decode", "SIGSTOP, SIGCONT 8 s later", "middle", asleep("decode"), sent_again),
+    Kind(
+        "stop_decode",
+        "SIGSTOP, SIGCONT while the stream goes on elsewhere",
+        "early",
+        asleep("decode"),
+        woke_late(sent_again),
+        SILENT_S,
+        is_long=True,
+    ),
+    Kind(
+        "stop_decode_untold",
+        "the same, and the cancellation is lost: it goes on speaking",
+        "early",
+        asleep_untold,
+        spoke_late,
+        SILENT_S,
+        is_long=True,
+    ),
     Kind(
         "stop_decode_unnoticed",
-        "SIGSTOP to all but one, then the request",
+        "SIGSTOP to all but one, then the request; SIGCONT while it goes on elsewhere",
         "before",
         asleep_unnoticed,
-        taken_from_victim,
+        woke_late(taken_from_victim),
+        SILENT_S,
         needs_all=True,
+        is_long=True,
     ),
-    Kind("stop_prefill", "SIGSTOP, SIGCONT 8 s later", "transfer", asleep("prefill"), prompt_changed),
+    Kind(
+        "stop_prefill",
+        "SIGSTOP, SIGCONT while the stream goes on without it",
+        "transfer",
+        asleep("prefill"),
+        woke_late(prompt_changed),
+        SILENT_S,
+        is_long=True,
+    ),
     Kind("reset_transfer", "TCP reset in the KV", "before", by_rule(lambda s: transfer(s, "reset")), rule_touched),
     Kind(
         "close_transfer", "closed after k bytes of KV", "before", by_rule(lambda s: transfer(s, "close")), rule_touched
     ),
-    Kind("flip_transfer", "one bit of the KV flipped", "before", by_rule(lambda s: transfer(s, "flip")), rule_touched),
-    Kind("hole_transfer", "KV swallowed, one way", "before", by_rule(lambda s: transfer(s, "swallow")), rule_touched),
+    Kind(
+        "flip_transfer",
+        "one bit of the KV flipped",
+        "before",
+        by_rule(lambda s: transfer(s, "flip")),
+        rule_touched,
+        TOLD_S,
+    ),
+    Kind(
+        "hole_transfer",
+        "KV swallowed, one way",
+        "before",
+        by_rule(lambda s: transfer(s, "swallow")),
+        rule_touched,
+        SILENT_S,
+    ),
     Kind(
         "reset_events",
         "TCP reset of the token stream",
@@ -343,6 +388,7 @@ _ALL: Final = (
         "middle",
         by_rule(lambda s: events(s, "swallow", "reply")),
         sent_again,
+        SILENT_S,
     ),
     Kind(
         "hole_to_decode",
@@ -350,8 +396,9 @@ _ALL: Final = (
         "middle",
         by_rule(lambda s: events(s, "swallow", "request")),
         touched_and_went_on,
+        SILENT_S,
     ),
-    Kind("slow_transfer", "bandwidth cut: KV takes 1.5 s more", "before", by_rule(_slow), rule_touched),
+    Kind("slow_transfer", "bandwidth cut: KV takes 1.5 s more", "before", by_rule(_slow), rule_touched, _SLOWER_S),
     Kind("late_decode", "50-150 ms for everything D says", "middle", by_rule(_late), touched_and_went_on),
     Kind(
         "restore_refused",
@@ -359,11 +406,24 @@ _ALL: Final = (
         "before",
         stranger,
         prompt_changed,
+        TOLD_S,
         needs_strangers=True,
     ),
     Kind("oom_decode", "killed for its memory (cgroup)", "middle", out_of_memory, sent_again),
-    Kind("drain_decode", "SIGTERM", "middle", by_ending("decode", signal.SIGTERM), went_on),
-    Kind("drain_prefill", "SIGTERM while sending KV", "transfer", by_ending("prefill", signal.SIGTERM), went_on),
-    Kind("rolling_restart", "SIGTERM to every worker in turn", "middle", rolling_restart, went_on, needs_all=True),
+    Kind("drain_decode", "SIGTERM", "middle", by_ending("decode", signal.SIGTERM), went_on, TOLD_S),
+    Kind(
+        "drain_prefill", "SIGTERM while sending KV", "transfer", by_ending("prefill", signal.SIGTERM), went_on, TOLD_S
+    ),
+    Kind(
+        "rolling_restart",
+        "SIGTERM to every worker in turn, each with a stream in it",
+        "early",
+        rolling_restart,
+        every_worker_had_one,
+        TOLD_S,
+        needs_all=True,
+        is_long=True,
+        keeps_streams=True,
+    ),
 )
 KINDS: Final[Mapping[str, Kind]] = {kind.name: kind for kind in _ALL}

@@ -1,8 +1,8 @@
 """`edge-llm bench faults`: live streams, faults from outside, and what the clients of the streams got.
 
 Owns the campaign: a cluster of real processes behind the proxy, streams with a target among them, one blow at a time,
-the comparison with an undisturbed run on another worker, and the counting. A blow counts only when its kind can prove
-that it met the target; else it is struck again on new streams. Refuses to know how clusters are started (`Launch`).
+and the comparison with an undisturbed run on another worker. A blow counts only when its kind can prove that it met
+the target; else it is struck again on new streams. Refuses to know how clusters are started (`Launch`).
 
 Every prompt is used once: what workers keep of earlier prompts must not make a transfer unnecessary.
 """
@@ -19,7 +19,9 @@ from typing import Any, Final
 
 import aiohttp
 
-from edge_llm.bench.fault_kinds import KINDS, Blow, Kind, NotStruck, Scene, wait_for_moment
+from edge_llm.bench.fault_figures import Outcome, Plan, Tally, figures
+from edge_llm.bench.fault_kinds import KINDS, Kind
+from edge_llm.bench.fault_scene import Blow, NotStruck, Scene, wait_for_moment
 from edge_llm.bench.followed import Followed, Verdict, follow, judge
 from edge_llm.bench.layout import Layout, Started
 from edge_llm.bench.memory_limit import NoCgroup
@@ -31,51 +33,17 @@ from edge_llm.bench.streams import prompt_ids
 PLACES: Final = {"prefill": 2, "decode": 3}
 # So many must be there for the next blow; the others may still be starting after the last one.
 ENOUGH: Final = {"prefill": 2, "decode": 2}
+# More streams than two decode workers have slots for (8 each): then the third has one, whoever is liked better.
+MOST_LANES: Final = 18
 READY_S: Final = 60.0
 # The longest that a stream may be disturbed is a few detections of 6 s, one after another.
 STREAM_S: Final = 120.0
 _POLL_S: Final = 0.1
 _BETWEEN_STREAMS_S: Final = 0.02
-_DETECTION_GOALS_S: Final = {"dead": 1.0, "silent": 6.0}
+_STALE_TOKENS: Final = "edge_llm_stale_tokens_total"
 Place = Callable[[str, int], str]
 PlacedLaunch = Callable[[Layout, Place | None], AbstractAsyncContextManager[Started]]
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """Options of the workers, of the undisturbed one, and of those that serve another model."""
-
-    kinds: tuple[Kind, ...]
-    per_kind: int
-    options: tuple[str, ...]
-    reference_options: tuple[str, ...]
-    stranger_options: tuple[str, ...]
-    prompt_tokens: int
-    answer_tokens: int
-    streams: int = 3
-    attempts: int = 5
-    seed: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """One blow that met its target."""
-
-    kind: str
-    proof: str
-    verdicts: tuple[Verdict, ...]
-    resumed_s: float | None
-    failures: tuple[str, ...]
-
-
-@dataclass(slots=True)
-class Tally:
-    """What happened so far. `untested` says per kind why it could not be tried here."""
-
-    outcomes: list[Outcome] = field(default_factory=list)
-    attempts: dict[str, int] = field(default_factory=dict)
-    untested: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,10 +83,25 @@ class _Stage:
         there = ", ".join(node["worker"] for node in nodes if node["is_ready"]) or "none"
         raise MeasureFailed(f"not enough workers came back within {READY_S:.0f} s; ready are: {there}")
 
+    async def stale_tokens(self) -> int:
+        """How many the gateway dropped so far because they came for a plan that was over."""
+        async with self.session.get("/metrics") as reply:
+            lines = (await reply.text()).splitlines()
+        return sum(int(float(line.split()[-1])) for line in lines if line.startswith(_STALE_TOKENS))
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A request and its stream."""
+
+    body: Mapping[str, Any]
+    stream: Followed
+
 
 async def measure(plan: Plan, launch: PlacedLaunch, tally: Tally, run: Run, progress: Progress) -> dict[str, Any]:
     """All kinds, interleaved, so that a slow minute of the machine is not one kind's."""
     sizes = {"prompt_tokens": plan.prompt_tokens, "answer_tokens": plan.answer_tokens, "streams": plan.streams}
+    sizes["long_answer_tokens"] = plan.long_answer_tokens
     run.workload |= {**sizes, "seed": plan.seed, "options": plan.options}
     pulse = asyncio.Event()
     timeout = aiohttp.ClientTimeout(total=None, sock_read=STREAM_S)
@@ -186,79 +169,116 @@ async def _one(stage: _Stage, kind: Kind, number: int, tally: Tally, run: Run) -
     run.case({"case": kind.name, "number": number, "attempt": stage.plan.attempts, "error": why})
 
 
+class _Lanes:
+    """The streams of a trial: side by side, and in a lane one after another as long as the blow wants them.
+
+    `asked` and `streams` grow; the first is the target. A stream that failed is the last of its lane: it is a verdict.
+    """
+
+    def __init__(self, stage: _Stage, kind: Kind, name: str) -> None:
+        self._stage, self._kind, self._name = stage, kind, name
+        self._goes_on = kind.keeps_streams
+        self._tasks: list[asyncio.Task[None]] = []
+        self.asked: list[_Asked] = []
+        self.streams: list[Followed] = []
+        for _ in range(stage.plan.streams):
+            self._another()
+
+    async def begin(self) -> None:
+        for one in tuple(self.asked):
+            self._tasks.append(asyncio.create_task(self._lane(one)))
+            await asyncio.sleep(_BETWEEN_STREAMS_S)  # the target is the first to be planned
+
+    def join(self) -> None:
+        """One more lane, unless there are many."""
+        if self._goes_on and len(self._tasks) < MOST_LANES:
+            self._tasks.append(asyncio.create_task(self._lane(self._another())))
+
+    async def finish(self) -> None:
+        """Begin no more streams, and wait for those that run."""
+        self._goes_on = False
+        await asyncio.wait(self._tasks, timeout=STREAM_S)
+        await self.end()
+
+    async def end(self) -> None:
+        """Whatever still runs is cut off, which is its failure."""
+        await _end(self._tasks)
+
+    async def _lane(self, one: _Asked) -> None:
+        await follow(self._stage.session, one.body, one.stream, self._stage.pulse.set)
+        while self._goes_on and not one.stream.failure:
+            one = self._another()
+            await follow(self._stage.session, one.body, one.stream, self._stage.pulse.set)
+
+    def _another(self) -> _Asked:
+        self.asked.append(_ask(self._stage, self._kind, self._name, len(self.asked)))
+        self.streams.append(self.asked[-1].stream)
+        return self.asked[-1]
+
+
 async def _trial(stage: _Stage, kind: Kind, name: str) -> Outcome:
     """Streams, one blow, the comparison. Raises NotStruck when the blow met nothing, NoCgroup."""
-    plan = stage.plan
     pids = await stage.pids(PLACES if kind.needs_all else ENOUGH)
     stage.proxy.forget()
-    bodies = [_body(stage, f"{name}.{place}", place) for place in range(plan.streams)]
-    streams = [Followed(f"{name}.{place}") for place in range(plan.streams)]
+    stale_before = await stage.stale_tokens()
+    lanes = _Lanes(stage, kind, name)
     scene = Scene(
         proxy=stage.proxy,
-        target=streams[0],
-        tokens=plan.answer_tokens,
-        kv_bytes=(plan.prompt_tokens - 1) * stage.kv_bytes_per_token,
+        streams=lanes.streams,
+        tokens=stage.plan.answer_tokens_of(kind),
+        kv_bytes=(stage.plan.prompt_tokens - 1) * stage.kv_bytes_per_token,
         pids=pids,
         ended=stage.ended,
         stranger_ports=stage.stranger_ports,
         rng=random.Random(name),
         until=stage.until,
         all_ready=lambda: _ready(stage),
+        join=lanes.join,
     )
-    blow, missed = await _struck(stage, kind, scene, bodies, streams)
+    blow, missed = await _struck(kind, scene, lanes)
+    if blow is not None:
+        blow.stale_tokens = await stage.stale_tokens() - stale_before
     # a stream that came to harm counts, whatever is proven: nothing may hide behind a missed blow
-    answers = [await _undisturbed(stage, body) for body in bodies]
-    verdicts = tuple(judge(stream, *answer) for stream, answer in zip(streams, answers, strict=True))
+    verdicts = tuple([judge(one.stream, *await _undisturbed(stage, one.body)) for one in lanes.asked])
     proof = kind.proof(scene, blow) if blow is not None else ""
     if not proof and all(verdict.is_good for verdict in verdicts):
         raise missed or NotStruck("nothing shows that the blow met the target")
-    return Outcome(kind.name, proof, verdicts, _resumed_s(scene, blow), _failures(streams, verdicts))
+    resumed_s, stale_tokens = (blow.resumed_s(scene.target), blow.stale_tokens) if blow is not None else (None, 0)
+    return Outcome(kind.name, proof, verdicts, resumed_s, _failures(scene.streams, verdicts), stale_tokens)
 
 
-async def _struck(
-    stage: _Stage, kind: Kind, scene: Scene, bodies: Sequence[Mapping[str, Any]], streams: Sequence[Followed]
-) -> tuple[Blow | None, NotStruck | None]:
-    """The streams run to their end, and the blow falls at its moment, or why it did not. What it broke is healed."""
+async def _struck(kind: Kind, scene: Scene, lanes: _Lanes) -> tuple[Blow | None, NotStruck | None]:
+    """The streams run to their end, and the blow falls at its moment, or why it did not. Then the cluster is healed."""
     missed: NotStruck | None = None
     blow = await kind.strike(scene) if kind.moment == "before" else None
-    following = []
-    for body, stream in zip(bodies, streams, strict=True):
-        following.append(asyncio.create_task(follow(stage.session, body, stream, stage.pulse.set)))
-        await asyncio.sleep(_BETWEEN_STREAMS_S)  # the target is the first to be planned
     try:
-        if blow is None:
-            try:
+        await lanes.begin()
+        try:
+            if blow is None:
                 await wait_for_moment(scene, kind.moment)
                 blow = await kind.strike(scene)
-            except NotStruck as error:
-                missed = error
-        _, late = await asyncio.wait(following, timeout=STREAM_S)
-        for task in late:
-            task.cancel()
-        if blow is not None:
-            await asyncio.gather(*blow.after)
+            if blow.second_half is not None:
+                await blow.second_half
+        except NotStruck as error:
+            missed = error
+        await lanes.finish()
     finally:
-        for task in following:
-            task.cancel()
-        await asyncio.gather(*following, return_exceptions=True)
-        await _heal(blow)
+        await lanes.end()
+        if blow is not None and blow.second_half is not None:
+            await _end([blow.second_half])
+        if blow is not None and blow.heal is not None:
+            await blow.heal()
     return blow, missed
+
+
+async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _ready(stage: _Stage) -> None:
     await stage.pids()
-
-
-async def _heal(blow: Blow | None) -> None:
-    if blow is not None and blow.heal is not None:
-        await blow.heal()
-
-
-def _resumed_s(scene: Scene, blow: Blow | None) -> float | None:
-    if blow is None:
-        return None
-    struck_s = blow.rule.first_touch_s if blow.rule is not None else blow.struck_s
-    return scene.target.resumed_after_s(struck_s) if struck_s is not None else None
 
 
 def _failures(streams: Sequence[Followed], verdicts: Sequence[Verdict]) -> tuple[str, ...]:
@@ -270,18 +290,20 @@ def _failures(streams: Sequence[Followed], verdicts: Sequence[Verdict]) -> tuple
     )
 
 
-def _body(stage: _Stage, seed: str, place: int) -> dict[str, Any]:
+def _ask(stage: _Stage, kind: Kind, name: str, place: int) -> _Asked:
     """A prompt nobody had before; greedy and sampled in turn. Companions are of other lengths than the target."""
-    rng, plan = random.Random(f"{stage.plan.seed}.{seed}"), stage.plan
+    request_id = f"{name}.{place:03}"  # no id is the beginning of another one
+    rng, plan = random.Random(f"{stage.plan.seed}.{request_id}"), stage.plan
     length = plan.prompt_tokens if not place else rng.randrange(plan.prompt_tokens // 4, plan.prompt_tokens)
     sampled = {"temperature": 0.8, "top_p": 0.95, "seed": rng.randrange(1 << 31)}
-    return {
+    body = {
         "prompt": prompt_ids(length, stage.vocab_size, rng.randrange(1 << 31)),
-        "max_tokens": plan.answer_tokens,
+        "max_tokens": plan.answer_tokens_of(kind),
         "ignore_eos": True,
         "edge_llm": {"mode": "split", "return_token_ids": True},
         **(sampled if rng.random() < 0.5 else {"temperature": 0}),
     }
+    return _Asked(body, Followed(request_id))
 
 
 async def _undisturbed(stage: _Stage, body: Mapping[str, Any]) -> tuple[Sequence[int], str]:
@@ -292,53 +314,6 @@ async def _undisturbed(stage: _Stage, body: Mapping[str, Any]) -> tuple[Sequence
     if reply.status != 200:
         raise MeasureFailed(f"the undisturbed run failed: {answer}")
     return answer["timings"]["edge_llm"]["token_ids"], answer["choices"][0]["text"]
-
-
-# -- figures
-
-
-def figures(tally: Tally, plan: Plan, run: Run) -> dict[str, Any]:
-    """Counts over all kinds, and a line per kind."""
-    verdicts = [verdict for outcome in tally.outcomes for verdict in outcome.verdicts]
-    tested = [kind for kind in plan.kinds if kind.name not in tally.untested]
-    return {
-        "kinds": len(tested),
-        "faults": len(tested) * plan.per_kind,
-        "hit_in_flight": sum(bool(outcome.proof) for outcome in tally.outcomes),
-        "streams": len(verdicts),
-        "streams_lost": sum(verdict.is_lost for verdict in verdicts),
-        "tokens_missing": sum(verdict.missing for verdict in verdicts),
-        "tokens_repeated": sum(verdict.repeated for verdict in verdicts),
-        "streams_different": sum(verdict.is_different for verdict in verdicts),
-        "detection_goals_s": dict(_DETECTION_GOALS_S),
-        "not_tested": dict(tally.untested),
-        "per_kind": {kind.name: _line(tally, kind, run) for kind in tested},
-    }
-
-
-def _line(tally: Tally, kind: Kind, run: Run) -> dict[str, Any]:
-    outcomes = [outcome for outcome in tally.outcomes if outcome.kind == kind.name]
-    resumed = sorted(run.samples.get(f"{kind.name}: resumed_s", []))
-    return {
-        "what": kind.words,
-        "hit": sum(bool(outcome.proof) for outcome in outcomes),
-        "attempts": tally.attempts.get(kind.name, 0),
-        "bad_streams": sum(not verdict.is_good for outcome in outcomes for verdict in outcome.verdicts),
-        "resumed_s_p50": round(run.median(f"{kind.name}: resumed_s") or 0.0, 3) if resumed else None,
-        "resumed_s_max": round(resumed[-1], 3) if resumed else None,
-    }
-
-
-def broken(found: Mapping[str, Any]) -> list[str]:
-    """Which promises were not kept, as lines for people."""
-    lines = [
-        f"{name} is {found[name]}, not 0"
-        for name in ("streams_lost", "tokens_missing", "tokens_repeated", "streams_different")
-        if found[name]
-    ]
-    if found["hit_in_flight"] < found["faults"]:
-        lines.append(f"only {found['hit_in_flight']} of {found['faults']} faults are proven to have met a stream")
-    return lines
 
 
 def chosen(names: Sequence[str]) -> tuple[Kind, ...]:

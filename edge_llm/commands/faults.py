@@ -30,9 +30,11 @@ def faults(
 ) -> None:
     """Kill, stop, cut and corrupt: no stream may be lost, no token missing, repeated or different.
 
-    Exits 3 when one is, or when a fault is not proven to have met a stream.
+    Exits 3 when one is, when a fault is not proven to have met a stream, or when the disturbed streams of a kind went
+    on too late in the median.
     """
-    from edge_llm.bench.faults import Plan, Tally, broken, chosen, figures, measure
+    from edge_llm.bench.fault_figures import Plan, Tally, broken, figures
+    from edge_llm.bench.faults import chosen, measure
     from edge_llm.bench.run import Run
 
     is_simulated = engine == "simulated"
@@ -58,6 +60,8 @@ def _setting(is_simulated: bool) -> dict[str, Any]:
             "stranger_options": (*_SIZE, "--chunk-tokens", "32", "--model", "another"),
             "prompt_tokens": 480,
             "answer_tokens": 64,
+            "long_answer_tokens": 300,
+            "allowance_s": 4.0,
         }
     return {
         "options": (*_SIZE, "--chunk-tokens", "64"),
@@ -65,6 +69,8 @@ def _setting(is_simulated: bool) -> dict[str, Any]:
         "stranger_options": (*_SIZE, "--chunk-tokens", "64", "--k-type", "q8_0"),
         "prompt_tokens": 320,
         "answer_tokens": 48,
+        "long_answer_tokens": 300,
+        "allowance_s": 12.0,  # a prompt of 320 tokens again, beside a worker that loads the model again
         "streams": 2,
     }
 
