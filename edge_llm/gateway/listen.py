@@ -27,8 +27,8 @@ from edge_llm.worker.messages import ErrorReply, EventBatch
 RECONNECT_S: Final = 0.5
 MAX_STRAYS: Final = 1024
 # A step of many sequences wakes as many streams: all at once they would hold up whoever comes in meanwhile, several
-# times on its way. So many tokens, and then whoever else is ready gets the loop.
-TOKENS_AT_ONCE: Final = 8
+# times on its way. So many tokens, of one worker at a time, and then whoever else is ready gets the loop.
+TOKENS_AT_ONCE: Final = 4
 log = structlog.get_logger()
 
 
@@ -79,6 +79,7 @@ class Listener:
         self._metrics, self._clock, self._buffer_bytes = metrics, clock, buffer_bytes
         self._connections: dict[Place, asyncio.Task[None]] = {}
         self._places: frozenset[Place] = frozenset()
+        self._turn = asyncio.Lock()
         self._strays: OrderedDict[tuple[str, int], None] = OrderedDict()
 
     def on_view(self, before: ClusterView, after: ClusterView) -> None:
@@ -149,10 +150,11 @@ class Listener:
             if running is not None and running.session.state is State.PREFILLING:
                 running.tell(Progress(progress.done, progress.total))
                 self._outcomes.progressed(running, progress.done)
-        for number, token in enumerate(batch.tokens, 1):
-            self._on_token(token)
-            if number % TOKENS_AT_ONCE == 0:
-                await asyncio.sleep(0)
+        async with self._turn:
+            for number, token in enumerate(batch.tokens):
+                if number and number % TOKENS_AT_ONCE == 0:
+                    await asyncio.sleep(0)
+                self._on_token(token)
         for failed in batch.failed:
             self._on_failed(failed)
 
