@@ -3,10 +3,9 @@
 Owns the experiment. The gateway has one core for itself; the workers (simulated, many slots each, so that a step brings
 many tokens) and the client share another. While the streams run, probes ask a further worker that is idle and as fast
 as it goes, by turns through the gateway (text: it is tokenized) and directly (token ids, the worker's own protocol):
-the difference of the medians is what the gateway adds to the time to the first token. The client and the probed worker
-run as soon as they are woken (`at_once`), and the loaded workers step back (nice): they are on the same core here, and
-on boards of their own in a cluster. CPU is the process's own accounting over the steady part, divided by the tokens it
-passed on in it.
+the difference of the medians is what the gateway adds to the time to the first token. The loaded workers step back for
+the client and the probed one (nice): they are on the same core here, and on other boards in a cluster. CPU is the
+process's own accounting over the steady part, divided by the tokens it passed on in it.
 Refuses to know how clusters are started, and the gateway's code.
 """
 
@@ -17,8 +16,8 @@ import itertools
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -97,8 +96,7 @@ async def measure(plan: Plan, launch: LoadLaunch, keys: KeyRing, run: Run, progr
             for process in cluster.processes:
                 if process is not gateway:
                     await asyncio.to_thread(step_back, process.pid)
-            with at_once([target.pid, os.getpid()], run):
-                await _loaded(plan, cluster.url, gateway, Peer("mixed-1", place), keys, run, progress)
+            await _loaded(plan, cluster.url, gateway, Peer("mixed-1", place), keys, run, progress)
     return figures(run)
 
 
@@ -121,27 +119,6 @@ def step_back(pid: int) -> None:
         except BlockingIOError:  # the kernel takes ten a second from who is not root
             time.sleep(0.15)
             group.write_text(str(_BEHIND))
-
-
-@contextmanager
-def at_once(pids: Iterable[int], run: Run) -> Iterator[None]:
-    """All threads of these processes are real-time ones meanwhile (sched(7), SCHED_RR): what is woken runs. Among
-    equals Linux lets a process that computes go on for milliseconds first, on each way there and back, and what goes
-    through the gateway has more of these ways. Without leave for it (CAP_SYS_NICE) these waits are in the figures."""
-    threads = [int(thread) for pid in pids for thread in os.listdir(f"/proc/{pid}/task")]
-    try:
-        for thread in threads:
-            os.sched_setscheduler(thread, os.SCHED_RR, os.sched_param(1))
-        run.workload["probes_run"] = "at once (SCHED_RR)"
-    except PermissionError:
-        run.workload["probes_run"] = "in their turn"
-        run.notes.append("no leave for real-time scheduling: added time contains waits for the core of the load")
-    try:
-        yield
-    finally:
-        for thread in threads:
-            with suppress(ProcessLookupError, PermissionError):
-                os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
 
 
 async def _loaded(
