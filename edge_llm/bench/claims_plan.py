@@ -73,7 +73,7 @@ STEPS: Final[Mapping[str, Step]] = {
         Step(
             "faults-model",
             ("bench", "faults", "--engine", "llama", "--per-kind", "1"),
-            8,
+            18,
             (
                 *("--kinds", "kill_decode_middle", "--kinds", "kill_prefill_transfer"),
                 *("--kinds", "flip_transfer", "--kinds", "drain_decode"),

@@ -48,7 +48,8 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One blow that met its target. `stale_tokens`: what the gateway dropped meanwhile as of plans that were over.
+    """One blow that met its target. `computed_again`: why KV that was to be moved was not, in the gateway's words.
+    `stale_tokens`: what the gateway dropped meanwhile as of plans that were over.
 
     It is noted, not demanded: a cancellation that reaches a woken worker before it speaks leaves nothing to drop.
     """
@@ -59,6 +60,7 @@ class Outcome:
     resumed_s: float | None
     failures: tuple[str, ...]
     stale_tokens: int = 0
+    computed_again: str = ""
 
 
 @dataclass(slots=True)
@@ -101,6 +103,7 @@ def _line(tally: Tally, plan: Plan, kind: Kind, run: Run) -> dict[str, Any]:
         "resumed_s_max": round(resumed[-1], 3) if resumed else None,
         "resumed_bound_s": plan.resumed_bound_s(kind),
         "stale_tokens": sum(outcome.stale_tokens for outcome in outcomes),
+        "computed_again": sum(bool(outcome.computed_again) for outcome in outcomes),
     }
 
 
@@ -113,6 +116,11 @@ def broken(found: Mapping[str, Any]) -> list[str]:
     ]
     if found["hit_in_flight"] < found["faults"]:
         lines.append(f"only {found['hit_in_flight']} of {found['faults']} faults are proven to have met a stream")
+    lines += [
+        f"{name}: KV that was to be moved was computed again in {line['computed_again']} of {line['hit']} trials"
+        for name, line in found["per_kind"].items()
+        if 2 * line["computed_again"] > line["hit"]
+    ]
     return lines + [
         f"{name}: the disturbed stream went on after {line['resumed_s_p50']:.1f} s (median), "
         f"not within {line['resumed_bound_s']:.1f} s"

@@ -43,7 +43,8 @@ _LATENCY_S: Final = 0.1
 class Kind:
     """`proof` says, after the streams ended, whether the blow met the target: empty means it did not. `detection_s`:
     within it the fault is to be found, or passes by itself. `is_long`: its answers must outlast what is done.
-    `keeps_streams`: one stream follows another as long as the blow's second half falls."""
+    `keeps_streams`: one stream follows another as long as the blow's second half falls. `moves_kv`: the victim lives
+    long enough to give its KV away, so nothing need be computed again."""
 
     name: str
     words: str
@@ -55,6 +56,7 @@ class Kind:
     needs_all: bool = False
     is_long: bool = False
     keeps_streams: bool = False
+    moves_kv: bool = False
 
 
 # -- blows
@@ -410,7 +412,7 @@ _ALL: Final = (
         needs_strangers=True,
     ),
     Kind("oom_decode", "killed for its memory (cgroup)", "middle", out_of_memory, sent_again),
-    Kind("drain_decode", "SIGTERM", "middle", by_ending("decode", signal.SIGTERM), went_on, TOLD_S),
+    Kind("drain_decode", "SIGTERM", "middle", by_ending("decode", signal.SIGTERM), went_on, TOLD_S, moves_kv=True),
     Kind(
         "drain_prefill", "SIGTERM while sending KV", "transfer", by_ending("prefill", signal.SIGTERM), went_on, TOLD_S
     ),

@@ -4,7 +4,8 @@ Owns the campaign: a cluster of real processes behind the proxy, streams with a 
 and the comparison with an undisturbed run on another worker. A blow counts only when its kind can prove that it met
 the target; else it is struck again on new streams. Refuses to know how clusters are started (`Launch`).
 
-Every prompt is used once: what workers keep of earlier prompts must not make a transfer unnecessary.
+Every prompt is used once: what workers keep of earlier prompts must not make a transfer unnecessary. All begin with the
+same few tokens, as chats do with those of their template: what is known of a beginning must not stand in the way.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ READY_S: Final = 60.0
 # The longest that a stream may be disturbed is a few detections of 6 s, one after another.
 STREAM_S: Final = 120.0
 _POLL_S: Final = 0.1
+_ALIKE_TOKENS: Final = 8
 _BETWEEN_STREAMS_S: Final = 0.02
 _STALE_TOKENS: Final = "edge_llm_stale_tokens_total"
 Place = Callable[[str, int], str]
@@ -244,7 +246,8 @@ async def _trial(stage: _Stage, kind: Kind, name: str) -> Outcome:
     if not proof and all(verdict.is_good for verdict in verdicts):
         raise missed or NotStruck("nothing shows that the blow met the target")
     resumed_s, stale_tokens = (blow.resumed_s(scene.target), blow.stale_tokens) if blow is not None else (None, 0)
-    return Outcome(kind.name, proof, verdicts, resumed_s, _failures(scene.streams, verdicts), stale_tokens)
+    again = str(scene.target.own.get("fallback") or "") if kind.moves_kv else ""
+    return Outcome(kind.name, proof, verdicts, resumed_s, _failures(scene.streams, verdicts), stale_tokens, again)
 
 
 async def _struck(kind: Kind, scene: Scene, lanes: _Lanes) -> tuple[Blow | None, NotStruck | None]:
@@ -296,8 +299,9 @@ def _ask(stage: _Stage, kind: Kind, name: str, place: int) -> _Asked:
     rng, plan = random.Random(f"{stage.plan.seed}.{request_id}"), stage.plan
     length = plan.prompt_tokens if not place else rng.randrange(plan.prompt_tokens // 4, plan.prompt_tokens)
     sampled = {"temperature": 0.8, "top_p": 0.95, "seed": rng.randrange(1 << 31)}
+    alike = prompt_ids(_ALIKE_TOKENS, stage.vocab_size, plan.seed)
     body = {
-        "prompt": prompt_ids(length, stage.vocab_size, rng.randrange(1 << 31)),
+        "prompt": [*alike, *prompt_ids(length - _ALIKE_TOKENS, stage.vocab_size, rng.randrange(1 << 31))],
         "max_tokens": plan.answer_tokens_of(kind),
         "ignore_eos": True,
         "edge_llm": {"mode": "split", "return_token_ids": True},

@@ -35,13 +35,15 @@ def exchange(worker: str, request_id: str, started_s: float, *, is_whole: bool =
     return Exchange(worker, route, started_s, head=f'"request_id":"{request_id}"'.encode(), is_whole=is_whole)
 
 
-def found_with(kind: str, resumed_s: list[float]) -> list[str]:
-    """What is said of a campaign of one kind whose streams went on after these times."""
+def found_with(kind: str, resumed_s: list[float], computed_again: int = 0) -> list[str]:
+    """What is said of a campaign of one kind whose streams went on after these times, some of them behind KV that was
+    computed again."""
     plan = Plan((KINDS[kind],), len(resumed_s), (), (), (), 480, 64, 300, allowance_s=4.0)
     run, tally = Run("faults", [], {}), Tally(attempts={kind: len(resumed_s)})
-    for one_s in resumed_s:
+    for number, one_s in enumerate(resumed_s):
         run.add(f"{kind}: resumed_s", one_s)
-        tally.outcomes.append(Outcome(kind, "met", (Verdict(is_lost=False),), one_s, ()))
+        again = "d1: worker_failed after 8 of 480 tokens" if number < computed_again else ""
+        tally.outcomes.append(Outcome(kind, "met", (Verdict(is_lost=False),), one_s, (), computed_again=again))
     return broken(figures(tally, plan, run))
 
 
@@ -54,6 +56,12 @@ def test_a_kind_whose_streams_go_on_late_is_a_broken_promise(kind: str, good_s: 
 
 def test_one_hiccup_of_the_machine_breaks_no_promise() -> None:
     assert not found_with("stop_decode", [6.1, 60.0, 6.1])
+
+
+def test_kv_of_drained_workers_that_is_mostly_computed_again_is_a_broken_promise() -> None:
+    assert not found_with("drain_decode", [0.3] * 4, computed_again=2)
+    (line,) = found_with("drain_decode", [0.3] * 4, computed_again=3)
+    assert line == "drain_decode: KV that was to be moved was computed again in 3 of 4 trials"
 
 
 def test_every_kind_is_bounded_by_the_detection_of_its_fault() -> None:
