@@ -1,7 +1,8 @@
 """`bench serve` and a client that shares no code with it, by turns, against one plain llama-server: `make agreement`.
 
 Owns the turns, the ratios of medians and the record. Refuses to know how either client measures. The server has one
-core and both clients the other: what differs between them is how they measure, and what the machine did meanwhile.
+core and both clients the other: what differs between them is how they measure, and what the machine did meanwhile. A
+shared machine drifts by a few per cent within half a minute, so rounds are short and many.
 Needs `make reference-tools`. Exits with 3 when a median differs by more than BAR.
 """
 
@@ -31,7 +32,7 @@ from edge_llm.errors import EdgeLLMError
 
 BAR: Final = 0.03
 COMPARED: Final = ("ttft_ms", "tpot_ms", "e2el_ms", "output_throughput")
-REQUESTS: Final = 16
+REQUESTS: Final = 4
 PROMPT_TOKENS: Final = 150
 ANSWER_TOKENS: Final = 32
 N_CTX: Final = 2048
@@ -95,7 +96,7 @@ async def compared(run: Run, rounds: int) -> None:
 
 def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="make agreement ARGS=...", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=24)
     parser.add_argument("--output", type=Path, default=Path(RESULTS_DIR), help="folder of the record")
     asked = parser.parse_args(words)
     sizes = {"requests": REQUESTS, "prompt_tokens": PROMPT_TOKENS, "answer_tokens": ANSWER_TOKENS, "n_ctx": N_CTX}
