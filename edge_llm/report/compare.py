@@ -4,9 +4,10 @@ Owns the verdicts and the JSON of `bench compare`. Refuses to know files and how
 
 Rules: raw samples are tested (Mann-Whitney, two-sided: does one run tend to larger values?), the ratio of their medians
 has a bootstrap interval, seed fixed. Which way is better is words.py's. A figure with an interval of its own (`low`,
-`high`) changed when the intervals are apart; other figures are shown and not judged, but for promises (lost streams,
-equal token ids), of which one broken is one too many. Each record is one run: heat, neighbours and other boards differ
-between runs as versions do, so what differs around them is said first.
+`high`) changed when the intervals are apart, and shares of completed requests when the rank test says so of their
+outcomes; other figures are shown and not judged, but for promises (lost streams, equal token ids) and kinds of failure
+that were not there before, of which one is one too many. Each record is one run: heat, neighbours and other boards
+differ between runs as versions do, so what differs around them is said first.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import msgspec
 from edge_llm.bench.record import Record
 from edge_llm.bench.stats import least_p, median, median_ratio_interval, percentile, rank_test
 from edge_llm.errors import ClientError
+from edge_llm.report.failing import Completed, completed_shares, is_failure, with_kinds_of
 from edge_llm.report.surroundings import Difference, differences
 from edge_llm.report.tables import telling
 from edge_llm.report.words import Better, better, of_sample, unit
@@ -27,7 +29,6 @@ from edge_llm.report.words import Better, better, of_sample, unit
 Verdict = Literal["better", "worse", "changed", "same", "too_few", "untested"]
 ALPHA: Final = 0.05
 _TAIL: Final = 20  # fewer samples have no 95th percentile worth a column
-_COUNTS_OF_FAILURE: Final = ("failed", "lost", "refused_late")
 Path = tuple[str, ...]
 
 
@@ -107,10 +108,15 @@ def compare(a: Record, b: Record, files: tuple[str, str], fail_over: float | Non
         raise NotComparable(f"{files[0]} is a record of bench {a.kind}, {files[1]} one of bench {b.kind}")
     samples = [_sample(name, values, b.samples[name], alpha) for name, values in _both(a.samples, b.samples)]
     of_a, of_b = numbers(a.figures), numbers(b.figures)
-    figures = [_figure(path, of_a, of_b) for path in of_a if path in of_b]
+    of_a, of_b = with_kinds_of(of_a, of_b), with_kinds_of(of_b, of_a)
+    shares = list(completed_shares(of_a, of_b, alpha))
+    figures = [
+        *(_share(one, alpha) for one in shares),
+        *(_figure(path, of_a, of_b) for path in of_a if path in of_b),
+    ]
     if not samples and not figures:
         raise NotComparable(f"{files[0]} and {files[1]} have no figure and no sample in common")
-    tests = sum(sample.p is not None for sample in samples)
+    tests = sum(sample.p is not None for sample in samples) + sum(share.p is not None for share in shares)
     limit = 0.0 if fail_over is None else fail_over
     names_a, names_b = _names(a, of_a), _names(b, of_b)
     return Comparison(
@@ -212,6 +218,22 @@ def _regressed_samples(samples: Sequence[SampleChange], limit: float) -> Iterato
 # -- figures
 
 
+def _share(one: Completed, alpha: float) -> FigureChange:
+    """Of completed requests: a worker that fails half of them may answer the others as fast as ever."""
+    way = better(one.path)
+    worse_by = _worse_by(way, one.a, one.b)
+    return FigureChange(
+        path=list(one.path),
+        unit=unit(one.path),
+        better=way.value,
+        a=one.a,
+        b=one.b,
+        ratio=one.b / one.a if one.a else None,
+        worse_by=worse_by,
+        verdict="too_few" if one.p is None else _verdict(worse_by, is_changed=one.p <= alpha),
+    )
+
+
 def _figure(path: Path, of_a: Mapping[Path, float | bool], of_b: Mapping[Path, float | bool]) -> FigureChange:
     a, b, way = of_a[path], of_b[path], better(path)
     worse_by = _worse_by(way, float(a), float(b))
@@ -239,8 +261,8 @@ def _figure_verdict(
         return "same"
     if way is Better.PROMISE:
         return "worse" if _is_broken(a, b) else "better"
-    if path[-1] in _COUNTS_OF_FAILURE and not a and isinstance(b, int):
-        return "worse"
+    if is_failure(path) and not a and isinstance(b, int):
+        return "changed" if way is Better.REFERENCE else "worse"
     ends = [(of.get((*path[:-1], "low")), of.get((*path[:-1], "high"))) for of in (of_a, of_b)]
     if path[-1] in ("low", "high") or any(low is None or high is None for low, high in ends):
         return "untested"
@@ -258,7 +280,7 @@ def _is_broken(a: float | bool, b: float | bool) -> bool:
 
 def _regressed_figures(figures: Sequence[FigureChange], limit: float) -> Iterator[str]:
     for one in figures:
-        is_promise = one.better == Better.PROMISE.value or one.path[-1] in _COUNTS_OF_FAILURE
+        is_promise = one.better == Better.PROMISE.value or is_failure(tuple(one.path))
         if one.verdict == "worse" and (is_promise or (one.worse_by is not None and one.worse_by > limit)):
             yield f"{' / '.join(one.path)}: was {one.a}, is {one.b}"
 

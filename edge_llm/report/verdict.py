@@ -10,9 +10,10 @@ from typing import Final
 
 from edge_llm.report.compare import Comparison, FigureChange, SampleChange, Side, Verdict
 from edge_llm.report.document import Table
+from edge_llm.report.failing import COMPLETED_SHARE
 from edge_llm.report.markdown import aligned
 from edge_llm.report.surroundings import Difference
-from edge_llm.report.words import NOT_READ, of_sample, short, shown
+from edge_llm.report.words import NOT_READ, Better, of_sample, short, shown
 
 _SAID: Final[dict[Verdict, str]] = {
     "worse": "WORSE",
@@ -31,6 +32,7 @@ _AREAS: Final = {
     "run": "NOT BOTH RUNS ARE WHOLE",
 }
 _MOST_NAMES: Final = 10
+_JUDGED: Final = (Better.HIGHER.value, Better.LOWER.value)
 # An untested figure that moved by less is not said to lean.
 _LEANS: Final = 0.01
 
@@ -139,7 +141,27 @@ def _only(name: str, names: Sequence[str]) -> Iterator[str]:
 
 def _conclusion(found: Comparison) -> Iterator[str]:
     over = f" by more than {found.fail_over:.1%}" if found.fail_over is not None else ""
-    if not found.regressions:
-        yield f"Nothing is significantly worse{over}."
-        return
-    yield from (f"Significantly worse{over}:", "", *(f"- {line}" for line in found.regressions))
+    untested = _untested(found)
+    if found.regressions:
+        yield from (f"Significantly worse{over}:", "", *(f"- {line}" for line in found.regressions))
+    else:
+        what = "Nothing that could be tested" if untested else "Nothing"
+        yield f"{what} is significantly worse{over}."
+    if untested:
+        yield from ("", f"Not testable: {'; '.join(untested)}.")
+
+
+def _untested(found: Comparison) -> list[str]:
+    """Silence about these is no verdict. Of figures, those of which one way is better and that differ."""
+    parts = []
+    samples = sum(one.verdict == "too_few" for one in found.samples)
+    shares = [one for one in found.figures if one.path[-1] == COMPLETED_SHARE]
+    few = sum(one.verdict == "too_few" for one in shares)
+    figures = sum(one.verdict == "untested" and one.better in _JUDGED for one in found.figures)
+    if samples:
+        parts.append(f"{samples} of {len(found.samples)} samples (too few values)")
+    if few:
+        parts.append(f"{few} of {len(shares)} shares of completed requests (too few requests)")
+    if figures:
+        parts.append(f"{figures} of {len(found.figures)} figures (they differ, and have no interval)")
+    return parts

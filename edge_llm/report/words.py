@@ -98,7 +98,7 @@ _WAYS: Final = tuple(
         (
             r"tokens?_per_|per_s$|throughput$|goodput$|^same_(answer|text|top)$|^instructions(_loose)?$|"
             r"^(goodput|attainment|acc|accuracy|exact_match|pass|f1|mc[12]|last_word)(_|$)|"
-            r"overlap|(prefill|decode|local|batch\d*|hole)_ratio$|hole_of_batch8_ratio$|roofline|similarity|"
+            r"overlap|^completed_share$|(prefill|decode|local|batch\d*|hole)_ratio$|hole_of_batch8_ratio$|roofline|similarity|"
             r"^(avg_ts|tps|t/s)$|top_token_agreement|accuracy$",
             Better.HIGHER,
         ),

@@ -109,6 +109,55 @@ def test_a_broken_promise_is_a_regression_without_any_statistics(before: dict[st
     assert figures(after, before).regressions == []
 
 
+def load(**kinds: int) -> dict[str, Any]:
+    """Of 100 requests, as serve records say it."""
+    figure = {"requests": 100, "completed": 100 - sum(kinds.values()), "failed": kinds}
+    return {"contenders": {"split": {"loads": [{"label": "open", "figures": figure}]}}}
+
+
+def test_requests_that_fail_are_a_regression_though_the_others_are_as_fast() -> None:
+    found = figures(load(), load(http_500=50))
+    place = "contenders / split / loads / label open / figures"
+    assert found.regressions == [
+        f"{place} / completed_share: was 1.0, is 0.5",
+        f"{place} / failed / http_500: was 0, is 50",
+    ]
+    assert found.only_in_b == []
+    assert figures(load(http_500=50), load()).regressions == []
+
+
+def test_more_failures_of_a_kind_that_was_there_before_are_a_regression_of_the_share() -> None:
+    assert [line.partition(":")[0].rpartition(" / ")[2] for line in figures(load(a=2), load(a=20)).regressions] == [
+        "completed_share"
+    ]
+    assert figures(load(a=10), load(a=12)).regressions == []
+
+
+def test_what_others_fail_at_is_no_regression_of_ours() -> None:
+    def beside(**kinds: int) -> dict[str, Any]:
+        return {"llama_server": load(**kinds)["contenders"]["split"]}
+
+    assert figures(beside(), beside(http_500=50)).regressions == []
+
+
+def test_shares_of_few_requests_and_of_means_are_not_tested() -> None:
+    few = figures({"requests": 3, "completed": 3}, {"requests": 3, "completed": 0})
+    assert [one.verdict for one in few.figures if one.path == ["completed_share"]] == ["too_few"]
+    assert few.tests == 0
+    assert "1 of 1 shares of completed requests (too few requests)" in written(few, only_changed=True)
+    means = figures({"requests": 3.5, "completed": 3.0}, {"requests": 3.5, "completed": 0.0})
+    assert [one.path for one in means.figures] == [["requests"], ["completed"]]
+
+
+def test_where_nothing_could_be_tested_the_conclusion_says_so() -> None:
+    text = written(of_samples("ttft_s", [1.0, 1.1], [9.0, 9.1]), only_changed=False)
+    assert "Nothing that could be tested is significantly worse" in text
+    assert "Not testable: 1 of 1 samples (too few values)." in text
+    tested = written(of_samples("ttft_s", times(1.0, 9, 1), times(1.0, 9, 1)), only_changed=False)
+    assert "Nothing is significantly worse" in tested
+    assert "Not testable" not in tested
+
+
 def test_the_papers_claim_on_a_board_is_no_promise_of_ours() -> None:
     def row(holds: bool) -> dict[str, Any]:
         return {"rows": [{"model": "m", "node": "pi", "claim": {"holds": holds}}]}
