@@ -207,7 +207,8 @@ def _verdict(found: Mapping[str, Any]) -> str:
 def _compared(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
     n = str(found["n"])
     words = f"{found['gained']} gained, {found['lost']} lost (p {found['p_value']:.2g})"
-    rows: list[tuple[str, ...]] = [("same as reference", f"{100 * found['same_answer']:.1f} %", "", "", n, words)]
+    same = f"{100 * found['same_answer']:.1f} %" if "same_answer" in found else "-"
+    rows: list[tuple[str, ...]] = [("same as reference", same, "", "", n, words)]
     if "same_text" in found:
         rows.append(("same text", f"{100 * found['same_text']:.1f} %", "", "", n, ""))
     if "drift" in found:

@@ -7,6 +7,7 @@ know prompts and scores. Texts are used as they are, but for HellaSwag, whose Wi
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +18,8 @@ from typing import Any, Final
 from edge_llm.bench.accuracy.items import Instruction, Item
 from edge_llm.errors import ConfigError
 
-Reader = Callable[[Path], list[Item]]
+Row = Mapping[str, Any]
+Reader = Callable[[int, Row], Item]  # of a row and its number in the file, from 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,22 +37,13 @@ def wiki_text(folder: Path, name: str) -> str:
     return text.removesuffix("\n")
 
 
-def arc(path: Path) -> list[Item]:
-    return [
-        Item(row["id"], {"question": row["question"]}, tuple(row["choices"]), (row["answer"],)) for row in _rows(path)
-    ]
+def arc(_number: int, row: Row) -> Item:
+    return Item(row["id"], {"question": row["question"]}, tuple(row["choices"]), (row["answer"],))
 
 
-def hellaswag(path: Path) -> list[Item]:
-    return [
-        Item(
-            row["id"],
-            {"question": unmarked(row["question"])},
-            tuple(unmarked(choice) for choice in row["choices"]),
-            (row["answer"],),
-        )
-        for row in _rows(path)
-    ]
+def hellaswag(_number: int, row: Row) -> Item:
+    choices = tuple(unmarked(choice) for choice in row["choices"])
+    return Item(row["id"], {"question": unmarked(row["question"])}, choices, (row["answer"],))
 
 
 def unmarked(text: str) -> str:
@@ -59,70 +52,34 @@ def unmarked(text: str) -> str:
     return plain.replace("  ", " ").strip()
 
 
-def piqa(path: Path) -> list[Item]:
+def piqa(number: int, row: Row) -> Item:
     """The query begins with `Question: ` and ends with a newline: the format has both."""
-    return [
-        Item(
-            f"piqa/{number}",
-            {"question": row["query"].removeprefix("Question: ").rstrip("\n")},
-            tuple(row["choices"]),
-            (row["gold"],),
-        )
-        for number, row in enumerate(_rows(path))
-    ]
+    question = row["query"].removeprefix("Question: ").rstrip("\n")
+    return Item(f"piqa/{number}", {"question": question}, tuple(row["choices"]), (row["gold"],))
 
 
-def boolq(path: Path) -> list[Item]:
+def boolq(number: int, row: Row) -> Item:
     """The query is laid out already, passage and question; copies differ in whether `Answer:` ends it."""
-    return [
-        Item(
-            f"boolq/{number}",
-            {"question": row["query"].rstrip().removesuffix("\nAnswer:")},
-            tuple(row["choices"]),
-            (row["gold"],),
-        )
-        for number, row in enumerate(_rows(path))
-    ]
+    question = row["query"].rstrip().removesuffix("\nAnswer:")
+    return Item(f"boolq/{number}", {"question": question}, tuple(row["choices"]), (row["gold"],))
 
 
-def winogrande(path: Path) -> list[Item]:
+def winogrande(number: int, row: Row) -> Item:
     """One continuation behind two contexts."""
-    return [
-        Item(
-            f"winogrande/{number}",
-            {"question": ""},
-            (row["continuation"],) * len(row["context_options"]),
-            (row["gold"],),
-            contexts=tuple(row["context_options"]),
-        )
-        for number, row in enumerate(_rows(path))
-    ]
+    contexts = tuple(row["context_options"])
+    choices = (row["continuation"],) * len(contexts)
+    return Item(f"winogrande/{number}", {"question": ""}, choices, (row["gold"],), contexts=contexts)
 
 
-def mmlu(path: Path) -> list[Item]:
-    return [
-        Item(
-            row["id"],
-            {"question": row["question"].strip(), "subject": row["subject"]},
-            tuple(map(str, row["choices"])),
-            (row["answer"],),
-        )
-        for row in _rows(path)
-    ]
+def mmlu(_number: int, row: Row) -> Item:
+    fields = {"question": row["question"].strip(), "subject": row["subject"]}
+    return Item(row["id"], fields, tuple(map(str, row["choices"])), (row["answer"],))
 
 
-def truthfulqa(path: Path) -> list[Item]:
+def truthfulqa(number: int, row: Row) -> Item:
     """The best answer first, then the other correct ones, then the incorrect ones; `gold` are the correct ones.
 
     The authors' own choices (mc_task.json) are another file: these are made of the lists in the CSV."""
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            return [_truthful(number, row) for number, row in enumerate(csv.DictReader(file))]
-    except (OSError, KeyError, AttributeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
-
-
-def _truthful(number: int, row: Mapping[str, str]) -> Item:
     best = row["Best Answer"].strip()
     right = [best, *(text for text in _listed(row["Correct Answers"]) if text != best)]
     wrong = [text for text in _listed(row["Incorrect Answers"]) if text not in right]
@@ -134,33 +91,21 @@ def _listed(text: str) -> list[str]:
     return list(dict.fromkeys(part.strip() for part in text.split(";") if part.strip()))
 
 
-def lambada(path: Path) -> list[Item]:
-    return [
-        Item(f"lambada/{number}", {"question": row["context"].rstrip()}, answer=row["continuation"].strip())
-        for number, row in enumerate(_rows(path))
-    ]
+def lambada(number: int, row: Row) -> Item:
+    return Item(f"lambada/{number}", {"question": row["context"].rstrip()}, answer=row["continuation"].strip())
 
 
-def gsm8k(path: Path) -> list[Item]:
+def gsm8k(number: int, row: Row) -> Item:
     """`answer` is the whole solution: shown in examples, its last number compared."""
-    return [
-        Item(f"gsm8k/{number}", {"question": row["question"]}, answer=row["answer"])
-        for number, row in enumerate(_rows(path))
-    ]
+    return Item(f"gsm8k/{number}", {"question": row["question"]}, answer=row["answer"])
 
 
-def ifeval(path: Path) -> list[Item]:
-    return [
-        Item(
-            f"ifeval/{row['key']}",
-            {"question": row["prompt"]},
-            instructions=tuple(
-                Instruction(name, {key: value for key, value in arguments.items() if value is not None})
-                for name, arguments in zip(row["instruction_id_list"], row["kwargs"], strict=True)
-            ),
-        )
-        for row in _rows(path)
-    ]
+def ifeval(_number: int, row: Row) -> Item:
+    instructions = tuple(
+        Instruction(name, {key: value for key, value in arguments.items() if value is not None})
+        for name, arguments in zip(row["instruction_id_list"], row["kwargs"], strict=True)
+    )
+    return Item(f"ifeval/{row['key']}", {"question": row["prompt"]}, instructions=instructions)
 
 
 SOURCES: Final[Mapping[str, Source]] = {
@@ -185,34 +130,61 @@ TEXTS: Final[Mapping[str, str]] = {"wikitext": "wikitext2_raw/wiki.test.raw", "o
 
 
 def read(path: Path, reader: Reader) -> list[Item]:
-    """Raises ConfigError naming the file and what is wrong with it."""
-    try:
-        items = reader(path)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{path} is not laid out as this task needs it: {type(error).__name__} {error}") from error
+    """Raises ConfigError naming the file, the line and what is wrong there."""
+    rows = _csv_rows(path) if path.suffix == ".csv" else _json_rows(path)
+    items = [_item(f"{path}, line {line}", reader, number, row) for number, (line, row) in enumerate(rows)]
     if not items:
         raise ConfigError(f"{path} has no items")
-    for item in items:
-        if any(not 0 <= index < len(item.choices) for index in item.gold):
-            raise ConfigError(f"{path}, item {item.id}: the right answer is not one of {len(item.choices)} choices")
     return items
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(_text(path).split("\n"), 1):
-        if not line.strip():
+def _item(place: str, reader: Reader, number: int, row: Row) -> Item:
+    try:
+        item = reader(number, row)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{place} is not laid out as this task needs it: {type(error).__name__} {error}") from error
+    for index in item.gold:
+        if not isinstance(index, int):
+            raise ConfigError(f"{place}, item {item.id}: the right answer is {index!r}, not the index of a choice")
+        if not 0 <= index < len(item.choices):
+            raise ConfigError(f"{place}, item {item.id}: the right answer is not one of {len(item.choices)} choices")
+    return item
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    """Rows and their lines."""
+    for line, text in enumerate(_text(path).split("\n"), 1):
+        if not text.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(text)
         except ValueError as error:
-            raise ConfigError(f"{path}, line {number} is not JSON: {error}") from error
+            raise ConfigError(f"{path}, line {line} is not JSON: {error}") from error
         if not isinstance(row, dict):
-            raise ConfigError(f"{path}, line {number} is not a JSON object")
-        yield row
+            raise ConfigError(f"{path}, line {line} is not a JSON object")
+        yield line, row
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    """Rows and their last lines: a cell may have several."""
+    rows = csv.DictReader(io.StringIO(_text(path), newline=""))
+    try:
+        for row in rows:
+            yield rows.line_num, row
+    except csv.Error as error:
+        raise ConfigError(f"{path} is not CSV after line {rows.line_num}: {error}") from error
+
+
+def content(path: Path) -> bytes:
+    """Raises ConfigError when there is none."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
 
 
 def _text(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8")  # as it is: no newline is changed
-    except (OSError, UnicodeDecodeError) as error:
+        return content(path).decode("utf-8")  # as it is: no newline is changed
+    except UnicodeDecodeError as error:
         raise ConfigError(f"cannot read {path}: {error}") from error

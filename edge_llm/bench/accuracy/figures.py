@@ -143,14 +143,23 @@ def _flips(both: Sequence[tuple[Case, Case]]) -> Figures:
     """`p_value`: McNemar's exact test on the items that one of them alone has right."""
     judged = [(a, b) for a, b in both if a["acc"] is not None and b["acc"] is not None]
     gained, lost = sum(b["acc"] > a["acc"] for a, b in judged), sum(b["acc"] < a["acc"] for a, b in judged)
-    key = "chosen" if "chosen" in both[0][0] else "acc"
     return {
         "n": len(both),
-        "same_answer": sum(a[key] == b[key] for a, b in both) / len(both),
+        **_same_answer(both),
         "gained": gained,
         "lost": lost,
         "p_value": binomial_p(gained, gained + lost, 0.5) if gained + lost else 1.0,
     }
+
+
+def _same_answer(both: Sequence[tuple[Case, Case]]) -> Figures:
+    """Share of items, but for those where neither answer has anything to extract. Nothing where a case does not say
+    what was answered: two answers that are wrong, or both not judged, are not the same for that."""
+    key = next((key for key in ("chosen", "found") if all(key in case for pair in both for case in pair)), None)
+    if key is None:
+        return {}
+    said = [(a[key], b[key]) for a, b in both if a[key] not in (None, "") or b[key] not in (None, "")]
+    return {"same_answer": sum(one == other for one, other in said) / len(said)} if said else {}
 
 
 def _drift(theirs: Sequence[str], own: Sequence[str], cosines: Cosines | None) -> Figures:

@@ -3,20 +3,23 @@
 Owns the order of work and what a case says. Refuses to know llama.cpp (a child scores: edge_llm/engine/score.py), what
 an answer is worth (grading.py) and what figures mean (figures.py).
 
-A case that was measured before under the same model, prompt and setup is taken over, not measured again (`known`). An
-item that fails is a case that says so; a model whose process is gone is a failure of the run, and the next one follows.
+A case that was measured before under the same model, prompt, setup, data and build is taken over, not measured again
+(`known`). An item that fails is a case that says so; a model whose process is gone is a failure of the run, and the
+next one follows.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from edge_llm.bench.accuracy import grading
-from edge_llm.bench.accuracy.datasets import SOURCES, TEXTS, read, wiki_text
+from edge_llm.bench.accuracy.datasets import SOURCES, TEXTS, content, read, wiki_text
 from edge_llm.bench.accuracy.figures import Cosines, figures
 from edge_llm.bench.accuracy.items import Item, drawn, examples_of
 from edge_llm.bench.accuracy.tasks import OWN, Pool, Task, asked, pairs
@@ -30,6 +33,11 @@ SCORE: Final = "edge_llm.engine.score"
 OWN_DATA: Final = Path(__file__).parent.parent / "data" / "accuracy"
 # An answer of 512 tokens at a token a second, and as long again.
 _DEADLINE_S: Final = 1200.0
+# Items are known by their place in a file, and a build computes in its own way: another file or build, another thing.
+_KEY: Final = (
+    *("model_sha256", "task", "item", "prompt_sha256", "setup", "reference_sha256"),
+    *("data_sha256", "build_sha256"),
+)
 
 Facts = dict[str, Any]
 Progress = Callable[[str, int, int], None]
@@ -116,12 +124,14 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """One model, one task."""
+    """One model, one task. `data_sha256`: of its files, `build_sha256`: of what the child says of its llama.cpp."""
 
     plan: Plan
     model: BenchModel
     task: Task
     child: Child
+    data_sha256: str
+    build_sha256: str
 
     @property
     def is_chat(self) -> bool:
@@ -138,13 +148,14 @@ class _Asked:
             "item": item,
             "prompt_sha256": task.prompt.sha256,
             "setup": self.plan.setup(task, self.is_chat),
+            "data_sha256": self.data_sha256,
+            "build_sha256": self.build_sha256,
         }
 
 
 def key_of(case: Mapping[str, Any]) -> Key:
     """What two measurements of the same thing have in common."""
-    names = ("model_sha256", "task", "item", "prompt_sha256", "setup", "reference_sha256")
-    return tuple(str(case.get(name, "")) for name in names)
+    return tuple(str(case.get(name, "")) for name in _KEY)
 
 
 def scorer(plan: Plan) -> Start:
@@ -203,8 +214,26 @@ def items_of(plan: Plan, task: Task) -> tuple[list[Item], Pool]:
     else:
         pool = tuple(examples_of(items, plan.shots, plan.seed))
         shown = {item.id for item in pool}
-        items = [item for item in items if item.id not in shown]
+        count, items = len(items), [item for item in items if item.id not in shown]
+        if not items:
+            raise ConfigError(
+                f"--shots {plan.shots} leaves nothing to ask of {task.name}: it has {count} items, "
+                "and those that are shown are not asked"
+            )
     return drawn(items, plan.limit, plan.seed), Pool(pool, plan.shots, plan.seed)
+
+
+def _data_sha256(plan: Plan, task: Task) -> str:
+    """Of the items, and of the examples where some are shown."""
+    files = [_file(task)]
+    if plan.shots and task.kind != "text" and (examples := SOURCES[task.source].examples):
+        files.append(examples)
+    digests = [sha256(content(_path(plan, task.name, file))).hexdigest() for file in files]
+    return digests[0] if len(digests) == 1 else sha256(" ".join(digests).encode()).hexdigest()
+
+
+def _build_sha256(build: Mapping[str, str]) -> str:
+    return sha256(json.dumps(build, sort_keys=True).encode()).hexdigest()
 
 
 def _file(task: Task) -> str:
@@ -237,8 +266,8 @@ def _model(
         try:
             with found.run.watching({f"score {model.facts.name}": child.pid}, part=model.facts.name):
                 for task in plan.tasks:
-                    one = _Asked(plan, model, task, child)
                     try:
+                        one = _Asked(plan, model, task, child, _data_sha256(plan, task), _build_sha256(build))
                         _task(one, reference, start, found, progress, scratch)
                     except EdgeLLMError as error:
                         if child.usage() is None:

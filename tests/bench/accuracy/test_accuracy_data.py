@@ -108,7 +108,9 @@ def test_truthfulqa_has_the_best_answer_first_and_no_answer_on_both_sides(tmp_pa
     [
         ("{", "line 1"),
         ('{"id": "a", "question": "q", "choices": ["x"], "answer": 0}\n[]', "line 2"),
-        ('{"id": "a"}', "question"),
+        ('\n{"id": "a"}', r"line 2 .*question"),
+        ('{"id": "a", "question": "q", "choices": ["x"], "answer": "B"}', r"line 1, .*'B', not the index"),
+        ('{"id": "a", "question": "q", "choices": ["x"], "answer": null}', r"line 1, .*None, not the index"),
         ('{"id": "a", "question": "q", "choices": ["x"], "answer": 1}', "not one of 1"),
         ("\n", "no items"),
         ("\xff", "cannot read"),
@@ -120,6 +122,21 @@ def test_what_is_wrong_with_a_file_is_said(text: str, words: str, tmp_path: Path
     with pytest.raises(ConfigError, match=words) as caught:
         read(path, SOURCES["arc_easy"].read)
     assert "data.jsonl" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ("q,b,c," + "x" * 200_000, "is not CSV after line 1: field larger"),
+        ("q,b", "line 2 is not laid out"),
+    ],
+)
+def test_what_is_wrong_with_a_table_is_said(row: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "data.csv"
+    path.write_text(f"Question,Best Answer,Correct Answers,Incorrect Answers\n{row}\n")
+    with pytest.raises(ConfigError, match=words) as caught:
+        read(path, SOURCES["truthfulqa"].read)
+    assert "data.csv" in caught.value.message
 
 
 def test_data_that_is_missing_is_named_before_anything_starts(tmp_path: Path) -> None:
@@ -149,6 +166,13 @@ def test_what_is_shown_as_an_example_is_not_asked() -> None:
     assert shown == pool.examples(asked[-1]), "the same for all: what begins alike is computed once"
     assert {item.id for item in asked}.isdisjoint({item.id for item in shown})
     assert len(asked) == 35
+
+
+@pytest.mark.parametrize("shots", [10, 11])
+def test_examples_that_leave_nothing_to_ask_are_refused_before_anything_starts(shots: int) -> None:
+    with pytest.raises(ConfigError, match=f"--shots {shots} leaves nothing to ask of own_arithmetic: it has 10 items"):
+        check_data(Plan((TASKS["own_arithmetic"],), shots=shots))
+    assert len(items_of(Plan((), shots=9), TASKS["own_arithmetic"])[0]) == 1
 
 
 def test_examples_of_mmlu_are_of_the_same_subject(tmp_path: Path) -> None:

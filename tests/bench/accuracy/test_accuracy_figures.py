@@ -124,6 +124,27 @@ def test_models_are_compared_on_the_items_that_both_have() -> None:
     assert found["p_value"] == pytest.approx(2 / 16)
 
 
+def answers(*found: str, model: str = "m") -> list[Case]:
+    """All of them wrong."""
+    return [case(str(number), 0.0, found=text, text=text, model=model) for number, text in enumerate(found)]
+
+
+def test_two_different_wrong_answers_are_not_the_same_answer() -> None:
+    found = compared(answers("1", "2", "3", "4"), answers("1", "5", "6", "7", model="o"))["t"]
+    assert (found["same_answer"], found["gained"], found["lost"]) == (0.25, 0, 0)
+
+
+def test_where_neither_has_an_answer_there_is_none_to_be_the_same() -> None:
+    assert compared(answers("1", "", ""), answers("1", "", "2", model="o"))["t"]["same_answer"] == 0.5
+    assert "same_answer" not in compared(answers(""), answers("", model="o"))["t"]
+
+
+def test_of_what_has_no_answer_to_extract_none_is_the_same() -> None:
+    found = compared([case("1", None), case("2", 0.0)], [case("1", None, model="o"), case("2", 0.0, model="o")])["t"]
+    assert "same_answer" not in found
+    assert found["n"] == 2
+
+
 def test_other_setups_are_not_compared() -> None:
     theirs, own = case("1", 1.0, chosen=0), case("1", 1.0, chosen=0, model="o")
     assert compared([theirs | {"setup": "5 shots"}], [own]) == {}

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from edge_llm.bench.accuracy.figures import figures
-from edge_llm.bench.accuracy.measure import Child, Measured, Plan, key_of, measure
+from edge_llm.bench.accuracy.measure import Child, Facts, Key, Measured, Plan, key_of, measure
 from edge_llm.bench.accuracy.resume import finished
 from edge_llm.bench.accuracy.tasks import TASKS
 from edge_llm.bench.engine import BenchModel
@@ -91,6 +91,10 @@ def go(wanted: Plan, start: Starting, found: Measured, folder: Path, **options: 
     models = options.pop("models", [ONE])
     reference = options.pop("reference", None)
     return measure(wanted, models, reference, start, found, lambda what, done, total: None, folder, **options)
+
+
+def known_of(measured: Measured) -> dict[Key, Facts]:
+    return {key_of(case): case for case in measured.cases}
 
 
 def test_each_item_is_a_case_that_says_what_it_is_of(tmp_path: Path) -> None:
@@ -185,7 +189,7 @@ def test_what_is_known_is_not_asked_again_and_is_a_case_of_this_run(tmp_path: Pa
 def test_another_model_prompt_or_setup_is_measured_anew(tmp_path: Path) -> None:
     before = Measured(run_of())
     go(plan("own_choice"), Starting(one=Scripted()), before, tmp_path)
-    known = {key_of(case): case for case in before.cases}
+    known = known_of(before)
     for changed in (plan("own_choice", k_type="q8_0"), plan("own_choice", shots=2), plan("own_choice", policy="fast")):
         child = Scripted()
         go(changed, Starting(one=child), Measured(run_of(), known), tmp_path)
@@ -193,6 +197,29 @@ def test_another_model_prompt_or_setup_is_measured_anew(tmp_path: Path) -> None:
     child = Scripted()
     go(plan("own_choice"), Starting(two=child), Measured(run_of(), known), tmp_path, models=[TWO])
     assert len(child.asked) == 6
+
+
+def test_another_build_is_measured_anew(tmp_path: Path) -> None:
+    before = Measured(run_of())
+    go(plan("own_choice"), Starting(one=Scripted()), before, tmp_path)
+    child = Scripted()
+    child.facts["build"] = {"llama_cpp_python": "1"}
+    go(plan("own_choice"), Starting(one=child), Measured(run_of(), known_of(before)), tmp_path)
+    assert len(child.asked) == 6
+
+
+@pytest.mark.parametrize("changed", ["gsm8k/test.jsonl", "gsm8k/train_first200.jsonl"])
+def test_other_data_in_the_same_place_is_measured_anew(changed: str, tmp_path: Path) -> None:
+    for file in ("gsm8k/test.jsonl", "gsm8k/train_first200.jsonl"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text('{"question": "1 + 1?", "answer": "#### 2"}\n')
+    wanted, before = plan("gsm8k", data=tmp_path, shots=1), Measured(run_of())
+    go(wanted, Starting(one=Scripted()), before, tmp_path)
+    same, other = Scripted(), Scripted()
+    go(wanted, Starting(one=same), Measured(run_of(), known_of(before)), tmp_path)
+    (tmp_path / changed).write_text('{"question": "1 + 2?", "answer": "#### 3"}\n')
+    go(wanted, Starting(one=other), Measured(run_of(), known_of(before)), tmp_path)
+    assert (len(same.asked), len(other.asked)) == (0, 1)
 
 
 def test_what_failed_before_is_tried_again(tmp_path: Path) -> None:
