@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -31,6 +31,8 @@ _MODES: Final = ("auto", "split", "local")
 _REQUESTS: Final = 32
 _SEARCH_S: Final = 30.0
 _TRACE_S: Final = 60.0
+# The board is watched so long before the first load: what a load takes is above that.
+_IDLE_S: Final = 3.0
 
 
 class _Numbers(click.ParamType[tuple[float, ...]]):
@@ -115,7 +117,7 @@ class _Json(click.ParamType[Mapping[str, Any]]):
 @click.option("--slo-scale", "scales", type=_Numbers(), default=(), help="Judge by the limits times these as well.")
 @click.option("--goodput", "is_search", is_flag=True, help="Search the highest rate at which 90 % and 99 % keep --slo.")
 @click.option("--max-rates", type=click.IntRange(2, 100), default=12, show_default=True, help="Of a search.")
-@click.option("--nodes", type=click.IntRange(1), default=1, show_default=True, help="For figures per node.")
+@click.option("--nodes", type=click.IntRange(1), help="Of --url, for figures per node (--beside has one a URL).")
 @click.option("--slowdown", type=click.IntRange(1), metavar="N", help="Send N requests alone too: Splitwise's table.")
 @click.option("--passes", type=click.IntRange(1, 100), help="Default 1; 2 when several are compared.")
 @click.option("--warm-up", type=click.IntRange(0, 1000), default=4, show_default=True, help="Requests, not counted.")
@@ -139,8 +141,14 @@ def serve(output: Path, as_json: bool, check: bool, **given: Any) -> None:
     plan = _plan(given, len(contenders))
     source_of = _source(given)
     shown = {name: value for name, value in given.items() if name != "api_key_file" and value not in (None, (), {})}
-    run = Run("serve", command_line(), shown, folder=output)
-    tally = Tally(plan.limits, plan.scales, given["nodes"], wants_slowdown=given["slowdown"] is not None)
+    run = Run("serve", command_line(), shown, folder=output, idle_s=_IDLE_S)
+    tally = Tally(
+        plan.limits,
+        plan.scales,
+        given["nodes"],
+        wants_slowdown=given["slowdown"] is not None,
+        own_nodes={one.name: len(one.urls) for one in contenders[len(contenders) - len(given["beside"]) :]},
+    )
     with steps() as report:
         work = partial(measure, plan, contenders, source_of, run, tally, report, _watching(run, given["watch"]))
 
@@ -336,8 +344,6 @@ def _watching(run: Any, watched: Sequence[str]) -> Callable[[], AbstractContextM
             nodes[name] = value
         else:
             raise click.UsageError(f"--watch {one}: write NAME=PID, or NAME=http://HOST:PORT of a worker")
-    if not watched:
-        return nullcontext
     return lambda: run.watching(processes, nodes=nodes)
 
 
@@ -345,6 +351,13 @@ def _watching(run: Any, watched: Sequence[str]) -> Callable[[], AbstractContextM
 
 
 def _show(found: Mapping[str, Any]) -> None:
+    """The tables name the loads themselves, and list goodput per node: one without is in the sentences."""
     from edge_llm.commands.serve_tables import show
 
-    show(found)
+    workload = {name: value for name, value in found["workload"].items() if name != "loads"}
+    contenders = {name: {**one, "goodput": _per_node(one["goodput"])} for name, one in found["contenders"].items()}
+    show({**found, "workload": workload, "contenders": contenders})
+
+
+def _per_node(goodput: Mapping[str, Any]) -> dict[str, Any]:
+    return {goal: at for goal, at in goodput.items() if at["per_node_per_s"] is not None}

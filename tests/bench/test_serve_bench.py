@@ -55,6 +55,7 @@ class Server:
     meta: dict[str, Any] = field(default_factory=lambda: {"n_ctx": 1000, "n_vocab": 5000})
     key: str = ""
     hangs: bool = False
+    models_gap_s: float = 0.0
     bodies: list[dict[str, Any]] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
 
@@ -63,10 +64,16 @@ class Server:
         """Without first looks."""
         return [body for body in self.bodies if body["max_tokens"] != 2]
 
-    async def models(self, request: web.Request) -> web.Response:
+    async def models(self, request: web.Request) -> web.StreamResponse:
         if self.key and request.headers.get("authorization") != f"Bearer {self.key}":
             return web.json_response({"error": {"message": "no"}}, status=401)
-        return web.json_response({"object": "list", "data": [{"id": "tiny", "meta": self.meta}]})
+        listed = json.dumps({"object": "list", "data": [{"id": "tiny", "meta": self.meta}]}).encode()
+        reply = web.StreamResponse(headers={"content-type": "application/json"})
+        await reply.prepare(request)
+        for part in (listed[:20], listed[20:]):
+            await reply.write(part)
+            await asyncio.sleep(self.models_gap_s)
+        return reply
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
@@ -98,6 +105,12 @@ class Server:
         last: dict[str, Any] = {"choices": []} | ({"usage": usage} if self.counts else {})
         await reply.write(f"data: {json.dumps(last)}\n\ndata: [DONE]\n\n".encode())
         return reply
+
+
+@pytest.fixture(autouse=True)
+def without_idle_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a board does before the first load is not looked at here."""
+    monkeypatch.setattr("edge_llm.commands.bench_serve._IDLE_S", 0.0)
 
 
 @pytest.fixture
@@ -169,7 +182,7 @@ def test_token_ids_are_sent_where_they_are_taken_below_the_vocabulary_that_is_na
     assert found.contenders["server"].loads[0].figures.completed == 6
     assert all(max(body["prompt"]) < 5000 for body in server.measured)
     assert {body["model"] for body in server.bodies} == {"tiny"}
-    assert found.workload["n_ctx"] == 1000
+    assert found.workload["drawn_from"]["n_ctx"] == 1000
     assert run.models[0].name == "tiny"
 
 
@@ -288,6 +301,8 @@ def test_a_search_measures_rates_until_goals_lie_between_two(server: Server) -> 
     one = found.contenders["server"]
     assert [load.rate_per_s for load in one.loads] == [200.0, 400.0, 800.0]
     assert one.goodput["goodput_90"].bound == "at_least"
+    asked = {"profile": "constant", "rate_per_s": 200.0, "requests": 8}
+    assert found.workload["loads"] == {"constant, 200/s": asked}, "which rates it tried is its finding"
 
 
 def test_a_rate_at_which_nothing_is_in_time_is_too_high_and_the_search_goes_down(server: Server) -> None:
@@ -416,6 +431,41 @@ def test_this_board_and_a_process_are_watched_meanwhile(server: Server, tmp_path
     assert done.exit_code == 0, done.output
     record = load_record(Path(json.loads(done.stdout.splitlines()[-1])["record"]))
     assert any("me/cpu_cores" in watched.series for watched in record.resources)
+
+
+def test_this_board_is_watched_unasked_and_the_record_says_what_was_sent(server: Server, tmp_path: Path) -> None:
+    arguments = ["--url", server.url, "--requests", "2", "--answer-tokens", "5", "--output", str(tmp_path), "--json"]
+    done = CliRunner().invoke(serve, arguments)
+    assert done.exit_code == 0, done.output
+    record = load_record(Path(json.loads(done.stdout.splitlines()[-1])["record"]))
+    (board,) = record.resources
+    assert board.series
+    sent = record.workload["loads"]["closed, 1 at once"]
+    assert (sent["profile"], sent["clients"], sent["requests"], sent["sent"]) == ("closed", 1, 2, 2)
+    assert sent["mean_prompt_tokens"] == sum(len(body["prompt"]) for body in server.measured[-2:]) / 2
+    assert (record.workload["passes"], record.workload["seed"]) == (1, 0)
+
+
+def test_goodput_is_per_node_where_the_number_of_nodes_is_known(server: Server, tmp_path: Path) -> None:
+    with running() as two, running() as three:
+        who = ["--url", server.url, "--beside", f"both={two.url},{three.url}", "--rate-sweep", "100,200"]
+        what = ["--slo", "ttft=9", "--requests", "4", "--answer-tokens", "5", "--passes", "1", "--warm-up", "0"]
+        for nodes, ours in (([], None), (["--nodes", "4"], 4)):
+            told = CliRunner().invoke(serve, [*who, *what, *nodes, "--output", str(tmp_path), "--json"])
+            assert told.exit_code == 0, told.output
+            found = msgspec.json.decode(told.stdout.splitlines()[-1], type=ServeFigures)
+            at_90 = {name: one.goodput["goodput_90"] for name, one in found.contenders.items()}
+            assert at_90["both"].per_node_per_s == at_90["both"].per_s / 2
+            assert at_90["server"].per_node_per_s == (None if ours is None else at_90["server"].per_s / ours)
+        shown = CliRunner().invoke(serve, [*who, *what, "--output", str(tmp_path)])
+        assert shown.exit_code == 0, shown.output
+        assert shown.output.count(" a node") == 2, "of the two goals of `both`"
+
+
+def test_a_list_of_models_that_comes_in_pieces_is_read_to_its_end(server: Server) -> None:
+    server.models_gap_s = 0.05
+    _, run = measured(PLAN, at(server))
+    assert run.models[0].name == "tiny"
 
 
 def test_recorded_traffic_is_cut_to_a_minute_unless_told_otherwise(server: Server, tmp_path: Path) -> None:

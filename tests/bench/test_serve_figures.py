@@ -40,6 +40,7 @@ def answer(
 
 def test_latencies_are_what_their_definitions_say() -> None:
     found = figures([[answer(0.0), answer(1.0, ttft_s=0.7)]], is_open=True)
+    assert found.events == 22
     assert found.ttft_ms is not None
     assert (found.ttft_ms.min, found.ttft_ms.max) == pytest.approx((500.0, 700.0))
     assert found.tpot_ms is not None
@@ -59,10 +60,19 @@ def test_latencies_are_what_their_definitions_say() -> None:
 
 def test_stages_that_our_gateway_reports_are_summed_up_and_what_is_no_number_is_not() -> None:
     whole, local = answer(0.0), answer(1.0)
-    whole.own = {"mode": "split", "queue_ms": 3, "prefill_ms": 40.0, "handoff_ms": 2.5, "first_decode_ms": True}
+    whole.own = {
+        "mode": "split",
+        "queue_ms": 3,
+        "wait_ms": 7.0,
+        "prefill_ms": 40.0,
+        "handoff_ms": 2.5,
+        "first_decode_ms": True,
+    }
     local.own = {"mode": "local", "queue_ms": 5, "prefill_ms": 60.0, "handoff_ms": None}
     found = figures([[whole, local]], is_open=True)
-    assert {name: one.mean for name, one in found.stages_ms.items()} == {"queue": 4.0, "prefill": 50.0, "handoff": 2.5}
+    means = {name: one.mean for name, one in found.stages_ms.items()}
+    assert means == {"queue": 4.0, "wait": 7.0, "prefill": 50.0, "handoff": 2.5}
+    assert list(means) == ["queue", "wait", "prefill", "handoff"], "in the order in which they follow each other"
     assert found.modes == {"split": 1, "local": 1}
 
 
@@ -100,6 +110,28 @@ def test_passes_are_added_up_each_from_its_own_beginning() -> None:
     one, both = figures([[answer(3.0)]], is_open=False), figures([[answer(3.0)], [answer(3.0)]], is_open=False)
     assert both.duration_s == pytest.approx(2 * one.duration_s)
     assert both.request_throughput == pytest.approx(one.request_throughput)
+
+
+def test_a_server_that_is_gone_early_does_not_stop_the_clock_of_an_open_loop() -> None:
+    answers = [answer(float(at), kind="" if at < 10 else "unreachable") for at in range(101)]
+    found = figures([answers], is_open=True, limits=Limits(1.0, 0.2))
+    assert found.duration_s == pytest.approx(100.0), "when the last one was due"
+    assert found.request_throughput == pytest.approx(0.1)
+    assert found.attained is not None
+    assert found.attained.request_goodput == pytest.approx(0.1)
+
+
+def test_in_a_closed_loop_requests_that_hang_cost_time_and_in_an_open_one_only_arrivals_do() -> None:
+    hung = answer(2.0, kind="timeout")
+    hung.ended_s = 62.0
+    assert figures([[answer(0.0), hung]], is_open=False).duration_s == pytest.approx(62.0)
+    assert figures([[answer(0.0), hung]], is_open=True).duration_s == pytest.approx(2.0)
+    assert figures([[hung]], is_open=True).duration_s == pytest.approx(62.0), "nothing else says how long it was"
+
+
+def test_what_was_offered_in_bursts_is_the_rate_that_was_asked_for() -> None:
+    bursts = [answer(8.0 * (number // 8)) for number in range(16)]
+    assert figures([bursts], is_open=True).offered_per_s == pytest.approx(1.0)
 
 
 def test_attainment_needs_both_limits_and_counts_failures_as_missed() -> None:
@@ -259,6 +291,34 @@ def test_beyond_what_was_sent_alone_the_last_one_counts() -> None:
     assert slowdown([answer(kind="timeout")], alone, 2) is None
 
 
+def test_an_answer_that_comes_at_once_is_no_measure_of_others() -> None:
+    at_once = answer(gap_s=0.0)
+    assert alone_of([at_once]) is None
+    both = alone_of([at_once, answer(gap_s=0.1)])
+    assert both is not None
+    assert both.tpot_s == pytest.approx((0.1,))
+    assert slowdown([answer()], Alone((100,), (0.5,), (0.0,)), 1) is None
+
+
+def test_a_server_that_sends_its_whole_answer_as_one_event_has_figures_and_two_sentences() -> None:
+    def lump(at_s: float) -> Answer:
+        found = answer(at_s, gap_s=0.0)
+        found.arrivals_s, found.pieces = found.arrivals_s[:1], 1
+        return found
+
+    tally = tally_of([(1.0, [lump(float(at)) for at in range(4)])], wants_slowdown=True)
+    tally.alone["server"] = [lump(0.0)]
+    found = tally.found()
+    (load,) = found.contenders["server"].loads
+    assert load.slowdown is None
+    assert (load.figures.events, load.figures.answer_tokens) == (4, 44)
+    lines = "\n".join(found.sentences)
+    assert "44 answer tokens came in 4 events" in lines
+    assert "server: no slowdown" in lines
+    by_token = tally_of([(1.0, [answer(float(at)) for at in range(4)])]).found()
+    assert not any("events" in line for line in by_token.sentences)
+
+
 def test_requests_to_be_sent_alone_are_chosen_evenly_by_size() -> None:
     assert chosen([5, 1, 4, 2, 3], lambda size: size, 3) == [1, 3, 5]
     assert chosen([5, 1], lambda size: size, 3) == [1, 5]
@@ -269,7 +329,7 @@ def test_requests_to_be_sent_alone_are_chosen_evenly_by_size() -> None:
 
 
 def tally_of(points: Sequence[tuple[float, Sequence[Answer]]], **options: object) -> Tally:
-    tally = Tally(Limits(1.0, 0.2), nodes=2, **options)  # type: ignore[arg-type]
+    tally = Tally(Limits(1.0, 0.2), **{"nodes": 2, **options})  # type: ignore[arg-type]
     tally.servers["server"] = {"urls": ["u"], "model": "m", "prompts": "text"}
     for rate, answers in points:
         done = tally.begin("server", Load("poisson", rate, None, len(answers)), None, 0)
@@ -287,6 +347,37 @@ def test_goodput_is_interpolated_and_divided_by_nodes() -> None:
     assert at_90.requests_per_rate == 10
     assert any("too few for 99 %" in line for line in tally_of([(1.0, good), (2.0, bad)]).found().sentences)
     assert tally_of([(1.0, good)]).found().contenders["server"].goodput == {}, "one rate is no curve"
+
+
+def test_there_is_no_figure_per_node_where_nobody_said_how_many_there_are() -> None:
+    points = [
+        (1.0, [answer(float(at)) for at in range(10)]),
+        (2.0, [answer(float(at), ttft_s=3.0) for at in range(10)]),
+    ]
+    unknown = tally_of(points, nodes=None).found()
+    assert unknown.contenders["server"].goodput["goodput_90"].per_node_per_s is None
+    assert any(line.startswith("server: goodput_90 is 1.1 requests/s") for line in unknown.sentences)
+    own = tally_of(points, nodes=None, own_nodes={"server": 4}).found().contenders["server"].goodput["goodput_90"]
+    assert own.per_node_per_s == pytest.approx(own.per_s / 4)
+
+
+@pytest.mark.parametrize(("requests", "too_few_for"), [(8, ["90 %", "99 %"]), (30, ["99 %"]), (100, [])])
+def test_an_interval_of_few_requests_is_warned_of(requests: int, too_few_for: list[str]) -> None:
+    good = [answer(float(at)) for at in range(requests)]
+    bad = [answer(float(at), ttft_s=3.0) for at in range(requests)]
+    lines = [line for line in tally_of([(1.0, good), (1.15, bad)]).found().sentences if "too few" in line]
+    assert len(lines) == len(too_few_for)
+    assert all(goal in line for goal, line in zip(too_few_for, lines, strict=True))
+
+
+def test_a_pass_that_was_cut_is_in_no_attainment_of_a_rate() -> None:
+    good = [answer(float(at)) for at in range(10)]
+    tally = tally_of([(1.0, good)])
+    cut = tally.begin("server", Load("poisson", 2.0, None, 10), None, 0)
+    cut.answers = good[:3]
+    assert [point.rate_per_s for point in tally.points("server")] == [1.0]
+    cut.is_done = True
+    assert [point.rate_per_s for point in tally.points("server")] == [1.0, 2.0]
 
 
 def test_one_replay_is_judged_by_all_scales_of_the_limits() -> None:

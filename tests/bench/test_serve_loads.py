@@ -11,7 +11,7 @@ import pytest
 from edge_llm.bench.serve.arrivals import OPEN, mean_rate_per_s, times
 from edge_llm.bench.serve.lengths import LEAST, Lengths, parse
 from edge_llm.bench.serve.prompts import WORDS, Options, Style, body, combined
-from edge_llm.bench.serve.schedule import Load, Source, endless, scheduled
+from edge_llm.bench.serve.schedule import Load, Source, endless, facts_of, scheduled
 from edge_llm.bench.serve.workloads import NAMED, BadWorkload, Request, drawn, of_trace, parse_file, shuffled
 from edge_llm.bench.traces import Row, Trace
 
@@ -55,6 +55,12 @@ def test_poisson_gaps_vary_as_much_as_they_are_long() -> None:
     gaps = [later - earlier for earlier, later in itertools.pairwise(found)]
     middle = sum(gaps) / len(gaps)
     assert sum((gap - middle) ** 2 for gap in gaps) / len(gaps) == pytest.approx(middle**2, rel=0.15)
+
+
+def test_bursts_come_at_the_rate_that_was_asked_for_however_few_they_are() -> None:
+    assert mean_rate_per_s(times("burst", 1.0, 0, count=16, seconds=None, burst=8)) == pytest.approx(1.0)
+    assert mean_rate_per_s(times("burst", 1.0, 0, count=12, seconds=None, burst=8)) == pytest.approx(1.0)
+    assert mean_rate_per_s([]) is None
 
 
 def test_one_arrival_has_no_rate() -> None:
@@ -221,6 +227,32 @@ def test_recorded_times_are_kept_stretched_or_missed() -> None:
         scheduled(source(), Load("poisson", requests=3), 0)
     with pytest.raises(BadWorkload, match="for longer"):
         scheduled(source(), Load("poisson", 0.001, seconds=0.1), 0)
+
+
+def test_a_record_says_what_was_sent_and_not_what_it_was_drawn_from() -> None:
+    traffic = Source(of_trace(TRACE, 1.0, 100, 0, None, None, None), TRACE, 1.0, 100)
+    load = Load("poisson", 0.5, requests=8)
+    sent = [one.request for number in (0, 1) for one in scheduled(traffic, load, 3, number)]
+    found = facts_of(traffic, load, 3, 2)
+    assert found == {
+        "profile": "poisson",
+        "rate_per_s": 0.5,
+        "requests": 8,
+        "sent": 16,
+        "mean_prompt_tokens": sum(request.prompt_tokens for request in sent) / 16,
+        "mean_answer_tokens": 20.0,
+        "clipped": 16,
+    }
+    roomy = Source(of_trace(TRACE, 1.0, 4096, 0, None, None, None), TRACE, 1.0, 4096)
+    assert facts_of(roomy, Load("trace", requests=8), 3, 1)["clipped"] == 0
+
+
+def test_of_a_load_that_only_time_ends_nobody_knows_beforehand_what_is_sent() -> None:
+    by_time = facts_of(source(), Load("closed", clients=2, seconds=9.0), 0, 1)
+    assert by_time == {"profile": "closed", "clients": 2, "seconds": 9.0}
+    assert "sent" not in facts_of(source(), Load("poisson", seconds=30.0), 0, 1), "a search has yet to find its rates"
+    burst = facts_of(source(), Load("burst", 2.0, requests=4, burst=3), 0, 1)
+    assert (burst["burst"], burst["sent"]) == (3, 4)
 
 
 # -- prompts

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from typing import Final, Literal
 
@@ -50,7 +51,8 @@ def _units(process: OpenProcess, rng: random.Random, burst: int) -> Iterator[flo
 
 
 def mean_rate_per_s(times_s: Sequence[float]) -> float | None:
-    """What was offered, from the first arrival to the last; None of fewer than two."""
-    if len(times_s) < 2 or times_s[-1] <= times_s[0]:
+    """What was offered from the first arrival until the last moment at which any came; None of a single moment. Those
+    that came last, be they one or a burst, begin a time that is not in it."""
+    if not times_s or times_s[-1] <= times_s[0]:
         return None
-    return (len(times_s) - 1) / (times_s[-1] - times_s[0])
+    return bisect_left(times_s, times_s[-1]) / (times_s[-1] - times_s[0])

@@ -29,7 +29,7 @@ from edge_llm.bench.serve.answers import TIMEOUT, UNFINISHED, Answer, Call
 from edge_llm.bench.serve.driver import circulate, replay, sending
 from edge_llm.bench.serve.prompts import Options, body, combined
 from edge_llm.bench.serve.results import Replayed, Tally, scaled
-from edge_llm.bench.serve.schedule import Load, Source, endless, scheduled
+from edge_llm.bench.serve.schedule import Load, Source, endless, facts_of, scheduled
 from edge_llm.bench.serve.search import Search
 from edge_llm.bench.serve.slowdown import chosen
 from edge_llm.bench.serve.target import PromptKind, Target, learn
@@ -103,9 +103,7 @@ async def measure(
             await measuring.look(one, await stack.enter_async_context(sending(one.headers)))
         context = min((t.n_ctx for t in measuring.targets if t.n_ctx), default=DEFAULT_CONTEXT)
         source = source_of(context)
-        prompt_tokens, answer_tokens = mean_tokens(source.workload.requests)
-        means = {"mean_prompt_tokens": round(prompt_tokens, 1), "mean_answer_tokens": round(answer_tokens, 1)}
-        tally.workload |= {"name": source.workload.name, **source.workload.facts, **means}
+        tally.workload |= _described(source, plan)
         run.workload |= tally.workload
         measuring.source = source
         with watching():
@@ -113,6 +111,21 @@ async def measure(
             if plan.alone or (plan.is_search and plan.loads[0].rate_per_s is None):
                 await measuring.send_alone(plan.alone or _ALONE_FOR_SEARCH)
             await (measuring.search() if plan.is_search else measuring.passes())
+
+
+def _described(source: Source, plan: Plan) -> dict[str, Any]:
+    """What is drawn from, and what is sent of it: that may be a small part, with other lengths. Rates that a search
+    tries are its findings, so no part of what was asked: the figures have them."""
+    prompt_tokens, answer_tokens = mean_tokens(source.workload.requests)
+    means = {"mean_prompt_tokens": round(prompt_tokens, 1), "mean_answer_tokens": round(answer_tokens, 1)}
+    known_passes = 0 if plan.is_search else plan.passes
+    return {
+        "name": source.workload.name,
+        "drawn_from": {**source.workload.facts, **means},
+        "seed": plan.seed,
+        "passes": plan.passes,
+        "loads": {load.label: facts_of(source, load, plan.seed, known_passes) for load in plan.loads},
+    }
 
 
 def _undisturbed(contenders: Sequence[Contender], tally: Tally) -> list[Contender]:

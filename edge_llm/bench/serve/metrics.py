@@ -4,7 +4,7 @@ Owns the figures of `edge-llm bench serve` and their definitions, which are prin
 requests were sent. The names are those that `vllm bench serve` uses, times in milliseconds.
 
 Rules: latencies are of complete answers only, and whatever is not complete is counted, by kind, and misses every limit.
-Throughput is over the time from the first request's turn to the last token.
+Throughput is over the time for which requests came: a server that is gone early, or hangs, does not stop the clock.
 """
 
 from __future__ import annotations
@@ -30,14 +30,16 @@ DEFINITIONS: Final[Mapping[str, str]] = {
     "tpot": "(e2el - ttft) / (tokens - 1), one figure for each answer of two tokens or more",
     "tokens": "of answers as the server counts them in `usage`, else in `timings`, else the events with text; "
     "`counted_by` says which",
-    "throughput": "of complete answers, over the time from when the first request was due to the last token",
+    "throughput": "of complete answers, over the time from the beginning to the last token of one; not less than until "
+    "the last request was due (open loops), or until the last one that failed had ended (closed loops)",
     "attainment": "share of all requests that are complete and keep the limits of ttft and of tpot, both",
     "goodput": "request_goodput: complete answers within the limits per second; goodput_90, goodput_99: the highest "
     "rate with such an attainment, interpolated between rates that were measured (DistServe)",
     "ratios": "goodput of the first contender over another one's, with a 95 % interval: requests of a rate are drawn "
     "again together, number i of a rate being the same request everywhere; `least` to `most` is what the rates "
     "measured leave open where a goodput lies below the lowest or above the highest of them",
-    "stages": "of our gateway's own report: in the queue, computing the prompt, hand-off after that, the first step",
+    "stages": "of our gateway's own report: `queue` at the gateway, `wait` until the prompt's turn came at the worker, "
+    "`prefill` computing it, `handoff` after that, `first_decode` the first step; their sum is about the TTFT",
     "failed": "requests without a complete answer, by kind; `cut_short`: it ended in order before it had all tokens "
     "that were forced; they are in no latency",
     "reconnected": "requests sent again on a new connection, because the server had closed the one that was open; "
@@ -45,7 +47,7 @@ DEFINITIONS: Final[Mapping[str, str]] = {
 }
 LATE_SHARE: Final = 0.1
 # What our gateway says of each answer, in ms (README).
-_STAGES: Final = ("queue", "prefill", "handoff", "first_decode")
+_STAGES: Final = ("queue", "wait", "prefill", "handoff", "first_decode")
 # More samples than this have no bootstrap interval: it would take longer than it tells.
 _MOST_RESAMPLED: Final = 2000
 
@@ -90,7 +92,7 @@ class Generator(msgspec.Struct, frozen=True):
 
 
 class Figures(msgspec.Struct, frozen=True, kw_only=True):
-    """Of one load, all passes together."""
+    """Of one load, all passes together. `events`: with text, of complete answers that were streamed."""
 
     requests: int
     completed: int
@@ -106,6 +108,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     tpot_ms: Spread | None
     e2el_ms: Spread | None
     answer_tokens: int
+    events: int = 0
     prompt_tokens: int
     prompt_tokens_asked: int
     cached_tokens: int | None
@@ -122,7 +125,7 @@ def figures(passes: Sequence[Sequence[Answer]], is_open: bool, limits: Limits | 
     """Of passes that were replayed one after another; each begins at its own time 0."""
     answers = [answer for one in passes for answer in one]
     done = [answer for answer in answers if answer.is_complete]
-    duration_s = sum(_duration_s(one) for one in passes)
+    duration_s = sum(_duration_s(one, is_open) for one in passes)
     answer_tokens = sum(answer.tokens for answer in done)
     prompt_tokens = sum(_prompt_tokens(answer) for answer in done)
     cached = [answer.cached_tokens for answer in done if answer.cached_tokens is not None]
@@ -142,6 +145,7 @@ def figures(passes: Sequence[Sequence[Answer]], is_open: bool, limits: Limits | 
         tpot_ms=spread([1e3 * answer.tpot_s for answer in done if answer.tpot_s is not None]),
         e2el_ms=spread([1e3 * answer.e2e_s for answer in done if answer.e2e_s is not None]),
         answer_tokens=answer_tokens,
+        events=sum(len(answer.arrivals_s) for answer in done),
         prompt_tokens=prompt_tokens,
         prompt_tokens_asked=sum(answer.asked_prompt_tokens for answer in done),
         cached_tokens=sum(cached) if cached else None,
@@ -211,10 +215,14 @@ def _prompt_tokens(answer: Answer) -> int:
     return answer.asked_prompt_tokens if answer.prompt_tokens is None else answer.prompt_tokens
 
 
-def _duration_s(answers: Sequence[Answer]) -> float:
-    """Until the last token of a complete answer, else until the last end of any."""
-    ends_s = [answer.last_s for answer in answers if answer.is_complete and answer.last_s is not None]
-    return max(ends_s or [answer.ended_s for answer in answers if answer.ended_s is not None], default=0.0)
+def _duration_s(answers: Sequence[Answer], is_open: bool) -> float:
+    """Until the last token of a complete answer (without any: the last end), and whatever else took the load's time. A
+    failure after the last arrival of an open loop takes none: how long is waited for it is this side's choice."""
+    tokens_s = [answer.last_s for answer in answers if answer.is_complete and answer.last_s is not None]
+    ends_s = [answer.ended_s for answer in answers if answer.ended_s is not None and not answer.is_complete]
+    if is_open:
+        return max([*(tokens_s or ends_s), *(answer.at_s for answer in answers)], default=0.0)
+    return max([*tokens_s, *ends_s], default=0.0)
 
 
 def _offered(passes: Sequence[Sequence[Answer]]) -> float | None:

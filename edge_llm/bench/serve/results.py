@@ -21,8 +21,11 @@ from edge_llm.bench.serve.ratios import RatioFigure, ratios, words
 from edge_llm.bench.serve.schedule import Load
 from edge_llm.bench.serve.slowdown import Slowdown, alone_of, slowdown
 
-# Fewer requests at a rate say nothing about 99 %.
-_FOR_99: Final = 100
+# Fewer requests at a rate say nothing about such a share: where all or none keep the limits, so do all draws of the
+# bootstrap, and its interval is a point.
+_LEAST_REQUESTS: Final[Mapping[float, int]] = {0.90: 30, 0.99: 100}
+# Servers withhold half a character now and then: that is not yet a stream in lumps.
+_TOKENS_PER_EVENT: Final = 1.5
 _MUCH_KEPT: Final = 0.05
 
 
@@ -46,32 +49,36 @@ class Replayed:
 
 @dataclass(slots=True)
 class Tally:
-    """What is known so far. `servers`: facts by contender; `is_search`: rates were searched, or swept, for goodput."""
+    """What is known so far. `servers`: facts by contender. `nodes`: how many a contender has, None: nobody said, and
+    there is no figure per node; `own_nodes`: by contender, of those for whom it is another number."""
 
     limits: Limits | None = None
     scales: tuple[float, ...] = ()
-    nodes: int = 1
+    nodes: int | None = None
     workload: dict[str, Any] = field(default_factory=dict)
     servers: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     alone: dict[str, list[Answer]] = field(default_factory=dict)
     wants_slowdown: bool = False
     replays: list[Replayed] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    own_nodes: Mapping[str, int] = field(default_factory=dict)
 
     def begin(self, contender: str, load: Load, scale: float | None, number: int) -> Replayed:
         self.replays.append(Replayed(contender, load, scale, number))
         return self.replays[-1]
 
     def points(self, contender: str, scale: float | None = None) -> list[Point]:
-        """Rates of an open loop, and which requests kept the limits there."""
+        """Rates of an open loop, and which requests kept the limits there. Passes that were interrupted are left out:
+        what had ended by then are the quick ones."""
         if self.limits is None:
             return []
         limits = scaled(self.limits, scale or 1.0)
-        return [
-            Point(load.rate_per_s, tuple(answer.timing.meets(limits) for one in passes for answer in one.counted))
-            for (load, at), passes in self._by_load(contender)
-            if load.is_open and load.rate_per_s is not None and at == scale and any(one.counted for one in passes)
-        ]
+        found = []
+        for (load, at), passes in self._by_load(contender):
+            met = [answer.timing.meets(limits) for one in passes if one.is_done for answer in one.counted]
+            if met and load.is_open and load.rate_per_s is not None and at == scale:
+                found.append(Point(load.rate_per_s, tuple(met)))
+        return found
 
     def _by_load(self, contender: str) -> list[tuple[tuple[Load, float | None], list[Replayed]]]:
         found: dict[tuple[Load, float | None], list[Replayed]] = {}
@@ -85,6 +92,11 @@ class Tally:
         names = [name for name in self.servers if self._by_load(name) or name in self.alone]
         contenders = {name: self._of(name) for name in names}
         lines = [line for name, one in contenders.items() for line in _sentences(name, one)]
+        lines += [
+            f"{name}: no slowdown, because no answer to a request alone came in more than one piece"
+            for name in names
+            if self.wants_slowdown and self.alone.get(name) and alone_of(self.alone[name]) is None
+        ]
         beside = ratios({name: self.points(name) for name in names})
         lines += [f"{key} of {who}: {words(one)}" for who, goals in beside.items() for key, one in goals.items()]
         return ServeFigures(dict(DEFINITIONS), self.workload, contenders, [*lines, *self.notes], ratios=beside)
@@ -134,14 +146,14 @@ class Tally:
         points = self.points(name)
         if len({point.rate_per_s for point in points}) < 2:
             return {}
-        found = {}
+        found, nodes = {}, self.own_nodes.get(name, self.nodes)
         for goal in GOALS:
             at = goodput(points, goal)
             low, high = interval(points, goal)
             found[f"goodput_{100 * goal:.0f}"] = GoodputFigure(
                 goal=goal,
                 per_s=at.rate_per_s,
-                per_node_per_s=at.rate_per_s / self.nodes,
+                per_node_per_s=None if nodes is None else at.rate_per_s / nodes,
                 low=low,
                 high=high,
                 bound=at.bound,
@@ -160,11 +172,12 @@ def scaled(limits: Limits, factor: float) -> Limits:
 
 class GoodputFigure(msgspec.Struct, frozen=True, kw_only=True):
     """The highest rate with such an attainment. `bound` at_most: the lowest rate measured was too high already;
-    at_least: the highest was not yet. `low`, `high`: 95 % bootstrap interval over requests."""
+    at_least: the highest was not yet. `low`, `high`: 95 % bootstrap interval over requests. `per_node_per_s` None: how
+    many nodes there are is not known."""
 
     goal: float
     per_s: float
-    per_node_per_s: float
+    per_node_per_s: float | None
     low: float
     high: float
     bound: str
@@ -243,8 +256,13 @@ def _sentences(name: str, one: ContenderFigures) -> Iterator[str]:
         if found.bound != "between":
             where = "lower than the lowest" if found.bound == "at_most" else "at least the highest"
             yield f"{name}: {key} is {where} rate that was measured, {found.per_s:.3g}/s"
-    if (nearly := one.goodput.get("goodput_99")) and nearly.requests_per_rate < _FOR_99:
-        yield f"{name}: {nearly.requests_per_rate} requests at a rate are too few for 99 %: give --requests {_FOR_99}"
+        elif found.per_node_per_s is None:
+            between = f"{found.per_s:.4g} requests/s, 95 % interval {found.low:.4g} to {found.high:.4g}"
+            yield f"{name}: {key} is {between} (--nodes N for figures per node)"
+    for found in one.goodput.values():
+        if found.requests_per_rate < (least := _LEAST_REQUESTS[found.goal]):
+            few = f"{found.requests_per_rate} requests at a rate are too few for {100 * found.goal:.0f} %"
+            yield f"{name}: {few}: give --requests {least}"
 
 
 def _of_load(load: LoadFigures) -> Iterator[str]:
@@ -256,6 +274,11 @@ def _of_load(load: LoadFigures) -> Iterator[str]:
         yield f"{sum(found.failed.values())} of {found.requests} requests failed: {kinds}"
     if found.cut_short:
         yield f"{found.cut_short} answers ended before they had all tokens that were asked for"
+    if found.events and found.answer_tokens > _TOKENS_PER_EVENT * found.events:
+        yield (
+            f"{found.answer_tokens} answer tokens came in {found.events} events: tokens that come together have no "
+            "time between them, so TPOT (and a limit of it) says little"
+        )
     if found.reconnected:
         yield f"{found.reconnected} requests met a connection that the server had closed, and were sent again at once"
     if found.saturation is not None and found.saturation.is_saturated:

@@ -11,10 +11,18 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from edge_llm.bench.serve.arrivals import OPEN, OpenProcess, times
-from edge_llm.bench.serve.workloads import BadWorkload, Request, Workload, of_trace, shuffled, squeezed
+from edge_llm.bench.serve.workloads import (
+    BadWorkload,
+    Request,
+    Workload,
+    mean_tokens,
+    of_trace,
+    shuffled,
+    squeezed,
+)
 from edge_llm.bench.traces import Trace
 
 Profile = Literal["closed", "poisson", "constant", "burst", "trace"]
@@ -83,6 +91,43 @@ def endless(source: Source, load: Load, seed: int, number: int = 0) -> Iterator[
     """The requests of pass `number` of a closed loop, in order; without an end where only time ends it."""
     skip = number * (load.requests or 0)
     return itertools.islice(source.untimed(seed).stream(skip), load.requests)
+
+
+def facts_of(source: Source, load: Load, seed: int, passes: int) -> dict[str, Any]:
+    """Of one load, for the record: its words with all defaults, and what is sent under it in `passes`."""
+    facts = {
+        "profile": load.profile,
+        "rate_per_s": load.rate_per_s,
+        "clients": load.clients,
+        "requests": load.requests,
+        "seconds": load.seconds,
+        "burst": load.burst if load.profile == "burst" else None,
+    }
+    said: dict[str, Any] = {name: value for name, value in facts.items() if value is not None}
+    sent = _sent(source, load, seed, passes)
+    if not sent:
+        return said
+    prompt_tokens, answer_tokens = mean_tokens(sent)
+    return said | {
+        "sent": len(sent),
+        "mean_prompt_tokens": round(prompt_tokens, 1),
+        "mean_answer_tokens": round(answer_tokens, 1),
+        "clipped": sum(request.is_clipped for request in sent),
+    }
+
+
+def _sent(source: Source, load: Load, seed: int, passes: int) -> list[Request]:
+    """Empty where only the answers, or a search, say how many; and where there is no such load."""
+    try:
+        if load.is_open:
+            found = [one.request for number in range(passes) for one in scheduled(source, load, seed, number)]
+        elif load.requests is not None and load.seconds is None:
+            found = [one for number in range(passes) for one in endless(source, load, seed, number)]
+        else:
+            found = []
+    except BadWorkload:  # of this load, which its turn will say
+        return []
+    return found
 
 
 def _recorded(source: Source, load: Load, seed: int) -> Workload:

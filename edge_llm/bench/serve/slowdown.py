@@ -72,10 +72,11 @@ def chosen(items: Sequence[Item], size: Callable[[Item], int], count: int) -> li
 
 
 def alone_of(answers: Sequence[Answer]) -> Alone | None:
-    """None when no answer has both times. Requests with prompts of one length count as their mean."""
+    """None when no answer has both times. Requests with prompts of one length count as their mean. An answer whose
+    tokens all came at once has no time between them that another one could be a multiple of."""
     by_length: dict[int, list[tuple[float, float]]] = {}
     for answer in answers:
-        if answer.is_complete and answer.ttft_s is not None and answer.tpot_s is not None:
+        if answer.is_complete and answer.ttft_s and answer.tpot_s:
             by_length.setdefault(_prompt_tokens(answer), []).append((answer.ttft_s, answer.tpot_s))
     if not by_length:
         return None
@@ -95,6 +96,8 @@ def slowdown(answers: Sequence[Answer], alone: Alone, sent_alone: int) -> Slowdo
             continue
         length = _prompt_tokens(answer)
         ttft_s, tpot_s = alone.ttft_of(length), alone.tpot_of(length)
+        if ttft_s <= 0 or tpot_s <= 0:
+            continue
         ratios["ttft"].append(answer.ttft_s / ttft_s)
         ratios["tbt"].append(answer.tpot_s / tpot_s)
         ratios["e2e"].append(answer.e2e_s / (ttft_s + (answer.tokens - 1) * tpot_s))

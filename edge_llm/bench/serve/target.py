@@ -27,6 +27,7 @@ PromptKind = Literal["auto", "ids", "text"]
 SAFE_VOCAB: Final = 20_000
 _TOKENS_PER_WORD: Final = 1.3
 _MODELS_S: Final = 15.0
+_MODELS_BYTES: Final = 1 << 20
 _PROBE_IDS: Final = 8
 _PROBE_WORDS: Final = (32, 160)
 _NO_IDS: Final = frozenset({"http_400", "http_404", "http_415", "http_422", "http_500", "http_501"})
@@ -126,7 +127,7 @@ async def _models(session: aiohttp.ClientSession, url: str) -> list[_Model]:
     where = f"{url}/v1/models"
     try:
         async with asyncio.timeout(_MODELS_S), session.get(where, allow_redirects=False) as reply:
-            data = await reply.content.read(1 << 20)
+            data = await _read(reply)
             if reply.status in (401, 403):
                 raise MeasureFailed(f"{where} says HTTP {reply.status}: give a key that may, with --api-key-file")
             if reply.status != 200:
@@ -139,6 +140,16 @@ async def _models(session: aiohttp.ClientSession, url: str) -> list[_Model]:
             f"nothing that speaks HTTP answers at {where} ({str(error) or type(error).__name__}): is the server up, "
             "is the address right?"
         ) from error
+
+
+async def _read(reply: aiohttp.ClientResponse) -> bytes:
+    """All of it: one reading ends where a segment of TCP does. Raises ValueError for more than a list of models has."""
+    data = bytearray()
+    async for part in reply.content.iter_any():
+        data += part
+        if len(data) > _MODELS_BYTES:
+            raise ValueError(f"more than {_MODELS_BYTES} bytes")
+    return bytes(data)
 
 
 def _chosen(models: Sequence[_Model], wanted: str) -> _Model:

@@ -18,7 +18,7 @@ from typing import Any, Final, Literal
 import msgspec
 
 from edge_llm.bench.serve.lengths import LEAST, Lengths
-from edge_llm.bench.traces import Trace, scaled, thinned
+from edge_llm.bench.traces import Row, Trace, scaled, thinned
 from edge_llm.errors import EdgeLLMError
 
 NAMED: Final[Mapping[str, tuple[Lengths, Lengths]]] = {
@@ -31,6 +31,8 @@ NAMED: Final[Mapping[str, tuple[Lengths, Lengths]]] = {
 SPARE: Final = 1
 # Lengths that are drawn before they come again.
 _DRAWN: Final = 4096
+# A context into which everything fits.
+_NO_END: Final = 1 << 40
 
 
 class BadWorkload(EdgeLLMError):
@@ -42,7 +44,7 @@ class BadWorkload(EdgeLLMError):
 @dataclass(frozen=True, slots=True)
 class Request:
     """One thing to ask. `at_s`: when it came in recorded traffic. What the prompt says is one of `text`, `ids` and
-    `messages` (`prompt_tokens` is 0 then), or none of them: random ones, so many."""
+    `messages` (`prompt_tokens` is 0 then), or none of them: random ones, so many. `is_clipped`: it was longer."""
 
     number: int
     prompt_tokens: int
@@ -51,6 +53,7 @@ class Request:
     text: str | None = None
     ids: tuple[int, ...] | None = None
     messages: tuple[Mapping[str, str], ...] | None = None
+    is_clipped: bool = False
 
     @property
     def is_random(self) -> bool:
@@ -82,8 +85,11 @@ def drawn(name: str, prompt: Lengths, answer: Lengths, n_ctx: int, seed: int) ->
     rng = random.Random(f"{seed}/lengths")
     pairs = [(prompt.draw(rng), answer.draw(rng)) for _ in range(_DRAWN)]
     fitted = [_fitted(*pair, n_ctx) for pair in pairs]
-    requests = tuple(Request(number, *pair) for number, pair in enumerate(fitted))
-    clipped = sum(one != other for one, other in zip(pairs, fitted, strict=True))
+    requests = tuple(
+        Request(number, *pair, is_clipped=pair != whole)
+        for number, (pair, whole) in enumerate(zip(fitted, pairs, strict=True))
+    )
+    clipped = sum(request.is_clipped for request in requests)
     facts = {"prompt_tokens": str(prompt), "answer_tokens": str(answer), "n_ctx": n_ctx, "clipped": clipped}
     return Workload(name, requests, facts)
 
@@ -123,10 +129,24 @@ def of_trace(
             )
         chosen = thinned(rows, wanted, wanted / rate_per_s, seed)
         facts["times"] = f"thinned to {wanted} rows, the whole span in {wanted / rate_per_s:.1f} s"
-    requests = tuple(Request(row.number, row.prompt_tokens, row.answer_tokens, row.at_s) for row in chosen)
-    if not requests:
+    if not chosen:
         raise BadWorkload(f"no request of the trace {trace.name} falls into {seconds:g} s")
+    whole = {row.number: row for row in scaled(trace, scale, _NO_END)[0].rows}
+    requests = tuple(
+        Request(
+            row.number,
+            row.prompt_tokens,
+            row.answer_tokens,
+            row.at_s,
+            is_clipped=_lengths(row) != _lengths(whole[row.number]),
+        )
+        for row in chosen
+    )
     return Workload(f"trace:{trace.name}", requests, facts)
+
+
+def _lengths(row: Row) -> tuple[int, int]:
+    return row.prompt_tokens, row.answer_tokens
 
 
 def shuffled(workload: Workload, seed: int) -> Workload:
@@ -208,7 +228,7 @@ def _clipped(request: Request, n_ctx: int) -> Request:
     prompt, answer = _fitted(request.prompt_tokens, request.answer_tokens, n_ctx)
     if (prompt, answer) == (request.prompt_tokens, request.answer_tokens):
         return request
-    return replace(request, prompt_tokens=prompt, answer_tokens=answer)
+    return replace(request, prompt_tokens=prompt, answer_tokens=answer, is_clipped=True)
 
 
 def mean_tokens(requests: Sequence[Request]) -> tuple[float, float]:
