@@ -329,10 +329,7 @@ def _boards(run: Run, parts: int, placement: Placement, used: Mapping[str, Proce
             if used is not None:
                 boards.append(board_of(watched, used))
         elif watched.node in placement.nodes:
-            rss = at_rest[watched.node].get("worker/rss_bytes")
-            boards.append(
-                board_of(watched, idle_rss_bytes=None if rss is None or rss.idle is None else round(rss.idle))
-            )
+            boards.append(board_of(watched, at_rest=at_rest[watched.node]))
     return tuple(boards)
 
 

@@ -35,7 +35,8 @@ _CORE: Final = re.compile(r"cpu\d+_share")
 
 @dataclass(frozen=True, slots=True)
 class Board:
-    """A board during the requests; shares of all cores and of all memory. `workers`: by name. None: not read."""
+    """A board during the requests; shares of all cores and of all memory. `workers`: by name. `mapped_share`: what they
+    have in memory of mapped files. None: not read."""
 
     node: str
     cpu_share: float | None = None
@@ -47,6 +48,8 @@ class Board:
     power_w: float | None = None
     above_idle_power_w: float | None = None
     workers: Mapping[str, WorkerUse] = field(default_factory=dict)
+    mapped_share: float | None = None
+    above_idle_mapped_share: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +86,8 @@ class Interval(msgspec.Struct, frozen=True):
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """A line of the table. Medians; null is what could not be read. `roles`: who this is in the placement."""
+    """A line of the table. Medians; null is what could not be read. `roles`: who this is in the placement. What has a
+    default is not in older records."""
 
     model: str
     quantization: str
@@ -109,6 +113,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     above_idle_cpu_share: float | None
     ram_share: float | None
     above_idle_ram_share: float | None
+    mapped_share: float | None = None
+    above_idle_mapped_share: float | None = None
     peak_rss_bytes: int | None
     above_idle_peak_rss_bytes: int | None
     temperature_c: float | None
@@ -150,21 +156,26 @@ def schema() -> dict[str, Any]:
 
 
 def board_of(
-    watched: Watched, processes: Mapping[str, Process] | None = None, idle_rss_bytes: int | None = None
+    watched: Watched,
+    processes: Mapping[str, Process] | None = None,
+    at_rest: Mapping[str, SeriesSummary] | None = None,
 ) -> Board:
-    """`processes`: the placement's, where they run on this board; else the node has one worker, which was
-    `idle_rss_bytes` large before the first request."""
+    """`processes`: the placement's, where they run on this board; else the node has one worker, and `at_rest` is what
+    it was before the first request."""
     found = watched.summaries
     cores = sum(1 for name in found if _CORE.fullmatch(name))
-    kinds = {name.partition("/")[2]: one for name, one in found.items() if name.startswith("throttled/") and one.n}
     if processes is None:
-        peak = found.get("worker/rss_bytes", _UNREAD).maximum
-        workers = {watched.node: WorkerUse(_of_cores(found, "worker", cores), _whole(peak), idle_rss_bytes)}
+        peak, (idle_rss, idle_mapped) = found.get("worker/rss_bytes", _UNREAD).maximum, _idle_bytes(at_rest or {})
+        workers = {watched.node: WorkerUse(_of_cores(found, "worker", cores), _whole(peak), _whole(idle_rss))}
+        mapped = _mapped_share(watched, ("worker",))
+        above_idle_mapped = _less(mapped, _of_memory(watched, idle_mapped))
     else:
         workers = {
             name: WorkerUse(_of_cores(found, name, cores), one.rss_peak_bytes, one.rss_before_bytes)
             for name, one in processes.items()
         }
+        # at rest none of them was there
+        mapped = above_idle_mapped = _mapped_share(watched, [name for name in processes if name != GATEWAY])
     cpu, ram, power = (found.get(name, _UNREAD) for name in ("cpu_share", "ram_share", "power_w"))
     return Board(
         node=watched.node,
@@ -173,14 +184,57 @@ def board_of(
         ram_share=ram.maximum,
         above_idle_ram_share=_less(ram.maximum, ram.idle),
         temperature_c=found.get("temperature_c", _UNREAD).maximum,
-        throttled=tuple(kind for kind, one in kinds.items() if one.maximum) if kinds else None,
+        throttled=_throttled(watched),
         power_w=power.mean,
         above_idle_power_w=power.above_idle,
         workers=workers,
+        mapped_share=mapped,
+        above_idle_mapped_share=above_idle_mapped,
     )
 
 
 _UNREAD: Final = SeriesSummary(0, 0)
+
+
+def _throttled(watched: Watched) -> tuple[str, ...] | None:
+    """What was seen, and what the board remembers of the time between two samples: bits that stay, newly set."""
+    name = "throttled/"
+    seen = {key.removeprefix(name): one for key, one in watched.summaries.items() if key.startswith(name) and one.n}
+    kinds = [kind for kind, one in seen.items() if one.maximum]
+    before, after = (watched.facts.get(f"throttled_since_boot_{when}") for when in ("before", "after"))
+    if before is None or after is None:
+        return tuple(kinds) if seen else None
+    known = {*before.split(", "), "nothing"}
+    return tuple(dict.fromkeys([*kinds, *(kind for kind in after.split(", ") if kind not in known)]))
+
+
+def _mapped_share(watched: Watched, names: Sequence[str]) -> float | None:
+    """At its most, of all memory: file pages that these processes map. The kernel counts them as available."""
+    parts = [_most_apart(watched, f"{name}/pss_bytes", f"{name}/anonymous_bytes") for name in names]
+    known = [one for one in parts if one is not None]
+    if len(known) == len(parts):
+        return _of_memory(watched, sum(known) if known else None)
+    # Without PSS: workers of one board map the same file, so the largest has what all have together.
+    parts = [_most_apart(watched, f"{name}/rss_bytes", f"{name}/anonymous_bytes") for name in names]
+    known = [one for one in parts if one is not None]
+    return _of_memory(watched, max(known) if len(known) == len(parts) else None)
+
+
+def _most_apart(watched: Watched, name: str, other: str) -> float | None:
+    """The most that the first series is above the other one at any time."""
+    pairs = zip(watched.series.get(name, ()), watched.series.get(other, ()), strict=False)
+    return max((max(0.0, one - two) for one, two in pairs if one is not None and two is not None), default=None)
+
+
+def _of_memory(watched: Watched, size: float | None) -> float | None:
+    used, ram_share = (watched.summaries.get(name, _UNREAD).maximum for name in ("ram_used_bytes", "ram_share"))
+    return size * ram_share / used if size is not None and used and ram_share else None
+
+
+def _idle_bytes(at_rest: Mapping[str, SeriesSummary]) -> tuple[float | None, float | None]:
+    """Of the one worker of a node: resident, and mapped."""
+    rss, anonymous = (at_rest.get(f"worker/{name}_bytes", _UNREAD).idle for name in ("rss", "anonymous"))
+    return rss, _less(rss, anonymous)
 
 
 def _of_cores(found: Mapping[str, SeriesSummary], name: str, cores: int) -> float | None:
@@ -219,6 +273,8 @@ def rows_of(trial: Trial, cases: Sequence[Mapping[str, Any]] = ()) -> list[Row]:
             above_idle_cpu_share=board.above_idle_cpu_share,
             ram_share=board.ram_share,
             above_idle_ram_share=board.above_idle_ram_share,
+            mapped_share=board.mapped_share,
+            above_idle_mapped_share=board.above_idle_mapped_share,
             peak_rss_bytes=_rss(board)[0],
             above_idle_peak_rss_bytes=_rss(board)[1],
             temperature_c=board.temperature_c,
@@ -241,11 +297,22 @@ def rows_of(trial: Trial, cases: Sequence[Mapping[str, Any]] = ()) -> list[Row]:
             claim=claim_of(
                 medians["generation_tokens_per_s"],
                 Load(board.cpu_share, board.above_idle_cpu_share),
-                Load(board.ram_share, board.above_idle_ram_share),
+                _memory(board),
+                board.throttled or (),
             ),
         )
         for board in trial.boards or (Board(NOT_WATCHED),)
     ]
+
+
+def _memory(board: Board) -> Load:
+    """With what is mapped. Where workers run and nobody knows how much they map, it is more than was read."""
+    ram = Load(board.ram_share, board.above_idle_ram_share, is_least=bool(board.workers))
+    if board.mapped_share is None or ram.raw is None:
+        return ram
+    above = (board.above_idle_ram_share, board.above_idle_mapped_share)
+    known = [one for one in above if one is not None]
+    return Load(ram.raw + board.mapped_share, sum(known) if len(known) == len(above) else None)
 
 
 def samples_of(done: Sequence[Answer]) -> dict[str, list[float]]:

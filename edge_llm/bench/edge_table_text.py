@@ -44,11 +44,15 @@ DEFINITIONS: Final[Mapping[str, str]] = {
     "parts": "of the total, by our gateway's report: in its queue / prefill (until the prompt's KV was computed, "
     "waiting for the worker too) / transfer (what handing the KV over adds after that) / decode (from then to the end)",
     "CPU": "of all cores of the board, mean over the requests, sampled once a second; above idle: less the mean before",
-    "RAM": "of the board's memory, the highest sample; above idle: less the mean before. Before is, for clusters "
-    "started here, the board without any (so the model counts); for one that runs already, that cluster at rest",
+    "RAM": "of the board's memory, what is not available, the highest sample; above idle: less the mean before. Before "
+    "is, for clusters started here, the board without any; for one that runs already, that cluster at rest. Pages of "
+    "mapped files are available to the kernel, so a mapped model is not in it",
+    "mapped": "of the board's memory, what its workers have of mapped files, at the most: a mapped model is here. PSS "
+    "less anonymous memory, else that of the largest worker's RSS: workers of a board map the same file",
     "peak RSS": "of each worker at its most (here since it started, elsewhere the highest sample), added up; above "
     "idle: less what it was when it was ready. A mapped model file counts in it, in each of several workers",
-    "heat": "the highest temperature of the board, and what held it back during the requests",
+    "heat": "the highest temperature of the board, and what held it back during the requests, sampled or newly "
+    "remembered by the board itself",
     "accuracy": "right items over all items with choices, of all tasks together (`models` has each task), with a 95 % "
     "interval (Wilson); chance: the mean of 1 / choices; p: exact binomial test, below 0.05 is different from chance. "
     "It is the file's, measured once: under policy exact a split answers token for token as a whole does",
@@ -56,7 +60,8 @@ DEFINITIONS: Final[Mapping[str, str]] = {
     "tokens/J": "answer tokens over the energy of all watched boards during the requests (mean power times seconds); "
     "above idle: less the power before. What is measured differs by board, and it is less than at the plug",
     "claim": "holds: at least 5 generated tokens per second (more than 12 is more than claimed), and less than 50 % of "
-    "CPU and of RAM, raw; `holds_above_idle`: with both above idle",
+    "CPU and of RAM with what is mapped, raw; `holds_above_idle`: with both above idle. No verdict where the board was "
+    "held back, or where less than half was read and what is mapped was not",
 }
 
 
@@ -73,11 +78,23 @@ def sentences(rows: Sequence[Row], board: str | None) -> list[str]:
             count = f"{row.requests - row.completed} of {row.requests}"
             found.append(f"{row.model}, {row.placement}: {count} requests failed: {kinds}")
     found += [
+        f"{row.model}, {_where(row)}: the board was held back during the requests ({', '.join(row.throttled)}): its "
+        "speed is not the board's at its best, and there is no verdict"
+        for row in rows
+        if row.throttled
+    ]
+    found += [
         f"{node} was {idle:.0%} busy before the first request: its loads and speeds are not those of the cluster alone"
         for node, idle in _idle(rows).items()
         if idle > _BUSY
     ]
-    if rows and CLAIMED_BOARD not in (board or ""):
+    elsewhere = list(dict.fromkeys(row.node for row in rows if row.node != LOCAL))
+    if elsewhere:
+        found.append(
+            f"the paper measured on {CLAIMED_BOARD}; {', '.join(elsewhere)}: board unknown here, so a verdict is about "
+            "the board of its row, whatever that is"
+        )
+    if any(row.node == LOCAL for row in rows) and CLAIMED_BOARD not in (board or ""):
         found.append(
             f"the paper measured on {CLAIMED_BOARD}, and this is {board or 'another board'}: a verdict is about the "
             "board of its row, it neither confirms nor refutes the paper"
@@ -130,6 +147,7 @@ _COLUMNS: Final[Sequence[tuple[str, bool, _Cell]]] = (
     ("queue / prefill / transfer / decode ms", False, lambda row: _parts(row)),
     ("CPU % (above idle)", False, lambda row: _percents(row.cpu_share, row.above_idle_cpu_share)),
     ("RAM % (above idle)", False, lambda row: _percents(row.ram_share, row.above_idle_ram_share)),
+    ("mapped %", False, lambda row: _percents(row.mapped_share, None)),
     ("peak RSS MiB (above idle)", False, lambda row: _rss(row)),
     ("C", False, lambda row: _number(row.temperature_c)),
     ("throttled", True, lambda row: _NONE if row.throttled is None else ", ".join(row.throttled) or "no"),

@@ -62,6 +62,7 @@ class Gateway:
         lines += [f"edge_llm_generation_tokens_total{{{HEAD}}} {5 * count}"]
         lines += [f"edge_llm_decode_seconds_total{{{HEAD}}} {0.25 * count}"]
         lines += ['edge_llm_node_cpu_usage_ratio{node="w"} 0.4', 'edge_llm_node_memory_usage_ratio{node="w"} 0.3']
+        lines += ["edge_llm_node_memory_used_bytes 3000", "edge_llm_worker_anonymous_bytes 400"]
         lines += ["process_resident_memory_bytes 1000", 'edge_llm_node_temperature_celsius{node="w"} 61.5']
         return web.Response(text="\n".join(lines))
 
@@ -305,6 +306,7 @@ def test_boards_elsewhere_are_read_at_their_metrics_and_see_no_key_of_the_gatewa
     assert (row.model, row.node, row.roles) == ("one", "w", "prefill, decode")
     assert (row.cpu_share, row.ram_share, row.temperature_c) == (0.4, 0.3, 61.5)
     assert (row.peak_rss_bytes, row.load_s, row.sampling_tokens_per_s) == (1000, None, None)
+    assert row.mapped_share == pytest.approx(0.06)
     assert row.claim.holds is True
     assert set(gateway.keys["/v1/completions"]) == {"Bearer secret"}
     assert set(node.keys["/metrics"]) == {None}

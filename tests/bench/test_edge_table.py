@@ -175,9 +175,97 @@ def test_a_node_elsewhere_has_one_worker_and_no_readings_are_none() -> None:
         summaries=summaries,
         sampler=SamplerCost(0.0, 0.0, 0, 0),
     )
-    found = board_of(one, idle_rss_bytes=120)
+    found = board_of(one, at_rest={"worker/rss_bytes": SeriesSummary(0, 0, idle=120.0)})
     assert found.workers == {"pi-1": WorkerUse(None, 200, 120)}
-    assert (found.cpu_share, found.throttled) == (None, None)
+    assert (found.cpu_share, found.throttled, found.mapped_share) == (None, None, None)
+
+
+# -- memory that is mapped
+
+
+def sampled(
+    *rows: Mapping[str, float | None], node: str = "local", idle: int = 0, facts: Mapping[str, str] | None = None
+) -> Watched:
+    sampler = Sampler(node, lambda _now: {}, [(float(at), one) for at, one in enumerate(rows)], idle)
+    return watched(sampler, Span("part", datetime.now(UTC), 1.0, float(idle), float(len(rows))), facts or {})
+
+
+def of_memory(**processes: tuple[float, float | None, float]) -> dict[str, float | None]:
+    """A reading of a board with 4000 bytes, a quarter of them in use; of processes RSS, PSS, anonymous."""
+    row: dict[str, float | None] = {"cpu_share": 0.3, "ram_share": 0.25, "ram_used_bytes": 1000.0}
+    for name, sizes in processes.items():
+        row |= {f"{name}/{what}_bytes": size for what, size in zip(("rss", "pss", "anonymous"), sizes, strict=True)}
+    return row
+
+
+def process(name: str) -> Process:
+    return Process(name, (), 1.0, 1.0, 100, 150, 2500)
+
+
+def test_a_mapped_model_counts_in_the_verdict_though_the_kernel_calls_its_pages_available() -> None:
+    """2.1 GB of weights on a board of 4 GB: what is not available is a quarter, what is used is over three quarters."""
+    one = board_of(sampled(of_memory(w=(2500, 2450, 400))), {"w": process("w")})
+    assert one.mapped_share == pytest.approx(2050 / 4000)
+    (found,) = rows_of(trial(answer(), boards=[one]))
+    assert (found.ram_share, found.claim.is_ram_below_half, found.claim.holds) == (0.25, False, False)
+    assert "RAM 76%" in found.claim.words
+    assert "51.2" in markdown([found]).splitlines()[2]
+
+
+def test_workers_that_map_the_same_file_have_it_once() -> None:
+    processes = {name: process(name) for name in ("p", "d", "gateway")}
+    shared = board_of(sampled(of_memory(p=(900, 500, 100), d=(900, 500, 100), gateway=(90, 90, 10))), processes)
+    assert shared.mapped_share == pytest.approx(800 / 4000)
+    without_pss = board_of(sampled(of_memory(p=(900, 500, 100), d=(1000, None, 100))), processes)
+    assert without_pss.mapped_share == pytest.approx(900 / 4000)
+
+
+def test_on_a_cluster_that_runs_already_the_model_was_mapped_before() -> None:
+    at_rest = sampled(of_memory(worker=(800, None, 100)), of_memory(worker=(800, None, 100)), node="pi-1", idle=1)
+    busy = sampled(of_memory(worker=(1300, None, 200)), node="pi-1")
+    one = board_of(busy, at_rest=at_rest.summaries)
+    assert one.mapped_share == pytest.approx(1100 / 4000)
+    assert one.above_idle_mapped_share == pytest.approx(400 / 4000)
+
+
+@pytest.mark.parametrize(("ram_share", "holds"), [(0.25, None), (0.6, False)])
+def test_without_knowing_what_is_mapped_less_than_half_is_no_verdict(ram_share: float, holds: bool | None) -> None:
+    unknown = board(ram_share=ram_share, workers={"w": WorkerUse(0.1, 2500, 100)})
+    (found,) = rows_of(trial(answer(), boards=[unknown]))
+    assert found.claim.holds is holds
+    assert f"RAM at least {ram_share:.0%}" in found.claim.words
+    assert ("what its workers map was not read" in found.claim.words) is (holds is None)
+
+
+def test_rows_of_older_records_are_read_without_it() -> None:
+    older = msgspec.to_builtins(row())
+    del older["mapped_share"], older["above_idle_mapped_share"]
+    found = msgspec.convert(older, Row)
+    assert (found.mapped_share, found.claim.holds) == (None, True)
+    assert markdown([found])
+
+
+# -- a board that is held back
+
+
+def test_what_held_a_board_back_between_two_samples_is_remembered_and_leaves_no_verdict() -> None:
+    facts = {"throttled_since_boot_before": "soft", "throttled_since_boot_after": "under_voltage, soft"}
+    readings = of_memory(w=(200, 200, 100)) | {"throttled/under_voltage": 0.0, "throttled/soft": 0.0}
+    one = board_of(sampled(readings, facts=facts), {"w": process("w")})
+    assert one.throttled == ("under_voltage",), "soft was set before the run"
+    rows = rows_of(trial(answer(), boards=[one]))
+    assert (rows[0].claim.holds, rows[0].claim.holds_above_idle) == (None, None)
+    assert "the board was held back: under_voltage" in rows[0].claim.words
+    assert any("held back during the requests (under_voltage)" in line for line in sentences(rows, PI))
+
+
+def test_a_board_that_remembers_nothing_new_was_not_held_back() -> None:
+    facts = {"throttled_since_boot_before": "nothing", "throttled_since_boot_after": "nothing"}
+    one = board_of(sampled(of_memory(w=(200, 200, 100)), facts=facts), {"w": process("w")})
+    assert one.throttled == ()
+    (found,) = rows_of(trial(answer(), boards=[one]))
+    assert found.claim.holds is True
+    assert not any("held back" in line for line in sentences([found], PI))
 
 
 def test_tokens_per_joule_need_a_meter_on_every_board() -> None:
@@ -226,6 +314,13 @@ def test_a_claim_that_holds_only_above_idle_says_both_with_the_figures() -> None
 def test_a_verdict_on_another_board_says_that_it_is_one() -> None:
     assert any("neither confirms nor refutes" in line for line in sentences([row()], "Some CPU"))
     assert not any("neither confirms nor refutes" in line for line in sentences([row()], PI))
+
+
+def test_a_board_elsewhere_is_not_called_what_this_one_is() -> None:
+    there = sentences([row(node="pi-1"), row(node="pi-2")], "Some CPU")
+    assert any("pi-1, pi-2: board unknown" in line for line in there)
+    assert not any("Some CPU" in line for line in there)
+    assert any("board unknown" in line for line in sentences([row(node="pi-1")], PI)), "this one is no proof of that"
 
 
 def test_a_board_that_was_busy_before_is_named() -> None:
