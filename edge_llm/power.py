@@ -23,19 +23,22 @@ from edge_llm.machine import file_number, file_text
 
 _PMIC: Final = re.compile(r"^\s*(\w+)_([AV])\s+(?:current|volt)\(\d+\)=(\d+(?:\.\d+)?)[AV]\s*$", re.MULTILINE)
 _TOOL_S: Final = 2.0
+# Where the board's power comes in (Jetsons): what else their sensors measure comes after it, and is in it.
+_TOTAL_RAILS: Final = ("VDD_IN", "POM_5V_IN")
 # A battery and a drive are not the board; a fan's driver and the voltage alarm have no watts.
 _NOT_THE_BOARD: Final = ("bat", "nvme", "hidpp", "ucsi", "amdgpu", "nouveau", "xe", "i915")
 
 
 def monitor_rails_w(root: Path = Path("/")) -> dict[str, float]:
     """Watts by `<sensor>/<rail>`: what the driver says in watts, else volts times amperes of channels that belong
-    together by number."""
+    together by number. They add up: where one rail feeds the others it is the only one."""
     rails = {}
     for monitor in sorted((root / "sys/class/hwmon").glob("hwmon*")):
         name = file_text(monitor / "name") or monitor.name
         if not name.lower().startswith(_NOT_THE_BOARD):
             rails.update({f"{name}/{label}": watts for label, watts in _rails_of(monitor).items()})
-    return rails
+    total = {name: watts for name, watts in rails.items() if name.rpartition("/")[2].upper() in _TOTAL_RAILS}
+    return total or rails
 
 
 def _rails_of(monitor: Path) -> dict[str, float]:
@@ -101,6 +104,12 @@ class PowerMeter:
     _last: tuple[float, dict[str, tuple[float, float]]] = (0.0, {})
     _is_chosen: bool = field(default=False)
 
+    def is_there(self) -> bool:
+        """Whether anything answers here, even if it has no watts yet."""
+        if not self._is_chosen:
+            self._choose()
+        return self.source is not None
+
     def watts(self, now_s: float) -> float | None:
         """Now, or the mean since the last question; None: not known."""
         if not self._is_chosen:
@@ -108,7 +117,8 @@ class PowerMeter:
         if self.source == "rapl":
             return self._since_last(now_s)
         rails = self._rails_w()
-        return sum(rails.values()) if rails else None
+        # one that does not answer now leaves a sum of something else
+        return sum(rails.values()) if rails and rails.keys() == set(self.rails) else None
 
     def _choose(self) -> None:
         self._is_chosen = True

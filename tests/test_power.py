@@ -58,6 +58,26 @@ def test_volts_and_amperes_of_one_channel_make_watts_under_its_label(tmp_path: P
     assert monitor_rails_w(tmp_path) == {"ina3221/VDD_IN": 5.0}
 
 
+def test_a_rail_that_feeds_the_others_is_counted_alone_and_never_replaced_by_them(tmp_path: Path) -> None:
+    """A Jetson's INA3221: the board's input, and two rails behind it."""
+    rails = {"1": ("VDD_IN", 1000), "2": ("VDD_CPU", 400), "3": ("VDD_SOC", 200)}
+    write(tmp_path, {"hwmon/hwmon0/name": "ina3221\n"})
+    for number, (label, milliamperes) in rails.items():
+        files = {f"curr{number}_label": f"{label}\n", f"curr{number}_input": f"{milliamperes}\n"}
+        files[f"in{number}_input"] = "5000\n"
+        write(tmp_path, {f"hwmon/hwmon0/{name}": text for name, text in files.items()})
+    assert monitor_rails_w(tmp_path) == {"ina3221/VDD_IN": 5.0}
+    meter = PowerMeter(tmp_path, silent)
+    assert meter.watts(1.0) == 5.0
+    (tmp_path / "sys/class/hwmon/hwmon0/curr1_input").write_text("broken\n")
+    assert meter.watts(2.0) is None
+
+
+def test_a_counter_is_a_meter_before_it_has_any_watts(tmp_path: Path) -> None:
+    assert PowerMeter(write(tmp_path, rapl(100)), silent).is_there()
+    assert not PowerMeter(tmp_path / "nothing", silent).is_there()
+
+
 def test_a_drive_and_the_voltage_alarm_are_not_the_board(tmp_path: Path) -> None:
     alarm = {"hwmon/hwmon1/name": "rpi_volt\n", "hwmon/hwmon1/in0_lcrit_alarm": "0\n"}
     write(tmp_path, alarm | {"hwmon/hwmon0/name": "nvme\n", "hwmon/hwmon0/power1_input": "3000000\n"})

@@ -358,21 +358,41 @@ class LinkPlan:
 
 
 def measure_link(link: Link, plan: LinkPlan, run: Run, progress: Progress) -> dict[str, Any]:
-    """Fills `run` as it goes. Raises MeasureFailed."""
-    progress("round trips", 0, 4)
+    """Fills `run` as it goes; a part that fails is noted and leaves the others. Raises MeasureFailed when nothing was
+    measured before it."""
+    parts: dict[str, Callable[[], None]] = {
+        "round trips": lambda: _round_trips(link, plan, run),
+        "to peer": lambda: _one_way("to_peer", link.to_peer, plan, run),
+        "from peer": lambda: _one_way("from_peer", link.from_peer, plan, run),
+        "bursts": lambda: _bursts(link, plan, run),
+    }
+    for number, (name, part) in enumerate(parts.items()):
+        progress(name, number, len(parts))
+        try:
+            part()
+        except MeasureFailed as error:
+            if not run.samples:
+                raise
+            run.fail(name, error.message)
+    return link_figures(plan, run)
+
+
+def _round_trips(link: Link, plan: LinkPlan, run: Run) -> None:
     for took_s in link.round_trips_s(plan.pings):
         run.add("round_trip_ms", 1e3 * took_s)
     run.case({"case": "round trips", "ms": run.samples["round_trip_ms"]})
-    for number, (name, measured) in enumerate((("to_peer", link.to_peer), ("from_peer", link.from_peer)), 1):
-        progress(name.replace("_", " "), number, 4)
-        size, seconds = measured(plan.seconds)
-        run.add(f"{name}_mb_per_s", size / 1e6 / seconds if seconds > 0 else 0.0)
-        run.case({"case": name, "bytes": size, "seconds": seconds})
-    progress("bursts", 3, 4)
+
+
+def _one_way(name: str, measured: Callable[[float], tuple[int, float]], plan: LinkPlan, run: Run) -> None:
+    size, seconds = measured(plan.seconds)
+    run.add(f"{name}_mb_per_s", size / 1e6 / seconds if seconds > 0 else 0.0)
+    run.case({"case": name, "bytes": size, "seconds": seconds})
+
+
+def _bursts(link: Link, plan: LinkPlan, run: Run) -> None:
     for took_s in link.bursts_s(plan.burst_bytes, plan.bursts):
         run.add("burst_ms", 1e3 * took_s)
     run.case({"case": "bursts", "bytes": plan.burst_bytes, "ms": run.samples["burst_ms"]})
-    return link_figures(plan, run)
 
 
 def link_figures(plan: LinkPlan, run: Run) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from edge_llm.pages import huge_page_environment
 _END_S: Final = 10.0
 # Loading the largest model that a board of ours holds, from an SD card.
 _READY_S: Final = 300.0
+_SHOWN: Final = 80
 
 
 class MeasureFailed(EdgeLLMError):
@@ -95,6 +96,7 @@ class Measurer:
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
                 text=True,
+                errors="replace",
                 env={**os.environ, **({} if ordinary_pages else huge_page_environment(os.environ))},
             )
         try:
@@ -150,7 +152,12 @@ class Measurer:
             alarm.cancel()
         if not line:
             raise MeasureFailed(f"{self.name} ended without an answer: {_tail(self._errors)}")
-        answer: dict[str, Any] = json.loads(line)
+        try:
+            answer: dict[str, Any] = json.loads(line)
+        except ValueError as error:  # of a child that was killed as it wrote
+            raise MeasureFailed(
+                f"{self.name} broke off in an answer, at {line[:_SHOWN]!r}: {_tail(self._errors)}"
+            ) from error
         if answer.get("event") == "error":
             raise MeasureFailed(f"{self.name}: {answer.get('message')}")
         return answer

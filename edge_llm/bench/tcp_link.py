@@ -24,6 +24,7 @@ from edge_llm.bench.processes import MeasureFailed
 MAGIC: Final = "EDGE-LLM-NET 1"
 MAX_SECONDS: Final = 60.0
 MAX_BURST_BYTES: Final = 1 << 30
+MAX_BURSTS: Final = 64
 MAX_CONNECTIONS: Final = 8
 PING_BYTES: Final = 64
 _BLOCK: Final = bytes(256 << 10)
@@ -152,10 +153,13 @@ def _sink(peer: socket.socket, _seconds: float) -> None:
 def _burst(peer: socket.socket, size: float) -> None:
     if not 0 < size <= MAX_BURST_BYTES:
         raise ValueError("no size of a burst")
-    until_s = time.monotonic() + MAX_SECONDS
-    while peer.recv(1) and time.monotonic() < until_s:
-        left = int(size)
+    for _ in range(MAX_BURSTS):
+        if not peer.recv(1):
+            return
+        left, until_s = int(size), time.monotonic() + MAX_SECONDS  # for each: a Pi's Wi-Fi needs minutes for all
         while left:
+            if time.monotonic() > until_s:
+                return
             left -= peer.send(memoryview(_BLOCK)[: min(left, len(_BLOCK))])
 
 

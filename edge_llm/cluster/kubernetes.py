@@ -327,12 +327,20 @@ class Kubernetes(Discovery):
         if reply.status == 200:
             return
         try:
-            status = msgspec.json.decode(await reply.content.read(1 << 16), type=_Status)
+            status = msgspec.json.decode(await start_of(reply.content, 1 << 16), type=_Status)
         except msgspec.DecodeError:
             status = _Status()
         said = _Status(reply.status, status.message or reply.reason or "")
         retry = reply.headers.get("retry-after", "")
         raise _trouble(verb, said, self._namespace, float(retry) if retry.isdecimal() else 0.0)
+
+
+async def start_of(content: aiohttp.StreamReader, most_bytes: int) -> bytes:
+    """To the end, or so much of it. One `read` gives what has come by then."""
+    found = b""
+    while len(found) < most_bytes and (more := await content.read(most_bytes - len(found))):
+        found += more
+    return found
 
 
 def pause_s(patience: Patience, failures: int, chance: float, retry_after_s: float = 0.0) -> float:

@@ -24,6 +24,7 @@ import aiohttp
 import msgspec
 from kubernetes.aio.client import ApiClient, ApiException, BatchV1Api, CoreV1Api
 
+from edge_llm.cluster.kubernetes import start_of
 from edge_llm.errors import ConfigError, EdgeLLMError
 
 TEMPLATE: Final = "edge-llm-bench"
@@ -297,7 +298,7 @@ async def _refuse(what: str, reply: aiohttp.ClientResponse) -> None:
     """Raises JobTrouble unless the answer is one."""
     if reply.status < 300:
         return
-    said = (await reply.content.read(_BLOCK)).decode(errors="replace")
+    said = (await start_of(reply.content, _BLOCK)).decode(errors="replace")
     try:
         said = msgspec.json.decode(said, type=dict[str, Any]).get("message", said)
     except msgspec.DecodeError:

@@ -185,9 +185,9 @@ def _varying(tests: Sequence[Any], plan: Any) -> set[str]:
 
 
 def _has_power() -> bool:
-    from edge_llm.bench.board_reader import BoardReader
+    from edge_llm.power import PowerMeter
 
-    return BoardReader({}).read(0.0).get("power_w") is not None
+    return PowerMeter().is_there()
 
 
 def _plan(options: dict[str, Any], sweep: Any) -> Any:

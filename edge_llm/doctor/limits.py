@@ -1,7 +1,7 @@
 """What this process may use: the limits that a container, a pod or a systemd unit puts on it.
 
 Owns finding this process's own control group, of both versions, and judging its limits. Refuses to know whether the
-model fits (service.py).
+model fits (model.py).
 """
 
 from __future__ import annotations

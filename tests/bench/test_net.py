@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from edge_llm.bench import tcp_link
 from edge_llm.bench.net import LinkPlan, Places, Plan, Tally, link_figures, measure, measure_link
 from edge_llm.bench.processes import MeasureFailed
 from edge_llm.bench.run import Run
@@ -129,6 +131,31 @@ def test_a_link_has_round_trips_both_directions_and_bursts(listener: Listener) -
     burst = found["handoff"]
     assert burst["tokens_per_s"] == pytest.approx(1e6 * burst["mb_per_s"] / (1 << 10), rel=0.01)
     assert [case["case"] for case in run.cases] == ["round trips", "to_peer", "from_peer", "bursts"]
+
+
+def test_a_slow_link_has_the_time_for_each_of_its_bursts(listener: Listener, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Pi's Wi-Fi: each burst is within the bound, all of them together are not."""
+    monkeypatch.setattr(tcp_link, "MAX_SECONDS", 0.2)
+    link = Link("127.0.0.1", listener.port)
+    with link._asked("burst", 1 << 10) as peer:
+        for _ in range(4):
+            time.sleep(0.1)
+            tcp_link._one_burst(peer, 1 << 10)
+
+
+def test_a_link_that_breaks_off_at_bursts_keeps_what_was_measured_before(
+    listener: Listener, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(tcp_link._ANSWERS, "burst", lambda _peer, _size: None)
+    arguments = ["--to", f"127.0.0.1:{listener.port}", "--quick", "--seconds", "0.1", "--output", str(tmp_path)]
+    done = CliRunner().invoke(net, [*arguments, "--json"])
+    assert done.exit_code == 1
+    assert "not measured: bursts: " in done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["round_trip_ms"]["p50"] > 0
+    assert found["from_peer_mb_per_s"] > 0
+    assert "handoff" not in found
+    assert Path(found["record"]).exists()
 
 
 @pytest.mark.parametrize("said", [b"GET / HTTP/1.1\r\n\r\n", b"x" * 1000, f"{MAGIC} rm 1\n".encode(), b"\xff\n"])

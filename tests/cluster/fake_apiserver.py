@@ -163,13 +163,23 @@ class FakeApiServer:
 
     # -- what it serves
 
+    async def _refuse(self, request: web.Request, refusal: web.Response) -> web.StreamResponse:
+        """In two pieces, as what passes a proxy comes."""
+        reply = web.StreamResponse(status=refusal.status, headers=refusal.headers.copy())
+        await reply.prepare(request)
+        assert isinstance(refusal.body, bytes)
+        for piece in (refusal.body[:4], refusal.body[4:]):
+            await reply.write(piece)
+            await asyncio.sleep(0.02)
+        return reply
+
     async def _serve(self, request: web.Request) -> web.StreamResponse:
         verb = "watch" if request.query.get("watch", "").lower() == "true" else "list"
         self.asked.append(Asked(verb, dict(request.query), request.headers.get("authorization", "")))
         if self.is_hanging:
             await asyncio.sleep(3600)
         if self.refusal is not None:
-            return web.Response(body=self.refusal.body, status=self.refusal.status, headers=self.refusal.headers.copy())
+            return await self._refuse(request, self.refusal)
         if self.token and request.headers.get("authorization", "").lower() != f"bearer {self.token}".lower():
             return _status(401, "Unauthorized")
         if verb in self.forbidden:

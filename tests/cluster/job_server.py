@@ -103,9 +103,14 @@ class JobServer:
         finally:
             await runner.cleanup()
 
-    async def _template(self, _request: web.Request) -> web.Response:
-        if self.refuses is not None:
-            return web.json_response({"kind": "Status", "message": "cronjobs is forbidden"}, status=self.refuses)
+    async def _template(self, request: web.Request) -> web.StreamResponse:
+        if self.refuses is not None:  # in two pieces, as what passes a proxy comes
+            reply = web.StreamResponse(status=self.refuses)
+            await reply.prepare(request)
+            for piece in (b'{"kind": "Status", ', b'"message": "cronjobs is forbidden"}'):
+                await reply.write(piece)
+                await asyncio.sleep(0.02)
+            return reply
         if self.template is None:
             return web.json_response({"kind": "Status", "message": "not found"}, status=404)
         return web.json_response(self.template)

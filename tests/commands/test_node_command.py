@@ -9,11 +9,14 @@ import os
 import signal
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from edge_llm.bench.record import load
+from edge_llm.commands.node import _varying
 from edge_llm.engine.random_model import make_model
+from edge_llm.power import PowerMeter
 from tests.programs import DEADLINE_S, at_home_in, bench, bench_command
 
 SMALL = ("-p", "32", "-t", "1", "-r", "2")
@@ -50,6 +53,19 @@ def test_rows_for_programs_are_alone_on_standard_output_and_the_record_is_named_
     assert record.cases is not None
     assert record.cases.lines == 2
     assert str(Path(model).parent) not in path.read_text()
+
+
+@pytest.mark.parametrize("has_counter", [True, False])
+def test_watts_have_a_column_where_a_board_counts_energy_though_no_watts_are_known_yet(
+    has_counter: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if has_counter:
+        zone = tmp_path / "sys/class/powercap/intel-rapl:0"
+        zone.mkdir(parents=True)
+        (zone / "energy_uj").write_text("5\n")
+        (zone / "max_energy_range_uj").write_text("9\n")
+    monkeypatch.setattr("edge_llm.power.PowerMeter", lambda: PowerMeter(tmp_path, lambda: None))
+    assert _varying([], SimpleNamespace(tree=None)) == ({"power_w"} if has_counter else set())
 
 
 def test_markdown_is_for_people_with_definitions_and_the_memory_curve(
