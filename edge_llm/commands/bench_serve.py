@@ -351,13 +351,8 @@ def _watching(run: Any, watched: Sequence[str]) -> Callable[[], AbstractContextM
 
 
 def _show(found: Mapping[str, Any]) -> None:
-    """The tables name the loads themselves, and list goodput per node: one without is in the sentences."""
+    """The tables name the loads themselves."""
     from edge_llm.commands.serve_tables import show
 
     workload = {name: value for name, value in found["workload"].items() if name != "loads"}
-    contenders = {name: {**one, "goodput": _per_node(one["goodput"])} for name, one in found["contenders"].items()}
-    show({**found, "workload": workload, "contenders": contenders})
-
-
-def _per_node(goodput: Mapping[str, Any]) -> dict[str, Any]:
-    return {goal: at for goal, at in goodput.items() if at["per_node_per_s"] is not None}
+    show({**found, "workload": workload})

@@ -64,9 +64,9 @@ def _together(contenders: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def _goodput(found: Mapping[str, Any]) -> Iterator[str]:
     for key, at in found.items():
         bound = {"at_most": " (the lowest rate measured was too high)", "at_least": " or more"}.get(at["bound"], "")
+        per_node = "" if at["per_node_per_s"] is None else f", {at['per_node_per_s']:.4g} a node"
         yield (
-            f"{key}: {at['per_s']:.4g} requests/s{bound}, 95 % interval {at['low']:.4g} to {at['high']:.4g}, "
-            f"{at['per_node_per_s']:.4g} a node"
+            f"{key}: {at['per_s']:.4g} requests/s{bound}, 95 % interval {at['low']:.4g} to {at['high']:.4g}{per_node}"
         )
 
 

@@ -356,7 +356,6 @@ def test_there_is_no_figure_per_node_where_nobody_said_how_many_there_are() -> N
     ]
     unknown = tally_of(points, nodes=None).found()
     assert unknown.contenders["server"].goodput["goodput_90"].per_node_per_s is None
-    assert any(line.startswith("server: goodput_90 is 1.1 requests/s") for line in unknown.sentences)
     own = tally_of(points, nodes=None, own_nodes={"server": 4}).found().contenders["server"].goodput["goodput_90"]
     assert own.per_node_per_s == pytest.approx(own.per_s / 4)
 

@@ -256,9 +256,6 @@ def _sentences(name: str, one: ContenderFigures) -> Iterator[str]:
         if found.bound != "between":
             where = "lower than the lowest" if found.bound == "at_most" else "at least the highest"
             yield f"{name}: {key} is {where} rate that was measured, {found.per_s:.3g}/s"
-        elif found.per_node_per_s is None:
-            between = f"{found.per_s:.4g} requests/s, 95 % interval {found.low:.4g} to {found.high:.4g}"
-            yield f"{name}: {key} is {between} (--nodes N for figures per node)"
     for found in one.goodput.values():
         if found.requests_per_rate < (least := _LEAST_REQUESTS[found.goal]):
             few = f"{found.requests_per_rate} requests at a rate are too few for {100 * found.goal:.0f} %"
