@@ -84,11 +84,11 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        if self._is_in_body and not self.transport.is_closing():
+        if not self._is_in_body:
+            self._awaits_head, self._head_bytes = True, 0
+        elif self.cycle.response_complete and not self.transport.is_closing():  # else it is the next request's body
             self._discards_to = self._received + DISCARD_BYTES
             self._timer = self.loop.call_later(DISCARD_S, self.transport.close)
-        else:
-            self._awaits_head, self._head_bytes = True, 0
         super().on_response_complete()
 
     def send_400_response(self, msg: str) -> None:

@@ -196,6 +196,18 @@ async def test_who_still_sends_a_body_that_was_refused_hears_why_and_may_ask_aga
         assert b"HTTP/1.1 400 " in await connection.rest()
 
 
+async def test_the_body_of_a_request_that_came_before_the_last_answer_is_no_head_and_is_heard(service: Service) -> None:
+    body = json.dumps({**HELLO, "user": "u" * 5 * HEAD_BYTES}).encode()
+    async with wire(service) as connection:
+        first = b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n"
+        await connection.send(first + post_head(len(body), "connection: close") + body[:10])
+        assert (await connection.head()).startswith(b"HTTP/1.1 200 ")
+        for at in range(10, len(body), HEAD_BYTES):
+            await connection.send(body[at : at + HEAD_BYTES])
+            await asyncio.sleep(0.01)
+        assert b"HTTP/1.1 200 " in await connection.rest()
+
+
 async def test_bodies_that_are_read_at_once_are_bounded_together(service: Service) -> None:
     async with wire(service) as first, wire(service) as second, wire(service) as third:
         for connection in (first, second, third):
