@@ -35,6 +35,11 @@ def _asks_for_more_than_text(value: Any, _body: Mapping[str, Any]) -> bool:
     return value not in ([], ["text"])
 
 
+def _asks_for_a_length(value: Any, body: Mapping[str, Any]) -> bool:
+    """Load generators send it beside `ignore_eos`, which answers it: nothing but max_tokens ends those."""
+    return value != 0 and not (body.get("ignore_eos") is True and not body.get("stop"))
+
+
 def _is_given(value: Any, _body: Mapping[str, Any]) -> bool:
     return value is not False and value not in ("", [], {})
 
@@ -55,6 +60,7 @@ _UNSUPPORTED: Final[Mapping[str, _Asks]] = {
     "modalities": _asks_for_more_than_text,
     **dict.fromkeys(("prompt_logprobs", "web_search_options", "n_predict"), _is_given),
     **dict.fromkeys(("stop_token_ids", "bad_words", "allowed_token_ids", "use_beam_search"), _is_given),
-    **dict.fromkeys(("min_tokens", "mirostat", "dry_multiplier", "xtc_probability", "dynatemp_range"), _is_not(0)),
+    "min_tokens": _asks_for_a_length,
+    **dict.fromkeys(("mirostat", "dry_multiplier", "xtc_probability", "dynatemp_range"), _is_not(0)),
     "typical_p": _is_not(1),
 }

@@ -327,6 +327,12 @@ def test_what_asks_for_nothing_unusual_is_passed_over() -> None:
     assert chat(modalities=["text"], min_tokens=0, stop_token_ids=[], typical_p=1.0, mirostat=0) == chat()
 
 
+def test_a_least_length_is_refused_unless_the_answer_has_its_full_length_anyway() -> None:
+    full = completion(ignore_eos=True, max_tokens=20)
+    assert completion(ignore_eos=True, max_tokens=20, min_tokens=20) == full
+    assert refusal(lambda: completion(ignore_eos=True, min_tokens=5, stop="x")).param == "min_tokens"
+
+
 def test_a_long_list_of_stop_strings_is_refused_with_the_number_that_may_be() -> None:
     assert "at most 16 stop strings" in refusal(lambda: chat(stop=["a"] * 10_000)).message
 
