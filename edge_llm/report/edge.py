@@ -35,7 +35,8 @@ _PARTS: Final = (
     (
         "What it takes of the board",
         (
-            *("CPU % (above idle)", "RAM % (above idle)", "peak RSS MiB (above idle)", "C", "throttled", "tokens/J"),
+            *("CPU % (above idle)", "RAM % (above idle)", "mapped %", "peak RSS MiB (above idle)"),
+            *("C", "throttled", "tokens/J"),
             "{:g}-{:g} t/s, < 50 % CPU, RAM".format(*CLAIMED_TOKENS_PER_S),
         ),
     ),
