@@ -11,7 +11,7 @@ between two decode steps, so that both go on, each slower: `beside`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 from edge_llm.worker.messages import Link, Rates, WorkerStatus
 
@@ -58,12 +58,27 @@ def strictest(*limits_s: float | None) -> float | None:
     return min((limit_s for limit_s in limits_s if limit_s is not None), default=None)
 
 
+class Limit(NamedTuple):
+    """What streams beside each other ask of the prompts that are read between their steps: `tpot_s`, the strictest
+    limit of theirs; `is_each`: nobody is without one."""
+
+    tpot_s: float | None = None
+    is_each: bool = True
+
+    def beside(self, tpot_s: float | None) -> Limit:
+        """The same with one more stream."""
+        return Limit(strictest(self.tpot_s, tpot_s), self.is_each and tpot_s is not None)
+
+
+NO_STREAMS: Final = Limit()
+
+
 @dataclass(frozen=True, slots=True)
 class Work:
     """What a node has to do. Of `sequences` that hold slots, `decoding` are past their prompts: their rows read
     `cells` KV cells in a step and will go on for `tokens_left` tokens, all together. `reserved_cells`: prompt and
-    longest answer of all sequences. `streams`: them one by one, known only where somebody has limits (slo.py); tpot_s:
-    the strictest of theirs."""
+    longest answer of all sequences. `streams`: them one by one, known only where somebody has limits (slo.py);
+    unknown: how many of `decoding` are not among them, another gateway's or all."""
 
     sequences: int = 0
     decoding: int = 0
@@ -72,11 +87,15 @@ class Work:
     reserved_cells: int = 0
     prompts: tuple[PromptWork, ...] = ()
     streams: tuple[Stream, ...] = ()
-    tpot_s: float | None = field(init=False)
+    limit: Limit = field(init=False)
+    unknown: int = field(init=False)
 
     def __post_init__(self) -> None:
         # once: a thousand streams are looked at for each of a thousand plans
-        object.__setattr__(self, "tpot_s", strictest(*(stream.tpot_s for stream in self.streams)))
+        unknown = self.decoding - sum(stream.begins_s <= 0.0 for stream in self.streams)
+        limits_s = [stream.tpot_s for stream in self.streams]
+        object.__setattr__(self, "unknown", max(0, unknown))
+        object.__setattr__(self, "limit", Limit(strictest(*limits_s), unknown <= 0 and None not in limits_s))
 
     @property
     def served(self) -> int:
@@ -86,7 +105,7 @@ class Work:
     @property
     def has_limits(self) -> bool:
         """Whether anybody here can be made late."""
-        return self.tpot_s is not None or any(prompt.due_s is not None for prompt in self.prompts)
+        return self.limit.tpot_s is not None or any(prompt.due_s is not None for prompt in self.prompts)
 
     @property
     def pending_tokens(self) -> int:
@@ -154,15 +173,16 @@ class NodeCost:
         """All prompt work that is there, with nothing beside it."""
         return sum(self.prefill_s(prompt.tokens, prompt.start) for prompt in work.prompts)
 
-    def piece_s(self, step_s: float, tpot_s: float | None = None) -> float:
+    def piece_s(self, step_s: float, limit: Limit = NO_STREAMS) -> float:
         """Prompt work between two decode steps of `step_s` (engine/batch.py, token_budget): bounded by their length and
-        by the strictest limit of the streams, or a chunk."""
+        by the limit of the streams, or a chunk."""
         chunk_s, rates = self.prefill_s(self.chunk_tokens), self.rates
         if not rates.prompt_steps:
             return chunk_s
         room_s = rates.prompt_steps * step_s
-        if tpot_s is not None and rates.of_limit:
-            room_s = min(room_s, max(rates.of_limit * tpot_s - step_s, rates.least_prompt_steps * step_s))
+        if limit.tpot_s is not None and rates.of_limit:
+            most_s = max(room_s, rates.most_prompt_steps * step_s) if limit.is_each else room_s
+            room_s = min(most_s, max(rates.of_limit * limit.tpot_s - step_s, rates.least_prompt_steps * step_s))
         return min(chunk_s, max(room_s, rates.token_s))
 
 
@@ -248,7 +268,7 @@ def _reading(request: Request, side: Side) -> tuple[float, float]:
     own_s = cost.prefill_s(request.prompt_tokens - 1 - held, held)
     queued_s = cost.queued_s(work)
     step_s = cost.step_s(work.decoding, work.cells)
-    piece_s = cost.piece_s(step_s, work.tpot_s)
+    piece_s = cost.piece_s(step_s, work.limit)
     all_of_it = beside(queued_s + own_s, piece_s, step_s, work.left)
     before = beside(queued_s, piece_s, step_s, work.left)
     # streams that end while others' prompts are read are not there to be disturbed by this one
@@ -266,7 +286,7 @@ def _decoding(
     step_s = cost.step_s(work.sequences + 1, work.cells + depth)
     alone_s = cost.step_s(work.decoding, work.cells)
     queued_s = sum(cost.prefill_s(prompt.tokens, prompt.start) for prompt in prompts)
-    piece_s = cost.piece_s(step_s, strictest(work.tpot_s, request.tpot_s))
+    piece_s = cost.piece_s(step_s, work.limit.beside(request.tpot_s))
     others = beside(max(0.0, queued_s - ready_s), piece_s, step_s, request.answer_tokens)
     first_s = step_s + min(piece_s, others.stream_loses_s)
     completion_s = ready_s + request.answer_tokens * step_s + others.stream_loses_s

@@ -19,7 +19,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from edge_llm.cluster.cost import NodeCost, Prediction, Request, Side, Stream, Work, beside, strictest
+from edge_llm.cluster.cost import NodeCost, Prediction, Request, Side, Stream, Work, beside
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,8 +201,8 @@ class Judge:
         cost, work = side.cost, side.work
         step_s = cost.step_s(work.decoding, work.cells)
         with_it_s = cost.step_s(work.decoding + 1, work.cells + self._request.prompt_tokens)
-        piece_s = cost.piece_s(step_s, work.tpot_s)
-        with_it_piece_s = cost.piece_s(with_it_s, strictest(work.tpot_s, self._request.tpot_s))
+        piece_s = cost.piece_s(step_s, work.limit)
+        with_it_piece_s = cost.piece_s(with_it_s, work.limit.beside(self._request.tpot_s))
         read_s, delayed = 0.0, 0
         for prompt in work.prompts:
             read_s += cost.prefill_s(prompt.tokens, prompt.start)
@@ -232,7 +232,7 @@ class Judge:
     def _loses_next_s(self, decode: str, tpot_s: float) -> float:
         """What this answer would lose by the next prompt beside it."""
         cost, work = self._sides[decode].cost, self._sides[decode].work
-        piece_s = cost.piece_s(tpot_s, strictest(work.tpot_s, self._request.tpot_s))
+        piece_s = cost.piece_s(tpot_s, work.limit.beside(self._request.tpot_s))
         return beside(self._next_s[decode], piece_s, tpot_s, self._request.answer_tokens).stream_loses_s
 
 
@@ -241,7 +241,7 @@ def own_tpot_s(request: Request, decode: Side, begins_s: float, prompts_s: float
     cost, work, answer = decode.cost, decode.work, request.answer_tokens
     depth = request.prompt_tokens + answer / 2
     step_s = cost.step_s(work.decoding + 1, work.cells + depth)
-    piece_s = cost.piece_s(step_s, strictest(work.tpot_s, request.tpot_s))
+    piece_s = cost.piece_s(step_s, work.limit.beside(request.tpot_s))
     beside_s = beside(prompts_s, piece_s, step_s, answer).stream_loses_s
     for stream in work.streams:
         steps = common_steps(begins_s, answer, stream.begins_s, stream.left, step_s)
@@ -252,8 +252,7 @@ def own_tpot_s(request: Request, decode: Side, begins_s: float, prompts_s: float
 
 def _unknown_rows_s(cost: NodeCost, work: Work) -> float:
     """What streams that are not known one by one, of another gateway, add to a step; nor is it known when they end."""
-    unknown = work.decoding - sum(stream.begins_s <= 0.0 for stream in work.streams)
-    return unknown * cost.row_s(work.cells / work.decoding) if unknown > 0 else 0.0
+    return work.unknown * cost.row_s(work.cells / work.decoding) if work.unknown else 0.0
 
 
 def common_steps(begins_s: float, tokens: float, other_begins_s: float, other_tokens: float, step_s: float) -> float:
@@ -306,7 +305,7 @@ def _watch(side: Side) -> _Watch:
         if stream.tpot_s is None:
             continue
         behind_s = after_s[max(0, len(work.prompts) - stream.ahead)] - (0.0 if stream.ahead else stream.begins_s)
-        piece_s = cost.piece_s(step_s, work.tpot_s)
+        piece_s = cost.piece_s(step_s, work.limit)
         loses_s = beside(max(0.0, behind_s), piece_s, step_s, stream.left).stream_loses_s
         allowed_s = stream.tpot_s * (stream.tokens + stream.left)
         slack_s = allowed_s - stream.age_s - stream.left * step_s - loses_s

@@ -21,6 +21,9 @@ from typing import Final
 PROMPT_STEPS_PER_DECODE_STEP: Final = 1.5
 # Where a stream has a limit of time per token, a gap takes this share of it: steps differ.
 OF_LIMIT: Final = 0.9
+# Where every stream has one and can bear it, a gap may be longer than without limits, by prompt work of so many steps:
+# eight ninths of the time are the prompt's then, and more would bring it little.
+MOST_PROMPT_STEPS: Final = 8.0
 # So much prompt work there is in any case: a limit that cannot be kept is no reason to keep prompts waiting.
 LEAST_PROMPT_STEPS: Final = 0.5
 # Repacked GEMM kernels work on four rows at a time (ggml-cpu/repack.cpp, tensor_traits::forward_mul_mat).
@@ -67,14 +70,18 @@ def piece_end(position: int, total: int, chunk_tokens: int, token_budget: int | 
     return end if token_budget is None else min(end, position + max(1, token_budget))
 
 
-def token_budget(decode_step_s: float, prompt_token_s: float, tpot_s: float | None = None) -> int:
+def token_budget(
+    decode_step_s: float, prompt_token_s: float, tpot_s: float | None = None, *, has_each_limit: bool = False
+) -> int:
     """Prompt tokens that fit between two decode steps; whole row blocks when there is room for one. `tpot_s`: the
-    strictest limit of the streams, if any has one: less fits where a gap would be longer than that."""
+    strictest limit of the streams, if any has one: less fits where a gap would be longer than that and, where
+    `has_each_limit` (no stream is without one), more where it would not."""
     if prompt_token_s <= 0.0:
         return ROW_BLOCK
     room_s = PROMPT_STEPS_PER_DECODE_STEP * decode_step_s
     if tpot_s is not None:
-        room_s = min(room_s, max(OF_LIMIT * tpot_s - decode_step_s, LEAST_PROMPT_STEPS * decode_step_s))
+        most_s = MOST_PROMPT_STEPS * decode_step_s if has_each_limit else room_s
+        room_s = min(most_s, max(OF_LIMIT * tpot_s - decode_step_s, LEAST_PROMPT_STEPS * decode_step_s))
     tokens = int(room_s / prompt_token_s)
     return max(1, tokens - tokens % ROW_BLOCK if tokens >= ROW_BLOCK else tokens)
 

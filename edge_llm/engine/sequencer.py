@@ -233,8 +233,14 @@ class Sequencer:
     def _piece_end(self, position: int, total: int) -> int:
         budget = None
         if self._has_streams and not self._has_fixed_pieces:
-            limits = [s.generation.tpot_s for s in self._sequences.values() if s.is_decoding and s.generation.tpot_s]
-            budget = token_budget(self._decode_step_s, self._prompt_token_s, min(limits, default=None))
+            streams = [s.generation.tpot_s for s in self._sequences.values() if s.is_decoding]
+            limits = [tpot_s for tpot_s in streams if tpot_s]
+            budget = token_budget(
+                self._decode_step_s,
+                self._prompt_token_s,
+                min(limits, default=None),
+                has_each_limit=len(limits) == len(streams),
+            )
         return piece_end(position, total, self.facts.chunk_tokens, budget)
 
     def _advance_local(self, sequence: _Sequence, outcome: _Outcome) -> None:

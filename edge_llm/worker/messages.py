@@ -288,7 +288,8 @@ class Rates(Message, frozen=True, kw_only=True, forbid_unknown_fields=False):
     = call_s + token_s * n + pair_s * n * (2 * p0 + n) / 2.
     prompt_steps: prompt work between two decode steps takes as long as this many of them; 0: one whole chunk.
     of_limit: beside a stream with a limit of time per token less, so that a gap is this share of it (0: limits count
-    for nothing there), but not less than least_prompt_steps.
+    for nothing there), but not less than least_prompt_steps; beside streams that all have one up to most_prompt_steps
+    where that keeps it (0: not more than prompt_steps).
     """
 
     run_s: Seconds = 0.0
@@ -302,6 +303,7 @@ class Rates(Message, frozen=True, kw_only=True, forbid_unknown_fields=False):
     prompt_steps: Seconds = 0.0
     of_limit: Annotated[float, Meta(ge=0, le=1)] = 0.0
     least_prompt_steps: Seconds = 0.0
+    most_prompt_steps: Seconds = 0.0
 
 
 class Link(Message, frozen=True, kw_only=True, forbid_unknown_fields=False):

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_llm.engine.batch import LEAST_PROMPT_STEPS, OF_LIMIT, PROMPT_STEPS_PER_DECODE_STEP
+from edge_llm.engine.batch import LEAST_PROMPT_STEPS, MOST_PROMPT_STEPS, OF_LIMIT, PROMPT_STEPS_PER_DECODE_STEP
 from edge_llm.engine.engine import Engine
 from edge_llm.machine import (
     CoreTime,
@@ -85,4 +85,5 @@ def rates(engine: Engine) -> Rates:
         prompt_steps=0.0 if has_fixed_pieces else PROMPT_STEPS_PER_DECODE_STEP,
         of_limit=OF_LIMIT,
         least_prompt_steps=LEAST_PROMPT_STEPS,
+        most_prompt_steps=MOST_PROMPT_STEPS,
     )

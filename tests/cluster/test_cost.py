@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from msgspec import structs
 
 from edge_llm.cluster.cost import (
+    Limit,
     NodeCost,
     PromptWork,
     Request,
@@ -22,6 +24,7 @@ from edge_llm.cluster.cost import (
 )
 from edge_llm.engine.batch import (
     LEAST_PROMPT_STEPS,
+    MOST_PROMPT_STEPS,
     OF_LIMIT,
     PROMPT_STEPS_PER_DECODE_STEP,
     ROW_BLOCK,
@@ -83,21 +86,30 @@ def test_prompt_work_between_steps_is_bounded_by_steps_by_a_chunk_and_by_one_tok
     assert cost_of().piece_s(step_s=0.0) == pytest.approx(0.002), "never less than a token"
     fixed = cost_of(Rates(run_s=0.02, token_s=0.002, prompt_steps=0.0, of_limit=0.9))
     assert fixed.piece_s(step_s=0.020) == pytest.approx(0.200), "level same-plan computes whole chunks"
-    assert fixed.piece_s(step_s=0.020, tpot_s=0.030) == pytest.approx(0.200), "whatever limits there are"
+    assert fixed.piece_s(0.020, Limit(0.030)) == pytest.approx(0.200), "whatever limits there are"
 
 
 def test_beside_a_stream_with_a_limit_a_piece_leaves_room_for_its_next_token() -> None:
     room = cost_of(structs.replace(RATES, of_limit=0.9, least_prompt_steps=0.5))
-    assert room.piece_s(step_s=0.020, tpot_s=0.040) == pytest.approx(0.016), "36 ms of the limit, less the step"
-    assert room.piece_s(step_s=0.020, tpot_s=0.9) == pytest.approx(0.030), "never more than without a limit"
-    assert room.piece_s(step_s=0.020, tpot_s=0.025) == pytest.approx(0.010), "prompts go on where a limit is lost"
-    assert cost_of().piece_s(step_s=0.020, tpot_s=0.025) == pytest.approx(0.030), "a worker that hears of no limits"
+    assert room.piece_s(0.020, Limit(0.040)) == pytest.approx(0.016), "36 ms of the limit, less the step"
+    assert room.piece_s(0.020, Limit(0.9)) == pytest.approx(0.030), "an older worker never makes more of it"
+    assert room.piece_s(0.020, Limit(0.025)) == pytest.approx(0.010), "prompts go on where a limit is lost"
+    assert cost_of().piece_s(0.020, Limit(0.025)) == pytest.approx(0.030), "a worker that hears of no limits"
 
 
+def test_where_every_stream_has_a_limit_and_can_bear_it_a_piece_is_longer_than_without() -> None:
+    wide = cost_of(structs.replace(RATES, of_limit=0.9, least_prompt_steps=0.5, most_prompt_steps=8.0))
+    assert wide.piece_s(0.020, Limit(0.100)) == pytest.approx(0.070), "90 ms of the limit, less the step"
+    assert wide.piece_s(0.020, Limit(0.9)) == pytest.approx(0.160), "eight steps at most"
+    assert wide.piece_s(0.020, Limit(0.100, is_each=False)) == pytest.approx(0.030), "somebody said nothing"
+    assert wide.piece_s(0.020) == pytest.approx(0.030), "nobody said anything"
+
+
+@pytest.mark.parametrize("is_each", [True, False])
 @pytest.mark.parametrize("tpot_s", [None, 0.020, 0.030, 0.045, 0.060, 1.0])
 @pytest.mark.parametrize("step_s", [0.005, 0.018, 0.040])
 def test_what_is_predicted_between_two_steps_is_what_an_engine_computes_there(
-    tpot_s: float | None, step_s: float
+    tpot_s: float | None, step_s: float, is_each: bool
 ) -> None:
     """The gateway must not import the engine, so the rule is written twice; its numbers come from the worker."""
     rates = Rates(
@@ -106,16 +118,22 @@ def test_what_is_predicted_between_two_steps_is_what_an_engine_computes_there(
         prompt_steps=PROMPT_STEPS_PER_DECODE_STEP,
         of_limit=OF_LIMIT,
         least_prompt_steps=LEAST_PROMPT_STEPS,
+        most_prompt_steps=MOST_PROMPT_STEPS,
     )
-    computed_s = token_budget(step_s, 0.0001, tpot_s) * 0.0001
-    predicted_s = NodeCost(rates, chunk_tokens=10_000, kv_bytes_per_token=1).piece_s(step_s, tpot_s)
+    computed_s = token_budget(step_s, 0.0001, tpot_s, has_each_limit=is_each) * 0.0001
+    predicted_s = NodeCost(rates, chunk_tokens=10_000, kv_bytes_per_token=1).piece_s(step_s, Limit(tpot_s, is_each))
     assert computed_s <= predicted_s * (1 + 1e-9)
     assert computed_s > predicted_s - ROW_BLOCK * 0.0001, "but for whole blocks of rows"
 
 
 def test_the_limit_that_counts_on_a_node_is_the_strictest_of_its_streams() -> None:
-    assert Work().tpot_s is None
-    assert Work(streams=(Stream(5.0), Stream(5.0, tpot_s=0.2), Stream(5.0, tpot_s=0.1))).tpot_s == 0.1
+    assert Work().limit == Limit()
+    assert Work(streams=(Stream(5.0), Stream(5.0, tpot_s=0.2), Stream(5.0, tpot_s=0.1))).limit == Limit(0.1, False)
+    known = Work(decoding=2, streams=(Stream(5.0, tpot_s=0.2), Stream(5.0, tpot_s=0.1)))
+    assert known.limit == Limit(0.1)
+    assert replace(known, decoding=3).limit == Limit(0.1, False), "nobody knows what another gateway's can bear"
+    assert known.limit.beside(None) == Limit(0.1, False)
+    assert known.limit.beside(0.05) == Limit(0.05)
 
 
 def test_a_worker_without_measurements_is_taken_by_its_running_means_or_for_an_average_one() -> None:

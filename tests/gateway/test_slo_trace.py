@@ -31,7 +31,7 @@ from edge_llm.bench.goodput import (
     goodput,
 )
 from edge_llm.bench.traces import Row, Trace, parse, scaled, thinned
-from edge_llm.cluster.cost import NodeCost, strictest
+from edge_llm.cluster.cost import Limit, NodeCost, strictest
 from edge_llm.cluster.slo import Slo
 from edge_llm.cluster.view import ClusterView, Node
 from edge_llm.errors import Overloaded
@@ -44,7 +44,14 @@ from edge_llm.worker.messages import Rates, Role
 from tests.nodes import load_of, node_of
 
 RATES: Final = Rates(
-    run_s=0.0014, row_s=0.010, cell_s=3.2e-6, token_s=0.008, prompt_steps=1.5, of_limit=0.9, least_prompt_steps=0.5
+    run_s=0.0014,
+    row_s=0.010,
+    cell_s=3.2e-6,
+    token_s=0.008,
+    prompt_steps=1.5,
+    of_limit=0.9,
+    least_prompt_steps=0.5,
+    most_prompt_steps=8.0,
 )
 # of workers that hear of no limits: what runs beside a prompt bears all of it
 HARD: Final = structs.replace(RATES, of_limit=0.0, least_prompt_steps=0.0)
@@ -110,8 +117,9 @@ class Machine:
         self.step_s, self.piece = now_s + step_s, 0
         if self.prompts:
             left = self.prompts[0].row.prompt_tokens - 1 - self.prompts[0].read
-            limit_s = strictest(*(one.running.job.slo.tpot_s for one in self.step))
-            room = int(self.cost.piece_s(step_s, limit_s) / RATES.token_s) if self.step else self.cost.chunk_tokens
+            limits_s = [one.running.job.slo.tpot_s for one in self.step]
+            limit = Limit(strictest(*limits_s), None not in limits_s)
+            room = int(self.cost.piece_s(step_s, limit) / RATES.token_s) if self.step else self.cost.chunk_tokens
             self.piece = min(left, max(1, room))
         took_s = step_s + self.piece * RATES.token_s
         self.until_s = now_s + took_s if self.step or self.prompts else None
