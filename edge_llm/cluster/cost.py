@@ -73,6 +73,14 @@ class Limit(NamedTuple):
 NO_STREAMS: Final = Limit()
 
 
+class Piece(NamedTuple):
+    """Prompt work between two decode steps, on average: how long it takes, and how long as much would take where
+    nothing runs beside it. Short pieces read less in their time: each is a call."""
+
+    takes_s: float
+    reads_s: float
+
+
 @dataclass(frozen=True, slots=True)
 class Work:
     """What a node has to do. Of `sequences` that hold slots, `decoding` are past their prompts: their rows read
@@ -173,17 +181,25 @@ class NodeCost:
         """All prompt work that is there, with nothing beside it."""
         return sum(self.prefill_s(prompt.tokens, prompt.start) for prompt in work.prompts)
 
-    def piece_s(self, step_s: float, limit: Limit = NO_STREAMS) -> float:
-        """Prompt work between two decode steps of `step_s` (engine/batch.py, token_budget): bounded by their length and
-        by the limit of the streams, or a chunk."""
+    def piece(self, step_s: float, limit: Limit = NO_STREAMS) -> Piece:
+        """Prompt work between two decode steps of `step_s` (engine/pacing.py): bounded by their length and by the limit
+        of the streams, or a chunk."""
         chunk_s, rates = self.prefill_s(self.chunk_tokens), self.rates
         if not rates.prompt_steps:
-            return chunk_s
+            return Piece(chunk_s, chunk_s)
         room_s = rates.prompt_steps * step_s
-        if limit.tpot_s is not None and rates.of_limit:
+        if limit.tpot_s is not None and limit.tpot_s > step_s and rates.of_limit:  # else it is lost
             most_s = max(room_s, rates.most_prompt_steps * step_s) if limit.is_each else room_s
             room_s = min(most_s, max(rates.of_limit * limit.tpot_s - step_s, rates.least_prompt_steps * step_s))
-        return min(chunk_s, max(room_s, rates.token_s))
+        takes_s = min(chunk_s, max(room_s, rates.token_s))
+        at_once_s = min(chunk_s, max(takes_s, rates.least_piece_steps * step_s))
+        return Piece(takes_s, takes_s * min(1.0, self._of_call(at_once_s) / self._of_call(chunk_s)))
+
+    def _of_call(self, piece_s: float) -> float:
+        """Which part of a piece of that length is spent on its tokens."""
+        rates = self.rates
+        least_s = rates.call_s + rates.token_s
+        return (max(piece_s, least_s) - rates.call_s) / max(piece_s, least_s) if least_s > rates.call_s else 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,12 +210,12 @@ class Beside:
     stream_loses_s: float
 
 
-def beside(prompt_s: float, piece_s: float, step_s: float, tokens: float) -> Beside:
-    """`prompt_s` of prompt work, `piece_s` at a time, beside streams with `tokens` steps of `step_s` to go."""
-    if piece_s <= 0.0:
+def beside(prompt_s: float, piece: Piece, step_s: float, tokens: float) -> Beside:
+    """`prompt_s` of prompt work, a `piece` at a time, beside streams with `tokens` steps of `step_s` to go."""
+    if piece.reads_s <= 0.0:
         return Beside(0.0, 0.0)
-    turns = min(prompt_s / piece_s, tokens)
-    return Beside(turns * step_s, turns * piece_s)
+    turns = min(prompt_s / piece.reads_s, tokens)
+    return Beside(turns * (step_s + piece.takes_s - piece.reads_s), turns * piece.takes_s)
 
 
 def handoff_tail_s(link: Link | None, total_bytes: float, last_bytes: float, compute_s: float) -> float:
@@ -268,9 +284,9 @@ def _reading(request: Request, side: Side) -> tuple[float, float]:
     own_s = cost.prefill_s(request.prompt_tokens - 1 - held, held)
     queued_s = cost.queued_s(work)
     step_s = cost.step_s(work.decoding, work.cells)
-    piece_s = cost.piece_s(step_s, work.limit)
-    all_of_it = beside(queued_s + own_s, piece_s, step_s, work.left)
-    before = beside(queued_s, piece_s, step_s, work.left)
+    piece = cost.piece(step_s, work.limit)
+    all_of_it = beside(queued_s + own_s, piece, step_s, work.left)
+    before = beside(queued_s, piece, step_s, work.left)
     # streams that end while others' prompts are read are not there to be disturbed by this one
     streams_lose_s = work.decoding * (all_of_it.stream_loses_s - before.stream_loses_s)
     return queued_s + own_s + all_of_it.prompt_loses_s, streams_lose_s + request.behind * own_s
@@ -286,9 +302,9 @@ def _decoding(
     step_s = cost.step_s(work.sequences + 1, work.cells + depth)
     alone_s = cost.step_s(work.decoding, work.cells)
     queued_s = sum(cost.prefill_s(prompt.tokens, prompt.start) for prompt in prompts)
-    piece_s = cost.piece_s(step_s, work.limit.beside(request.tpot_s))
-    others = beside(max(0.0, queued_s - ready_s), piece_s, step_s, request.answer_tokens)
-    first_s = step_s + min(piece_s, others.stream_loses_s)
+    piece = cost.piece(step_s, work.limit.beside(request.tpot_s))
+    others = beside(max(0.0, queued_s - ready_s), piece, step_s, request.answer_tokens)
+    first_s = step_s + min(piece.takes_s, others.stream_loses_s)
     completion_s = ready_s + request.answer_tokens * step_s + others.stream_loses_s
     left_then = max(0.0, work.left - ready_s / alone_s) if alone_s else 0.0
     row_s = cost.row_s(depth)

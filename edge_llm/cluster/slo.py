@@ -19,7 +19,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from edge_llm.cluster.cost import NodeCost, Prediction, Request, Side, Stream, Work, beside
+from edge_llm.cluster.cost import NodeCost, Piece, Prediction, Request, Side, Stream, Work, beside
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,27 +70,28 @@ NOBODY_LATE: Final = Verdict()
 @dataclass(frozen=True, slots=True)
 class _Watched:
     """A stream with a limit that it keeps as things are. `behind_s`: how much prompt work will be left when it begins,
-    `piece_s` of it between two steps; negative: it begins so long after all is read. It loses `loses_s` by that, and
+    a `piece` of it between two steps; negative: it begins so long after all is read. It loses `loses_s` by that, and
     can lose `slack_s` more."""
 
     stream: Stream
     step_s: float
-    piece_s: float
+    piece: Piece
     behind_s: float
     loses_s: float
     slack_s: float
 
     def loses_more_s(self, more_s: float) -> float:
         """What it loses by `more_s` of prompt work behind what waits."""
-        all_of_it = beside(max(0.0, self.behind_s + more_s), self.piece_s, self.step_s, self.stream.left)
+        all_of_it = beside(max(0.0, self.behind_s + more_s), self.piece, self.step_s, self.stream.left)
         return all_of_it.stream_loses_s - self.loses_s
 
     @property
     def bears_s(self) -> float:
         """So much prompt work behind what waits it can bear."""
-        if self.stream.left * self.piece_s <= self.loses_s + self.slack_s:
+        bears_s = self.loses_s + self.slack_s
+        if self.stream.left * self.piece.takes_s <= bears_s:
             return math.inf  # a piece in every step to its end
-        return self.slack_s + self.loses_s - self.behind_s
+        return bears_s * self.piece.reads_s / self.piece.takes_s - self.behind_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,16 +202,16 @@ class Judge:
         cost, work = side.cost, side.work
         step_s = cost.step_s(work.decoding, work.cells)
         with_it_s = cost.step_s(work.decoding + 1, work.cells + self._request.prompt_tokens)
-        piece_s = cost.piece_s(step_s, work.limit)
-        with_it_piece_s = cost.piece_s(with_it_s, work.limit.beside(self._request.tpot_s))
+        piece = cost.piece(step_s, work.limit)
+        with_it_piece = cost.piece(with_it_s, work.limit.beside(self._request.tpot_s))
         read_s, delayed = 0.0, 0
         for prompt in work.prompts:
             read_s += cost.prefill_s(prompt.tokens, prompt.start)
             if prompt.due_s is None:
                 continue
-            now_s = read_s + beside(read_s, piece_s, step_s, work.left).prompt_loses_s
+            now_s = read_s + beside(read_s, piece, step_s, work.left).prompt_loses_s
             more = beside(
-                max(0.0, read_s - begins_s), with_it_piece_s, with_it_s, self._request.answer_tokens
+                max(0.0, read_s - begins_s), with_it_piece, with_it_s, self._request.answer_tokens
             ).prompt_loses_s
             # beside streams that are there anyway it is one more row
             more *= 1 - step_s / with_it_s if work.decoding else 1.0
@@ -232,8 +233,8 @@ class Judge:
     def _loses_next_s(self, decode: str, tpot_s: float) -> float:
         """What this answer would lose by the next prompt beside it."""
         cost, work = self._sides[decode].cost, self._sides[decode].work
-        piece_s = cost.piece_s(tpot_s, work.limit.beside(self._request.tpot_s))
-        return beside(self._next_s[decode], piece_s, tpot_s, self._request.answer_tokens).stream_loses_s
+        piece = cost.piece(tpot_s, work.limit.beside(self._request.tpot_s))
+        return beside(self._next_s[decode], piece, tpot_s, self._request.answer_tokens).stream_loses_s
 
 
 def own_tpot_s(request: Request, decode: Side, begins_s: float, prompts_s: float) -> float:
@@ -241,8 +242,8 @@ def own_tpot_s(request: Request, decode: Side, begins_s: float, prompts_s: float
     cost, work, answer = decode.cost, decode.work, request.answer_tokens
     depth = request.prompt_tokens + answer / 2
     step_s = cost.step_s(work.decoding + 1, work.cells + depth)
-    piece_s = cost.piece_s(step_s, work.limit.beside(request.tpot_s))
-    beside_s = beside(prompts_s, piece_s, step_s, answer).stream_loses_s
+    piece = cost.piece(step_s, work.limit.beside(request.tpot_s))
+    beside_s = beside(prompts_s, piece, step_s, answer).stream_loses_s
     for stream in work.streams:
         steps = common_steps(begins_s, answer, stream.begins_s, stream.left, step_s)
         beside_s += steps * cost.row_s(stream.cells)
@@ -305,10 +306,10 @@ def _watch(side: Side) -> _Watch:
         if stream.tpot_s is None:
             continue
         behind_s = after_s[max(0, len(work.prompts) - stream.ahead)] - (0.0 if stream.ahead else stream.begins_s)
-        piece_s = cost.piece_s(step_s, work.limit)
-        loses_s = beside(max(0.0, behind_s), piece_s, step_s, stream.left).stream_loses_s
+        piece = cost.piece(step_s, work.limit)
+        loses_s = beside(max(0.0, behind_s), piece, step_s, stream.left).stream_loses_s
         allowed_s = stream.tpot_s * (stream.tokens + stream.left)
         slack_s = allowed_s - stream.age_s - stream.left * step_s - loses_s
         if slack_s >= 0:
-            found.append(_Watched(stream, step_s, piece_s, behind_s, loses_s, slack_s))
+            found.append(_Watched(stream, step_s, piece, behind_s, loses_s, slack_s))
     return _Watch(tuple(found), sorted(one.bears_s for one in found))

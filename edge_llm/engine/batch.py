@@ -1,7 +1,7 @@
 """Which tokens go into the next llama_decode: pure arithmetic on positions, slots and measured seconds.
 
-Owns three rules. Prompt pieces: end at the next absolute chunk border, or earlier when running streams would wait
-longer than their budget. Holes: llama.cpp splits a call whose sequence ids have holes into one graph run per
+Owns three rules. Prompt pieces: end at the next absolute chunk border, or earlier when running streams leave less time.
+Holes: llama.cpp splits a call whose sequence ids have holes into one graph run per
 unbroken stretch (blueprint section 4); a hole is cheaper filled with a throw-away row when that row costs less than
 another run. Depths: llama.cpp reads for every row of a graph run as many KV cells as its deepest row has
 (llama_kv_cache::get_n_kv); a long sequence gets a call of its own when that costs less than making its neighbours
@@ -17,17 +17,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
 
-# A running stream then sees prompt work of this many decode steps between two of its tokens: gap <= 1 + this.
-PROMPT_STEPS_PER_DECODE_STEP: Final = 1.5
-# Where a stream has a limit of time per token, a gap takes this share of it: steps differ.
-OF_LIMIT: Final = 0.9
-# Where every stream has one and can bear it, a gap may be longer than without limits, by prompt work of so many steps:
-# eight ninths of the time are the prompt's then, and more would bring it little.
-MOST_PROMPT_STEPS: Final = 8.0
-# So much prompt work there is in any case: a limit that cannot be kept is no reason to keep prompts waiting.
-LEAST_PROMPT_STEPS: Final = 0.5
-# Repacked GEMM kernels work on four rows at a time (ggml-cpu/repack.cpp, tensor_traits::forward_mul_mat).
-ROW_BLOCK: Final = 4
 # llama.cpp reads whole blocks of KV cells (llama_kv_cache::get_n_kv).
 CELL_BLOCK: Final = 256
 # A call costs something whatever a fit says: at 0 every row would get its own, and nothing else would be learnt.
@@ -65,25 +54,9 @@ def next_border(position: int, chunk_tokens: int) -> int:
 
 
 def piece_end(position: int, total: int, chunk_tokens: int, token_budget: int | None) -> int:
-    """End of the prompt piece that starts at `position`: a chunk border, the prompt's end, or the budget."""
+    """End of the prompt piece that starts at `position`: a chunk border, its end, or the budget (pacing.py)."""
     end = min(total, next_border(position, chunk_tokens))
     return end if token_budget is None else min(end, position + max(1, token_budget))
-
-
-def token_budget(
-    decode_step_s: float, prompt_token_s: float, tpot_s: float | None = None, *, has_each_limit: bool = False
-) -> int:
-    """Prompt tokens that fit between two decode steps; whole row blocks when there is room for one. `tpot_s`: the
-    strictest limit of the streams, if any has one: less fits where a gap would be longer than that and, where
-    `has_each_limit` (no stream is without one), more where it would not."""
-    if prompt_token_s <= 0.0:
-        return ROW_BLOCK
-    room_s = PROMPT_STEPS_PER_DECODE_STEP * decode_step_s
-    if tpot_s is not None:
-        most_s = MOST_PROMPT_STEPS * decode_step_s if has_each_limit else room_s
-        room_s = min(most_s, max(OF_LIMIT * tpot_s - decode_step_s, LEAST_PROMPT_STEPS * decode_step_s))
-    tokens = int(room_s / prompt_token_s)
-    return max(1, tokens - tokens % ROW_BLOCK if tokens >= ROW_BLOCK else tokens)
 
 
 def fillers(slots: Sequence[int], filled: Set[int], cost: RowCost, cells: int = 0) -> list[int]:

@@ -18,8 +18,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from edge_llm.engine.backend import Backend, Interrupted, Logits, Row
-from edge_llm.engine.batch import RowCost, calls, cells_read, next_border, piece_end, smoothed, token_budget
+from edge_llm.engine.batch import RowCost, calls, cells_read, next_border, piece_end, smoothed
 from edge_llm.engine.engine import EngineFacts, Failure, KeptKV, KVChunk, PromptProgress, ServedPrompt, Step, Vocabulary
+from edge_llm.engine.pacing import Pace, room_s, token_budget
 from edge_llm.engine.rates import NOTHING_KNOWN, RateBook, Rates
 from edge_llm.engine.sampling import sample
 from edge_llm.engine.text import TextStream
@@ -38,6 +39,9 @@ class _Sequence:
     keeps_kv: bool
     # Its KV became complete in this step: running streams waited for that, a new row must not add to it.
     waits_a_step: bool = False
+    # Tokens drawn here, and when the first of them was.
+    drawn: int = 0
+    first_s: float = 0.0
 
     @property
     def is_decoding(self) -> bool:
@@ -47,6 +51,11 @@ class _Sequence:
     def index(self) -> int:
         """Index of the next generated token."""
         return len(self.ids) - len(self.generation.prompt_ids)
+
+    @property
+    def left(self) -> int:
+        """How many tokens may still be drawn."""
+        return self.generation.max_tokens - self.index
 
 
 @dataclass(slots=True)
@@ -95,6 +104,7 @@ class Sequencer:
         self._prompts: list[int] = []  # slots with prompt work, oldest first
         self._served: _Served | None = None
         self._is_served_turn = True
+        self._skipped_steps = 0
         self._prompt_token_s = first.token_s
         self._decode_step_s = first.run_s + first.row_s
         self._book = RateBook(first)
@@ -223,29 +233,36 @@ class Sequencer:
 
     def _advance_prompt(self, outcome: _Outcome) -> None:
         """One piece: of the oldest local prompt and of the served one in turn, so that neither starves."""
+        if not self._prompts and not self._can_serve:
+            return
+        budget = self._token_budget()
+        if budget == 0:
+            self._skipped_steps += 1
+            return
+        self._skipped_steps = 0
         if self._served is not None and self._can_serve and (self._is_served_turn or not self._prompts):
             self._is_served_turn = False
-            self._advance_served(self._served, outcome)
+            self._advance_served(self._served, budget, outcome)
         elif self._prompts:
             self._is_served_turn = True
-            self._advance_local(self._sequences[self._prompts[0]], outcome)
+            self._advance_local(self._sequences[self._prompts[0]], budget, outcome)
 
-    def _piece_end(self, position: int, total: int) -> int:
-        budget = None
-        if self._has_streams and not self._has_fixed_pieces:
-            streams = [s.generation.tpot_s for s in self._sequences.values() if s.is_decoding]
-            limits = [tpot_s for tpot_s in streams if tpot_s]
-            budget = token_budget(
-                self._decode_step_s,
-                self._prompt_token_s,
-                min(limits, default=None),
-                has_each_limit=len(limits) == len(streams),
-            )
-        return piece_end(position, total, self.facts.chunk_tokens, budget)
+    def _token_budget(self) -> int | None:
+        """Prompt tokens that running streams leave time for now; None: nobody waits, or pieces are fixed."""
+        if not self._has_streams or self._has_fixed_pieces:
+            return None
+        now_s = self._clock()
+        paces = [
+            Pace(sequence.generation.tpot_s, sequence.drawn, now_s - sequence.first_s, sequence.left)
+            for sequence in self._sequences.values()
+            if sequence.is_decoding
+        ]
+        room = room_s(self._decode_step_s, paces, self._skipped_steps)
+        return token_budget(room, self._prompt_token_s) if room else 0
 
-    def _advance_local(self, sequence: _Sequence, outcome: _Outcome) -> None:
+    def _advance_local(self, sequence: _Sequence, budget: int | None, outcome: _Outcome) -> None:
         p0, total = sequence.kv_tokens, len(sequence.ids) - 1
-        p1 = self._piece_end(p0, total)
+        p1 = piece_end(p0, total, self.facts.chunk_tokens, budget)
         generation = sequence.generation
 
         def compute() -> None:
@@ -264,9 +281,9 @@ class Sequencer:
         if sequence.is_decoding:
             self._forget_prompt(sequence.slot)
 
-    def _advance_served(self, served: _Served, outcome: _Outcome) -> None:
+    def _advance_served(self, served: _Served, budget: int | None, outcome: _Outcome) -> None:
         p0 = served.kv_tokens
-        p1 = self._piece_end(p0, served.total)
+        p1 = piece_end(p0, served.total, self.facts.chunk_tokens, budget)
         prompt = served.prompt
         try:
             if not self._timed_prompt(lambda: self._backend.serve_prompt(prompt.ids[p0:p1], p0), p0, p1, outcome):
@@ -366,6 +383,9 @@ class Sequencer:
         except EdgeLLMError as error:
             self._fail(sequence, error, outcome)
             return False
+        if not sequence.drawn:
+            sequence.first_s = self._clock()
+        sequence.drawn += 1
         outcome.events.append(self._accept(sequence, token_id))
         return outcome.events[-1].finish_reason is not None
 

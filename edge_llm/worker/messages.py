@@ -287,9 +287,10 @@ class Rates(Message, frozen=True, kw_only=True, forbid_unknown_fields=False):
     decode step = run_s + row_s * rows + cell_s * KV cells read; prompt piece of n positions from p0 on
     = call_s + token_s * n + pair_s * n * (2 * p0 + n) / 2.
     prompt_steps: prompt work between two decode steps takes as long as this many of them; 0: one whole chunk.
-    of_limit: beside a stream with a limit of time per token less, so that a gap is this share of it (0: limits count
-    for nothing there), but not less than least_prompt_steps; beside streams that all have one up to most_prompt_steps
-    where that keeps it (0: not more than prompt_steps).
+    of_limit: beside a stream with a limit of time per token less, so that a gap is this share of it on average (0:
+    limits count for nothing there), but not less than least_prompt_steps; beside streams that all have one up to
+    most_prompt_steps where that keeps it (0: not more than prompt_steps). Pieces shorter than least_piece_steps are
+    saved up.
     """
 
     run_s: Seconds = 0.0
@@ -304,6 +305,7 @@ class Rates(Message, frozen=True, kw_only=True, forbid_unknown_fields=False):
     of_limit: Annotated[float, Meta(ge=0, le=1)] = 0.0
     least_prompt_steps: Seconds = 0.0
     most_prompt_steps: Seconds = 0.0
+    least_piece_steps: Seconds = 0.0
 
 
 class Link(Message, frozen=True, kw_only=True, forbid_unknown_fields=False):

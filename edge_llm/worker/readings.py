@@ -8,8 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_llm.engine.batch import LEAST_PROMPT_STEPS, MOST_PROMPT_STEPS, OF_LIMIT, PROMPT_STEPS_PER_DECODE_STEP
 from edge_llm.engine.engine import Engine
+from edge_llm.engine.pacing import (
+    LEAST_PIECE_STEPS,
+    LEAST_PROMPT_STEPS,
+    MOST_PROMPT_STEPS,
+    OF_LIMIT,
+    PROMPT_STEPS,
+)
 from edge_llm.machine import (
     CoreTime,
     NetworkBytes,
@@ -82,8 +88,9 @@ def rates(engine: Engine) -> Rates:
         pair_s=found.pair_s,
         decode_samples=found.decode_samples,
         prompt_samples=found.prompt_samples,
-        prompt_steps=0.0 if has_fixed_pieces else PROMPT_STEPS_PER_DECODE_STEP,
+        prompt_steps=0.0 if has_fixed_pieces else PROMPT_STEPS,
         of_limit=OF_LIMIT,
         least_prompt_steps=LEAST_PROMPT_STEPS,
         most_prompt_steps=MOST_PROMPT_STEPS,
+        least_piece_steps=LEAST_PIECE_STEPS,
     )

@@ -11,6 +11,7 @@ from msgspec import structs
 from edge_llm.cluster.cost import (
     Limit,
     NodeCost,
+    Piece,
     PromptWork,
     Request,
     Side,
@@ -22,12 +23,14 @@ from edge_llm.cluster.cost import (
     predict_split,
     work_of,
 )
-from edge_llm.engine.batch import (
+from edge_llm.engine.pacing import (
+    LEAST_PIECE_STEPS,
     LEAST_PROMPT_STEPS,
     MOST_PROMPT_STEPS,
     OF_LIMIT,
-    PROMPT_STEPS_PER_DECODE_STEP,
-    ROW_BLOCK,
+    PROMPT_STEPS,
+    Pace,
+    room_s,
     token_budget,
 )
 from edge_llm.worker.messages import Link, Rates
@@ -81,49 +84,65 @@ def test_work_that_waits_is_the_sum_of_its_prompts() -> None:
 
 
 def test_prompt_work_between_steps_is_bounded_by_steps_by_a_chunk_and_by_one_token() -> None:
-    assert cost_of().piece_s(step_s=0.020) == pytest.approx(0.030)
-    assert cost_of().piece_s(step_s=9.0) == pytest.approx(0.210), "never more than a chunk"
-    assert cost_of().piece_s(step_s=0.0) == pytest.approx(0.002), "never less than a token"
+    assert cost_of().piece(step_s=0.020).takes_s == pytest.approx(0.030)
+    assert cost_of().piece(step_s=9.0).takes_s == pytest.approx(0.210), "never more than a chunk"
+    assert cost_of().piece(step_s=0.0).takes_s == pytest.approx(0.002), "never less than a token"
     fixed = cost_of(Rates(run_s=0.02, token_s=0.002, prompt_steps=0.0, of_limit=0.9))
-    assert fixed.piece_s(step_s=0.020) == pytest.approx(0.200), "level same-plan computes whole chunks"
-    assert fixed.piece_s(0.020, Limit(0.030)) == pytest.approx(0.200), "whatever limits there are"
+    assert fixed.piece(step_s=0.020).takes_s == pytest.approx(0.200), "level same-plan computes whole chunks"
+    assert fixed.piece(0.020, Limit(0.030)).takes_s == pytest.approx(0.200), "whatever limits there are"
 
 
 def test_beside_a_stream_with_a_limit_a_piece_leaves_room_for_its_next_token() -> None:
     room = cost_of(structs.replace(RATES, of_limit=0.9, least_prompt_steps=0.5))
-    assert room.piece_s(0.020, Limit(0.040)) == pytest.approx(0.016), "36 ms of the limit, less the step"
-    assert room.piece_s(0.020, Limit(0.9)) == pytest.approx(0.030), "an older worker never makes more of it"
-    assert room.piece_s(0.020, Limit(0.025)) == pytest.approx(0.010), "prompts go on where a limit is lost"
-    assert cost_of().piece_s(0.020, Limit(0.025)) == pytest.approx(0.030), "a worker that hears of no limits"
+    assert room.piece(0.020, Limit(0.040)).takes_s == pytest.approx(0.016), "36 ms of the limit, less the step"
+    assert room.piece(0.020, Limit(0.9)).takes_s == pytest.approx(0.030), "an older worker never makes more of it"
+    assert room.piece(0.020, Limit(0.025)).takes_s == pytest.approx(0.010), "prompts go on where a limit is lost"
+    assert cost_of().piece(0.020, Limit(0.025)).takes_s == pytest.approx(0.030), "a worker that hears of no limits"
 
 
 def test_where_every_stream_has_a_limit_and_can_bear_it_a_piece_is_longer_than_without() -> None:
     wide = cost_of(structs.replace(RATES, of_limit=0.9, least_prompt_steps=0.5, most_prompt_steps=8.0))
-    assert wide.piece_s(0.020, Limit(0.100)) == pytest.approx(0.070), "90 ms of the limit, less the step"
-    assert wide.piece_s(0.020, Limit(0.9)) == pytest.approx(0.160), "eight steps at most"
-    assert wide.piece_s(0.020, Limit(0.100, is_each=False)) == pytest.approx(0.030), "somebody said nothing"
-    assert wide.piece_s(0.020) == pytest.approx(0.030), "nobody said anything"
+    assert wide.piece(0.020, Limit(0.100)).takes_s == pytest.approx(0.070), "90 ms of the limit, less the step"
+    assert wide.piece(0.020, Limit(0.9)).takes_s == pytest.approx(0.160), "eight steps at most"
+    assert wide.piece(0.020, Limit(0.100, is_each=False)).takes_s == pytest.approx(0.030), "somebody said nothing"
+    assert wide.piece(0.020).takes_s == pytest.approx(0.030), "nobody said anything"
+
+
+def test_a_short_piece_reads_less_in_its_time_because_each_is_a_call() -> None:
+    calls = cost_of(structs.replace(RATES, of_limit=0.9, least_prompt_steps=0.5))
+    assert tuple(calls.piece(9.0)) == pytest.approx((0.210, 0.210)), "a chunk is what it is compared with"
+    takes_s, reads_s = calls.piece(0.020, Limit(0.025))
+    assert (takes_s, reads_s) == pytest.approx((0.010, 0.010 * (0.002 / 0.012) / (0.200 / 0.210)), rel=1e-6)
+    saved = cost_of(structs.replace(RATES, of_limit=0.9, least_prompt_steps=0.5, least_piece_steps=1.0))
+    assert saved.piece(0.020, Limit(0.025)).takes_s == pytest.approx(takes_s)
+    assert saved.piece(0.020, Limit(0.025)).reads_s > 2 * reads_s, "two steps' worth of it at a time"
 
 
 @pytest.mark.parametrize("is_each", [True, False])
-@pytest.mark.parametrize("tpot_s", [None, 0.020, 0.030, 0.045, 0.060, 1.0])
+@pytest.mark.parametrize("tpot_s", [None, 0.004, 0.025, 0.030, 0.053, 0.060, 1.0])
 @pytest.mark.parametrize("step_s", [0.005, 0.018, 0.040])
-def test_what_is_predicted_between_two_steps_is_what_an_engine_computes_there(
+def test_what_is_predicted_between_two_steps_is_what_an_engine_computes_there_on_average(
     tpot_s: float | None, step_s: float, is_each: bool
 ) -> None:
     """The gateway must not import the engine, so the rule is written twice; its numbers come from the worker."""
     rates = Rates(
         run_s=0.015,
         token_s=0.0001,
-        prompt_steps=PROMPT_STEPS_PER_DECODE_STEP,
+        prompt_steps=PROMPT_STEPS,
         of_limit=OF_LIMIT,
         least_prompt_steps=LEAST_PROMPT_STEPS,
         most_prompt_steps=MOST_PROMPT_STEPS,
+        least_piece_steps=LEAST_PIECE_STEPS,
     )
-    computed_s = token_budget(step_s, 0.0001, tpot_s, has_each_limit=is_each) * 0.0001
-    predicted_s = NodeCost(rates, chunk_tokens=10_000, kv_bytes_per_token=1).piece_s(step_s, Limit(tpot_s, is_each))
-    assert computed_s <= predicted_s * (1 + 1e-9)
-    assert computed_s > predicted_s - ROW_BLOCK * 0.0001, "but for whole blocks of rows"
+    spent_s, skipped, age_s, steps = 0.0, 0, 0.0, 400
+    for made in range(1, steps + 1):
+        paces = [Pace(tpot_s, made, age_s, steps)] if is_each else [Pace(tpot_s, made, age_s, steps), Pace()]
+        room = room_s(step_s, paces, skipped)
+        skipped = 0 if room else skipped + 1
+        piece_s = token_budget(room, 0.0001) * 0.0001 if room else 0.0
+        spent_s, age_s = spent_s + piece_s, age_s + piece_s + step_s
+    predicted = NodeCost(rates, chunk_tokens=10_000, kv_bytes_per_token=1).piece(step_s, Limit(tpot_s, is_each))
+    assert spent_s / steps == pytest.approx(predicted.takes_s, rel=0.1)
 
 
 def test_the_limit_that_counts_on_a_node_is_the_strictest_of_its_streams() -> None:
@@ -159,11 +178,11 @@ def test_what_a_node_says_of_its_load_is_work() -> None:
 
 def test_prompt_and_stream_take_turns_until_one_of_them_is_done() -> None:
     # 3 s of prompt in pieces of 30 ms: 100 turns with a step of 20 ms each
-    longer = beside(prompt_s=3.0, piece_s=0.030, step_s=0.020, tokens=1000)
+    longer = beside(prompt_s=3.0, piece=Piece(0.030, 0.030), step_s=0.020, tokens=1000)
     assert (longer.prompt_loses_s, longer.stream_loses_s) == pytest.approx((2.0, 3.0))
-    shorter = beside(prompt_s=3.0, piece_s=0.030, step_s=0.020, tokens=10)
+    shorter = beside(prompt_s=3.0, piece=Piece(0.030, 0.030), step_s=0.020, tokens=10)
     assert (shorter.prompt_loses_s, shorter.stream_loses_s) == pytest.approx((0.2, 0.3))
-    assert beside(3.0, 0.03, 0.02, tokens=0).prompt_loses_s == 0.0
+    assert beside(3.0, Piece(0.03, 0.03), 0.02, tokens=0).prompt_loses_s == 0.0
 
 
 def test_of_a_handoff_only_the_last_piece_remains_unless_the_way_is_slower_than_the_computing() -> None:
@@ -191,12 +210,15 @@ def test_what_is_held_of_a_prompt_is_not_computed() -> None:
 
 
 def test_a_local_prompt_is_slowed_by_streams_and_slows_them() -> None:
-    # 4 streams, a step of 35 ms, pieces of 52.5 ms; 0.42 s of prompt are 8 turns
+    # 4 streams, a step of 35 ms, pieces of 52.5 ms, 10 of them for the call; 0.40 s of tokens are 9.41 turns
     made = predict_local(Request(prompt_tokens=201, answer_tokens=10), streaming(4, left_each=1000))
-    assert made.ttft_s == pytest.approx(0.420 + 8 * 0.035 + 0.040)
-    left_then = 1000 - 0.700 / 0.035
+    turns = 0.420 * (0.200 / 0.210) / 0.0425
+    assert made.ttft_s == pytest.approx(turns * (0.0525 + 0.035) + 0.040)
+    left_then = 1000 - 0.824 / 0.035
     assert left_then > 10
-    assert made.harm_s == pytest.approx(4 * 0.420 + 4 * 10 * 0.005), "each waits for the prompt, then for one more row"
+    assert made.harm_s == pytest.approx(4 * turns * 0.0525 + 4 * 10 * 0.005), (
+        "each waits for the prompt, then for one more row"
+    )
 
 
 def test_streams_that_end_soon_lose_little() -> None:

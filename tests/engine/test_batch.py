@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_llm.engine.batch import RowCost, calls, fillers, next_border, piece_end, smoothed, token_budget
+from edge_llm.engine.batch import RowCost, calls, fillers, next_border, piece_end, smoothed
 
 
 @given(st.integers(0, 5000), st.integers(1, 5000), st.integers(1, 512), st.integers(1, 600) | st.none())
@@ -24,31 +24,6 @@ def test_pieces_of_any_size_visit_every_chunk_border(total: int, chunk_tokens: i
         ends.add(position)
         turn += 1
     assert set(range(chunk_tokens, total, chunk_tokens)) <= ends
-
-
-def test_prompt_work_between_two_tokens_is_bounded_by_the_measured_step() -> None:
-    assert token_budget(decode_step_s=0.020, prompt_token_s=0.001) == 28
-    assert token_budget(decode_step_s=0.001, prompt_token_s=0.010) == 1
-    assert token_budget(decode_step_s=0.020, prompt_token_s=0.0) > 0
-
-
-def test_a_streams_limit_makes_less_room_for_prompts_but_always_some() -> None:
-    free = token_budget(0.020, 0.001)
-    assert token_budget(0.020, 0.001, tpot_s=0.100) == free, "a loose limit beside streams without changes nothing"
-    limited = token_budget(0.020, 0.001, tpot_s=0.040)
-    assert limited < free
-    assert 0.020 + limited * 0.001 <= 0.040
-    hopeless = token_budget(0.020, 0.001, tpot_s=0.015)
-    assert 0 < hopeless * 0.001 <= 0.010, "half a step, whatever the limit"
-
-
-def test_where_every_stream_bears_it_prompts_get_longer_pieces() -> None:
-    loose = token_budget(0.020, 0.001, tpot_s=0.100, has_each_limit=True)
-    assert loose > token_budget(0.020, 0.001)
-    assert 0.020 + loose * 0.001 <= 0.090, "within the limit, with room"
-    assert token_budget(0.020, 0.001, tpot_s=60.0, has_each_limit=True) == 160, "nor does a stream seem to hang"
-    strict = {each: token_budget(0.020, 0.001, tpot_s=0.040, has_each_limit=each) for each in (True, False)}
-    assert strict[True] == strict[False]
 
 
 def test_a_hole_is_filled_only_when_a_row_costs_less_than_another_graph_run() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 
@@ -46,19 +47,36 @@ class Timed(SimulatedBackend):
         return super().export(slot, n_tokens)
 
 
-@pytest.mark.parametrize(("tpot_steps", "tokens"), [(None, 12), (100.0, 12), (2.0, 8), (0.5, 4)])
-def test_a_prompt_beside_a_stream_leaves_room_for_the_streams_limit(tpot_steps: float | None, tokens: int) -> None:
+@pytest.mark.parametrize(("tpot_steps", "most_tokens"), [(None, 12), (100.0, 80), (4.0, 24), (2.0, 12), (0.5, 12)])
+def test_pieces_of_a_prompt_are_as_long_as_the_limit_of_the_stream_beside_it_allows(
+    tpot_steps: float | None, most_tokens: int
+) -> None:
     backend = Timed()
     engine = Sequencer(backend, SimulatedVocabulary(), clock=backend.clock)
     limit_s = None if tpot_steps is None else tpot_steps * STEP_S
     engine.begin(0, Generation("running", 0, tuple(range(5, 25)), 500, GREEDY, tpot_s=limit_s))
     while engine.step().decoded_rows < 1:
         pass
+    first_s, gaps, pieces = backend.now_s, 0, list[int]()
+    engine.begin(1, Generation("arriving", 0, tuple(5 + at % 200 for at in range(900)), 2, GREEDY))
+    while sum(pieces) < 899:
+        step = engine.step()
+        pieces.append(step.prompt_tokens)
+        gaps += 1
+        if limit_s is not None and tpot_steps is not None and tpot_steps > 1:
+            assert (backend.now_s - first_s) / gaps <= limit_s, "its mean time per token, at each of them"
+    assert max(pieces) == most_tokens
+    assert all(a or b for a, b in pairwise(pieces)), "of two steps one leaves room for the prompt"
+
+
+def test_a_short_answer_gets_its_next_tokens_before_the_prompt_that_arrives_beside_it() -> None:
+    backend = Timed()
+    engine = Sequencer(backend, SimulatedVocabulary(), clock=backend.clock)
+    engine.begin(0, Generation("short", 0, tuple(range(5, 25)), 2, GREEDY, tpot_s=1.8 * STEP_S))
+    while engine.step().decoded_rows < 1:
+        pass
     engine.begin(1, Generation("arriving", 0, tuple(range(5, 105)), 2, GREEDY))
-    steps = [engine.step() for _ in range(4)]
-    assert [step.prompt_tokens for step in steps] == [tokens] * 4
-    if tpot_steps == 2.0:
-        assert max(step.prompt_s + step.decode_s for step in steps) <= tpot_steps * STEP_S
+    assert [engine.step().prompt_tokens for _ in range(2)] == [0, 99], "then it has all the time"
 
 
 def test_at_level_same_plan_pieces_are_whole_chunks_whatever_runs_beside_them() -> None:

@@ -1,0 +1,84 @@
+"""What prompts may take from running streams."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_llm.engine.pacing import OF_LIMIT, PROMPT_STEPS, ROW_BLOCK, Pace, room_s, token_budget
+
+STEP_S = 0.020
+
+
+def gaps(paces: list[Pace], count: int, step_s: float = STEP_S) -> list[float]:
+    """Seconds between the tokens of streams that run together while there is always a prompt to read."""
+    found: list[float] = []
+    skipped = 0
+    for made in range(1, count + 1):
+        now = [pace._replace(tokens=made, age_s=sum(found), left=1000) for pace in paces]
+        room = room_s(step_s, now, skipped)
+        skipped = 0 if room else skipped + 1
+        found.append(room + step_s)
+    return found
+
+
+def test_prompt_work_between_two_tokens_is_bounded_by_the_measured_step() -> None:
+    assert room_s(STEP_S, [Pace(), Pace()]) == pytest.approx(0.030)
+    assert token_budget(0.030, prompt_token_s=0.001) == 28, "whole blocks of rows"
+    assert token_budget(0.0015, prompt_token_s=0.010) == 1
+    assert token_budget(0.030, prompt_token_s=0.0) == ROW_BLOCK
+
+
+def test_a_stream_that_has_just_begun_gets_its_next_token_at_once_and_the_mean_of_its_gaps_stays_in_its_limit() -> None:
+    seen = gaps([Pace(0.040)], 50)
+    assert seen[0] == pytest.approx(STEP_S)
+    assert max(seen) == pytest.approx(0.050), "as long as without a limit at most"
+    for count in range(1, 51):
+        assert sum(seen[:count]) / count <= OF_LIMIT * 0.040 + 1e-9
+    assert sum(seen) / 50 > 0.034, "what it can bear is used"
+
+
+def test_what_a_stream_had_beyond_its_pace_is_given_to_prompts() -> None:
+    ahead = Pace(0.040, tokens=100, age_s=100 * STEP_S)
+    assert room_s(STEP_S, [ahead]) == pytest.approx(0.030)
+    behind = Pace(0.040, tokens=100, age_s=100 * 0.0399, left=100)
+    assert room_s(STEP_S, [ahead, behind]) == 0.0
+    assert room_s(STEP_S, [Pace(0.040, tokens=0, age_s=5.0)]) == pytest.approx(0.030), "no second token is awaited"
+
+
+def test_where_every_stream_bears_it_prompts_get_longer_pieces() -> None:
+    assert room_s(STEP_S, [Pace(0.100, 9, 9 * STEP_S)] * 2) == pytest.approx(0.070), "90 ms of the limit, less the step"
+    assert room_s(STEP_S, [Pace(60.0, 9, 9 * STEP_S)]) == pytest.approx(0.160), "nor does a stream seem to hang"
+    assert room_s(STEP_S, [Pace(0.100, 9, 9 * STEP_S), Pace()]) == pytest.approx(0.030), "one of them said nothing"
+
+
+def test_nothing_is_left_for_a_limit_that_is_lost() -> None:
+    lost = Pace(0.040, tokens=50, age_s=50 * 0.080, left=50)
+    assert room_s(STEP_S, [lost]) == pytest.approx(0.030)
+    assert room_s(STEP_S, [lost._replace(left=500)]) == 0.0, "it can be made good"
+    assert room_s(STEP_S, [lost, Pace(0.040, tokens=1, left=50)]) == 0.0, "others can"
+    assert gaps([Pace(0.015)], 5) == pytest.approx([0.050] * 5), "not even without prompts"
+
+
+def test_prompts_go_on_beside_streams_that_can_hardly_bear_any() -> None:
+    seen = gaps([Pace(0.0225)], 40)
+    assert sum(seen) / 40 == pytest.approx(1.25 * STEP_S, rel=0.05), "a quarter of a step for each"
+    assert max(seen) <= 2 * STEP_S + 1e-9
+
+
+@given(
+    limits=st.lists(st.one_of(st.none(), st.floats(0.001, 1.0)), min_size=1, max_size=5),
+    step_s=st.floats(0.001, 0.2),
+)
+def test_prompts_never_starve_and_no_gap_is_longer_than_without_limits_or_than_all_of_them(
+    limits: list[float | None], step_s: float
+) -> None:
+    seen = gaps([Pace(tpot_s) for tpot_s in limits], 30, step_s)
+    known = [tpot_s for tpot_s in limits if tpot_s is not None]
+    longest = (1 + PROMPT_STEPS) * step_s
+    if len(known) == len(limits):
+        longest = max(longest, OF_LIMIT * min(known))
+    assert max(seen) <= longest + 1e-9
+    for begin in range(27):
+        assert sum(seen[begin : begin + 4]) >= 5 * step_s - 1e-9, "of four steps one leaves room for a step's worth"
