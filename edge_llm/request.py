@@ -66,7 +66,8 @@ class Generation:
     `delivered_ids` are generated tokens the client already has (a resumed request): they are part of the
     context, never emitted again; events continue at index `len(delivered_ids)`.
     `stop_ids` end the answer without being part of its text (end-of-generation tokens).
-    `tpot_s` is a limit that prompts read beside it leave room for; None: there is none. It changes no token.
+    `tpot_s` is a limit that prompts read beside it leave room for; None: there is none. `age_s`: for how long the
+    client has had the first of the delivered tokens, where it has a limit. Neither changes a token.
     """
 
     request_id: str
@@ -78,6 +79,7 @@ class Generation:
     stop_ids: frozenset[int] = frozenset()
     delivered_ids: tuple[int, ...] = ()
     tpot_s: float | None = None
+    age_s: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:

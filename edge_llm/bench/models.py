@@ -51,4 +51,6 @@ def _facts(name: str, card: ModelCard, sha256: str) -> ModelFacts:
         quantization=card.quantization,
         architecture=card.architecture,
         kv_bytes_per_token=card.kv_bytes_per_token(),
+        n_params=card.n_params,
+        n_ctx_train=card.n_ctx_train,
     )

@@ -26,6 +26,7 @@ from edge_llm.bench.cases import SUFFIX, CaseLine, Cases, stems
 from edge_llm.bench.compiled import compiled_facts
 from edge_llm.bench.resources import Watched
 from edge_llm.bench.stats import Summary
+from edge_llm.board import BoardFacts
 from edge_llm.errors import EdgeLLMError
 from edge_llm.machine import NodeFacts
 
@@ -64,6 +65,8 @@ class ModelFacts(msgspec.Struct, frozen=True):
     quantization: str
     architecture: str = ""
     kv_bytes_per_token: int = 0
+    n_params: int = 0
+    n_ctx_train: int = 0
 
 
 class EngineBuild(msgspec.Struct, frozen=True):
@@ -74,7 +77,8 @@ class EngineBuild(msgspec.Struct, frozen=True):
 
 
 class Node(msgspec.Struct, frozen=True):
-    """The board; load is read before and after, to show who else was there."""
+    """The board; load is read before and after, to show who else was there. disk: the kernel's name of what records
+    are written to (board.py)."""
 
     name: str
     cpu: str
@@ -91,6 +95,10 @@ class Node(msgspec.Struct, frozen=True):
     temperature_after_c: float | None = None
     load_before: float | None = None
     load_after: float | None = None
+    os: str | None = None
+    boot_parameters: tuple[str, ...] = ()
+    disk: str | None = None
+    network_mbit_per_s: dict[str, int] = {}
 
 
 class Process(msgspec.Struct, frozen=True):
@@ -180,8 +188,8 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout.strip()
 
 
-def node_of(before: NodeFacts, after: NodeFacts, name: str = "local") -> Node:
-    """The board as read before and after the run."""
+def node_of(before: NodeFacts, after: NodeFacts, board: BoardFacts | None = None, name: str = "local") -> Node:
+    """The board as read before and after the run; `board`: what does not change meanwhile."""
     return Node(
         name=name,
         cpu=before.cpu,
@@ -198,6 +206,7 @@ def node_of(before: NodeFacts, after: NodeFacts, name: str = "local") -> Node:
         temperature_after_c=after.temperature_c,
         load_before=before.load_1m,
         load_after=after.load_1m,
+        **({} if board is None else asdict(board)),
     )
 
 

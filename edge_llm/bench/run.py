@@ -37,6 +37,7 @@ from edge_llm.bench.record import (
 )
 from edge_llm.bench.resources import Watch, Watched, baselines
 from edge_llm.bench.stats import median, summary
+from edge_llm.board import board_facts
 from edge_llm.machine import NodeFacts, node_facts
 
 WHY_CHARS: Final = 2000
@@ -185,7 +186,7 @@ class Run:
             source=self.source,
             models=self.models,
             engines=self.engines,
-            nodes=[node_of(self.before, node_facts())],
+            nodes=[node_of(self.before, node_facts(), board_facts(self.folder or Path()))],
             processes=self.processes,
             figures=figures,
             samples=self.samples,

@@ -10,6 +10,7 @@ between two decode steps, so that both go on, each slower: `beside`.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
@@ -52,25 +53,38 @@ class Stream:
     tpot_s: float | None = None
     ahead: int = 0
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether its limit is over whenever the rest of it comes."""
+        return self.tpot_s is not None and self.age_s > self.tpot_s * (self.tokens + self.left)
 
-def strictest(*limits_s: float | None) -> float | None:
-    """The least of limits that may be None: no limit."""
-    return min((limit_s for limit_s in limits_s if limit_s is not None), default=None)
 
+class Limits(NamedTuple):
+    """What streams beside each other ask of the prompts that are read between their steps: the limits of theirs,
+    strictest first; `is_each`: nobody is without one."""
 
-class Limit(NamedTuple):
-    """What streams beside each other ask of the prompts that are read between their steps: `tpot_s`, the strictest
-    limit of theirs; `is_each`: nobody is without one."""
-
-    tpot_s: float | None = None
+    tpots_s: tuple[float, ...] = ()
     is_each: bool = True
 
-    def beside(self, tpot_s: float | None) -> Limit:
+    @classmethod
+    def of(cls, streams: Collection[Stream], unknown: int) -> Limits:
+        """A stream that is behind for good has nothing to ask for; nobody knows what `unknown` ones can bear."""
+        tpots_s = {stream.tpot_s for stream in streams if stream.tpot_s is not None and not stream.is_lost}
+        is_each = not unknown and all(stream.tpot_s is not None for stream in streams)
+        return cls(tuple(sorted(tpots_s)), is_each)
+
+    def beside(self, tpot_s: float | None) -> Limits:
         """The same with one more stream."""
-        return Limit(strictest(self.tpot_s, tpot_s), self.is_each and tpot_s is not None)
+        if tpot_s is None:
+            return Limits(self.tpots_s, False)
+        return self if tpot_s in self.tpots_s else Limits(tuple(sorted((*self.tpots_s, tpot_s))), self.is_each)
+
+    def to_keep_s(self, step_s: float) -> float | None:
+        """The strictest one that a stream can keep where a step takes so long; None: there is none."""
+        return next((tpot_s for tpot_s in self.tpots_s if tpot_s > step_s), None)
 
 
-NO_STREAMS: Final = Limit()
+NO_STREAMS: Final = Limits()
 
 
 class Piece(NamedTuple):
@@ -86,7 +100,8 @@ class Work:
     """What a node has to do. Of `sequences` that hold slots, `decoding` are past their prompts: their rows read
     `cells` KV cells in a step and will go on for `tokens_left` tokens, all together. `reserved_cells`: prompt and
     longest answer of all sequences. `streams`: them one by one, known only where somebody has limits (slo.py);
-    unknown: how many of `decoding` are not among them, another gateway's or all."""
+    unknown: how many of `decoding` are not among them, another gateway's or all; has_limits: somebody here can be made
+    late."""
 
     sequences: int = 0
     decoding: int = 0
@@ -95,25 +110,22 @@ class Work:
     reserved_cells: int = 0
     prompts: tuple[PromptWork, ...] = ()
     streams: tuple[Stream, ...] = ()
-    limit: Limit = field(init=False)
+    limits: Limits = field(init=False)
+    has_limits: bool = field(init=False)
     unknown: int = field(init=False)
 
     def __post_init__(self) -> None:
         # once: a thousand streams are looked at for each of a thousand plans
-        unknown = self.decoding - sum(stream.begins_s <= 0.0 for stream in self.streams)
-        limits_s = [stream.tpot_s for stream in self.streams]
-        object.__setattr__(self, "unknown", max(0, unknown))
-        object.__setattr__(self, "limit", Limit(strictest(*limits_s), unknown <= 0 and None not in limits_s))
+        unknown = max(0, self.decoding - sum(stream.begins_s <= 0.0 for stream in self.streams))
+        object.__setattr__(self, "unknown", unknown)
+        object.__setattr__(self, "limits", Limits.of(self.streams, unknown))
+        due_s = (*(stream.tpot_s for stream in self.streams), *(prompt.due_s for prompt in self.prompts))
+        object.__setattr__(self, "has_limits", any(limit_s is not None for limit_s in due_s))
 
     @property
     def served(self) -> int:
         """Prompts that are computed here for others, or wait for it."""
         return sum(prompt.is_served for prompt in self.prompts)
-
-    @property
-    def has_limits(self) -> bool:
-        """Whether anybody here can be made late."""
-        return self.limit.tpot_s is not None or any(prompt.due_s is not None for prompt in self.prompts)
 
     @property
     def pending_tokens(self) -> int:
@@ -181,16 +193,17 @@ class NodeCost:
         """All prompt work that is there, with nothing beside it."""
         return sum(self.prefill_s(prompt.tokens, prompt.start) for prompt in work.prompts)
 
-    def piece(self, step_s: float, limit: Limit = NO_STREAMS) -> Piece:
-        """Prompt work between two decode steps of `step_s` (engine/pacing.py): bounded by their length and by the limit
-        of the streams, or a chunk."""
+    def piece(self, step_s: float, limits: Limits = NO_STREAMS) -> Piece:
+        """Prompt work between two decode steps of `step_s` (engine/pacing.py): bounded by their length and the streams'
+        limits, or a chunk."""
         chunk_s, rates = self.prefill_s(self.chunk_tokens), self.rates
         if not rates.prompt_steps:
             return Piece(chunk_s, chunk_s)
         room_s = rates.prompt_steps * step_s
-        if limit.tpot_s is not None and limit.tpot_s > step_s and rates.of_limit:  # else it is lost
-            most_s = max(room_s, rates.most_prompt_steps * step_s) if limit.is_each else room_s
-            room_s = min(most_s, max(rates.of_limit * limit.tpot_s - step_s, rates.least_prompt_steps * step_s))
+        tpot_s = limits.to_keep_s(step_s)
+        if tpot_s is not None and rates.of_limit:
+            most_s = max(room_s, rates.most_prompt_steps * step_s) if limits.is_each else room_s
+            room_s = min(most_s, max(rates.of_limit * tpot_s - step_s, rates.least_prompt_steps * step_s))
         takes_s = min(chunk_s, max(room_s, rates.token_s))
         at_once_s = min(chunk_s, max(takes_s, rates.least_piece_steps * step_s))
         return Piece(takes_s, takes_s * min(1.0, self._of_call(at_once_s) / self._of_call(chunk_s)))
@@ -204,8 +217,9 @@ class NodeCost:
 
 @dataclass(frozen=True, slots=True)
 class Beside:
-    """What prompt work and a running stream cost each other."""
+    """What prompt work and a running stream cost each other: in so many turns, one piece and one step each."""
 
+    turns: float
     prompt_loses_s: float
     stream_loses_s: float
 
@@ -213,9 +227,9 @@ class Beside:
 def beside(prompt_s: float, piece: Piece, step_s: float, tokens: float) -> Beside:
     """`prompt_s` of prompt work, a `piece` at a time, beside streams with `tokens` steps of `step_s` to go."""
     if piece.reads_s <= 0.0:
-        return Beside(0.0, 0.0)
+        return Beside(0.0, 0.0, 0.0)
     turns = min(prompt_s / piece.reads_s, tokens)
-    return Beside(turns * (step_s + piece.takes_s - piece.reads_s), turns * piece.takes_s)
+    return Beside(turns, turns * (step_s + piece.takes_s - piece.reads_s), turns * piece.takes_s)
 
 
 def handoff_tail_s(link: Link | None, total_bytes: float, last_bytes: float, compute_s: float) -> float:
@@ -284,7 +298,7 @@ def _reading(request: Request, side: Side) -> tuple[float, float]:
     own_s = cost.prefill_s(request.prompt_tokens - 1 - held, held)
     queued_s = cost.queued_s(work)
     step_s = cost.step_s(work.decoding, work.cells)
-    piece = cost.piece(step_s, work.limit)
+    piece = cost.piece(step_s, work.limits)
     all_of_it = beside(queued_s + own_s, piece, step_s, work.left)
     before = beside(queued_s, piece, step_s, work.left)
     # streams that end while others' prompts are read are not there to be disturbed by this one
@@ -302,14 +316,14 @@ def _decoding(
     step_s = cost.step_s(work.sequences + 1, work.cells + depth)
     alone_s = cost.step_s(work.decoding, work.cells)
     queued_s = sum(cost.prefill_s(prompt.tokens, prompt.start) for prompt in prompts)
-    piece = cost.piece(step_s, work.limit.beside(request.tpot_s))
+    piece = cost.piece(step_s, work.limits.beside(request.tpot_s))
     others = beside(max(0.0, queued_s - ready_s), piece, step_s, request.answer_tokens)
     first_s = step_s + min(piece.takes_s, others.stream_loses_s)
     completion_s = ready_s + request.answer_tokens * step_s + others.stream_loses_s
     left_then = max(0.0, work.left - ready_s / alone_s) if alone_s else 0.0
     row_s = cost.row_s(depth)
     harm_s += work.decoding * min(request.answer_tokens, left_then) * row_s
-    harm_s += len(prompts) * (others.prompt_loses_s / step_s if step_s else 0.0) * row_s
+    harm_s += len(prompts) * others.turns * row_s
     return Prediction(ready_s + first_s, completion_s, harm_s)
 
 

@@ -202,20 +202,18 @@ class Judge:
         cost, work = side.cost, side.work
         step_s = cost.step_s(work.decoding, work.cells)
         with_it_s = cost.step_s(work.decoding + 1, work.cells + self._request.prompt_tokens)
-        piece = cost.piece(step_s, work.limit)
-        with_it_piece = cost.piece(with_it_s, work.limit.beside(self._request.tpot_s))
+        piece = cost.piece(step_s, work.limits)
+        with_it_piece = cost.piece(with_it_s, work.limits.beside(self._request.tpot_s))
         read_s, delayed = 0.0, 0
         for prompt in work.prompts:
             read_s += cost.prefill_s(prompt.tokens, prompt.start)
             if prompt.due_s is None:
                 continue
             now_s = read_s + beside(read_s, piece, step_s, work.left).prompt_loses_s
-            more = beside(
-                max(0.0, read_s - begins_s), with_it_piece, with_it_s, self._request.answer_tokens
-            ).prompt_loses_s
-            # beside streams that are there anyway it is one more row
-            more *= 1 - step_s / with_it_s if work.decoding else 1.0
-            delayed += now_s <= prompt.due_s < now_s + more
+            rest_s = max(0.0, read_s - begins_s)
+            without_s = beside(rest_s, piece, step_s, work.left).prompt_loses_s
+            with_it = beside(rest_s, with_it_piece, with_it_s, max(work.left, self._request.answer_tokens))
+            delayed += now_s <= prompt.due_s < now_s + max(0.0, with_it.prompt_loses_s - without_s)
         return delayed
 
     # -- those that will come
@@ -233,7 +231,9 @@ class Judge:
     def _loses_next_s(self, decode: str, tpot_s: float) -> float:
         """What this answer would lose by the next prompt beside it."""
         cost, work = self._sides[decode].cost, self._sides[decode].work
-        piece = cost.piece(tpot_s, work.limit.beside(self._request.tpot_s))
+        # of its predicted pace, steps alone
+        step_s = cost.step_s(work.decoding + 1, work.cells + self._request.prompt_tokens)
+        piece = cost.piece(step_s, work.limits.beside(self._request.tpot_s))
         return beside(self._next_s[decode], piece, tpot_s, self._request.answer_tokens).stream_loses_s
 
 
@@ -242,7 +242,7 @@ def own_tpot_s(request: Request, decode: Side, begins_s: float, prompts_s: float
     cost, work, answer = decode.cost, decode.work, request.answer_tokens
     depth = request.prompt_tokens + answer / 2
     step_s = cost.step_s(work.decoding + 1, work.cells + depth)
-    piece = cost.piece(step_s, work.limit.beside(request.tpot_s))
+    piece = cost.piece(step_s, work.limits.beside(request.tpot_s))
     beside_s = beside(prompts_s, piece, step_s, answer).stream_loses_s
     for stream in work.streams:
         steps = common_steps(begins_s, answer, stream.begins_s, stream.left, step_s)
@@ -306,7 +306,7 @@ def _watch(side: Side) -> _Watch:
         if stream.tpot_s is None:
             continue
         behind_s = after_s[max(0, len(work.prompts) - stream.ahead)] - (0.0 if stream.ahead else stream.begins_s)
-        piece = cost.piece(step_s, work.limit)
+        piece = cost.piece(step_s, work.limits)
         loses_s = beside(max(0.0, behind_s), piece, step_s, stream.left).stream_loses_s
         allowed_s = stream.tpot_s * (stream.tokens + stream.left)
         slack_s = allowed_s - stream.age_s - stream.left * step_s - loses_s

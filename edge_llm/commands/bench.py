@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,7 @@ from edge_llm.commands.turns import turns
 from edge_llm.config import DEFAULT_MODEL
 
 _PRINTED = ("record", "case", "printed")
-_OWN = ("serve", "cluster", "compare", "claims")
+_OWN = ("node", "net", "serve", "accuracy", "goodput", "cluster", "compare", "claims")
 
 
 @click.group()
@@ -157,15 +159,23 @@ def handoff(
 @click.argument("of", type=click.Choice([*_PRINTED, *_OWN]), default="record")
 def schema(of: str) -> None:
     """JSON schema of the files in bench_results/: of a record (default), of a line of the cases beside it, or of what
-    a measuring command prints with --json (`printed`: any of them; `serve`, `cluster`, `compare`, `claims`: all that
-    this one does)."""
+    a measuring command prints with --json (`printed`: what any of them does; a command's name: all that this one
+    does)."""
     from edge_llm.bench.claims_runs import schema as of_claims
     from edge_llm.bench.edge_table import schema as of_cluster
     from edge_llm.bench.record import schema as published
+    from edge_llm.bench.schemas import PRINTED
+    from edge_llm.bench.schemas import schema as of_command
     from edge_llm.bench.serve.results import schema as of_serve
     from edge_llm.report.compare import schema as of_compare
 
-    own = {"serve": of_serve, "cluster": of_cluster, "compare": of_compare, "claims": of_claims}
+    own: dict[str, Callable[[], dict[str, Any]]] = {
+        "serve": of_serve,
+        "cluster": of_cluster,
+        "compare": of_compare,
+        "claims": of_claims,
+        **{name: partial(of_command, name) for name in PRINTED},
+    }
     click.echo(json.dumps(own[of]() if of in own else published(of), indent=1))
 
 

@@ -169,7 +169,7 @@ class Engine(Protocol):
         ...
 
     def step(self) -> Step:
-        """Prompt work of one micro-batch (within the time budget when streams run), a row of each running stream."""
+        """Prompt work of a micro-batch at most (what running streams leave time for), a row of each running stream."""
         ...
 
     def end(self, slot: int) -> None:

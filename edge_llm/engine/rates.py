@@ -29,6 +29,8 @@ Matrix = tuple[Vector, Vector, Vector]
 # About the last 200 samples count, 1,000 steps once the law is known: at 10 ms they forget a throttled minute in 10 s.
 _FORGETTING: Final = 0.995
 _LEARNT: Final = 64
+# Pieces must differ in length before a call can be told from its tokens.
+_LEARNT_PIECES: Final = 16
 _OBSERVED_STEPS: Final = 5  # odd: prompt work of two kinds takes turns beside decode steps
 _SURPRISE: Final = 1.5
 _BELIEVED_AFTER: Final = 4
@@ -149,6 +151,18 @@ class RateBook:
     def decode_law(self) -> Vector:
         """(run_s, row_s, cell_s) as last solved."""
         return self._decode.expected
+
+    def step_s(self, rows: int, cells: int) -> float | None:
+        """A decode step of one call; None while too little is known."""
+        return _dot(self._decode.expected, (1.0, rows, cells)) if self._decode.samples >= _BELIEVED_AFTER else None
+
+    def tokens_in(self, seconds: float, p0: int) -> float | None:
+        """How long a prompt piece from position p0 on is that takes so long; None while too little is known."""
+        call_s, token_s, pair_s = self._prompt.expected
+        each_s = token_s + pair_s * p0
+        if self._prompt.samples < _LEARNT_PIECES or each_s <= 0.0:
+            return None
+        return (seconds - call_s) / each_s
 
     def on_decode(self, rows: int, cells: int, seconds: float) -> None:
         """A decode call of `rows` rows that read `cells` KV cells in all."""

@@ -4,7 +4,7 @@ Owns slots, the prompt queue, the time budget, sampling calls, stop rules and to
 llama.cpp, networks, tickets and JSON. Implements `engine.Engine`; the same class drives the real and the
 simulated backend, so the rules below exist once.
 
-One `step`: one piece of the oldest prompt that may advance (bounded by the budget when streams run), then a row for
+One `step`: a piece of the oldest prompt that may advance, if running streams leave room for one, then a row for
 every sequence whose KV is complete up to its last token, in one decode call or in several where depths differ much.
 
 Invariants: `kv_tokens` positions of a slot have KV, always contiguous from 0; a sequence decodes exactly when
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from edge_llm.engine.backend import Backend, Interrupted, Logits, Row
 from edge_llm.engine.batch import RowCost, calls, cells_read, next_border, piece_end, smoothed
 from edge_llm.engine.engine import EngineFacts, Failure, KeptKV, KVChunk, PromptProgress, ServedPrompt, Step, Vocabulary
-from edge_llm.engine.pacing import Pace, room_s, token_budget
+from edge_llm.engine.pacing import ROW_BLOCK, Pace, room_s, whole_rows
 from edge_llm.engine.rates import NOTHING_KNOWN, RateBook, Rates
 from edge_llm.engine.sampling import sample
 from edge_llm.engine.text import TextStream
@@ -39,7 +39,7 @@ class _Sequence:
     keeps_kv: bool
     # Its KV became complete in this step: running streams waited for that, a new row must not add to it.
     waits_a_step: bool = False
-    # Tokens drawn here, and when the first of them was.
+    # Tokens that its client has, and since when the first of them.
     drawn: int = 0
     first_s: float = 0.0
 
@@ -144,6 +144,8 @@ class Sequencer:
             self._backend.restore(slot, snapshot)
             restored = snapshot.filled_to
         sequence = _Sequence(slot, generation, ids, restored, TextStream(generation.stop), keeps_kv)
+        if generation.age_s:
+            sequence.drawn, sequence.first_s = len(generation.delivered_ids), self._clock() - generation.age_s
         for token_id in generation.delivered_ids:
             sequence.text.push(self._vocabulary.piece(token_id))
         sequence.waits_a_step = restored > 0 and self._has_streams
@@ -234,35 +236,44 @@ class Sequencer:
     def _advance_prompt(self, outcome: _Outcome) -> None:
         """One piece: of the oldest local prompt and of the served one in turn, so that neither starves."""
         if not self._prompts and not self._can_serve:
+            self._skipped_steps = 0
             return
-        budget = self._token_budget()
-        if budget == 0:
+        room = self._prompt_room_s()
+        if room == 0.0:
             self._skipped_steps += 1
             return
-        self._skipped_steps = 0
         if self._served is not None and self._can_serve and (self._is_served_turn or not self._prompts):
             self._is_served_turn = False
-            self._advance_served(self._served, budget, outcome)
+            self._advance_served(self._served, room, outcome)
         elif self._prompts:
             self._is_served_turn = True
-            self._advance_local(self._sequences[self._prompts[0]], budget, outcome)
+            self._advance_local(self._sequences[self._prompts[0]], room, outcome)
+        if outcome.prompt_tokens:
+            self._skipped_steps = 0
 
-    def _token_budget(self) -> int | None:
-        """Prompt tokens that running streams leave time for now; None: nobody waits, or pieces are fixed."""
-        if not self._has_streams or self._has_fixed_pieces:
+    def _prompt_room_s(self) -> float | None:
+        """Time that running streams leave for a prompt now; None: nobody waits, or pieces are fixed."""
+        streams = [sequence for sequence in self._sequences.values() if sequence.is_decoding]
+        if not streams or self._has_fixed_pieces:
             return None
-        now_s = self._clock()
-        paces = [
-            Pace(sequence.generation.tpot_s, sequence.drawn, now_s - sequence.first_s, sequence.left)
-            for sequence in self._sequences.values()
-            if sequence.is_decoding
-        ]
-        room = room_s(self._decode_step_s, paces, self._skipped_steps)
-        return token_budget(room, self._prompt_token_s) if room else 0
+        now_s, rows = self._clock(), len(streams)
+        cells = rows * cells_read(max(len(sequence.ids) for sequence in streams))
+        step_s = self._book.step_s(rows, cells) or self._decode_step_s
+        paces = [Pace(one.generation.tpot_s, one.drawn, now_s - one.first_s, one.left) for one in streams]
+        return room_s(step_s, paces, self._skipped_steps) if step_s else None
 
-    def _advance_local(self, sequence: _Sequence, budget: int | None, outcome: _Outcome) -> None:
+    def _piece_end(self, p0: int, total: int, room: float | None) -> int:
+        budget = None
+        if room is not None:
+            tokens = self._book.tokens_in(room, p0)
+            if tokens is None:
+                tokens = room / self._prompt_token_s if self._prompt_token_s else ROW_BLOCK
+            budget = whole_rows(tokens)
+        return piece_end(p0, total, self.facts.chunk_tokens, budget)
+
+    def _advance_local(self, sequence: _Sequence, room: float | None, outcome: _Outcome) -> None:
         p0, total = sequence.kv_tokens, len(sequence.ids) - 1
-        p1 = piece_end(p0, total, self.facts.chunk_tokens, budget)
+        p1 = self._piece_end(p0, total, room)
         generation = sequence.generation
 
         def compute() -> None:
@@ -281,9 +292,9 @@ class Sequencer:
         if sequence.is_decoding:
             self._forget_prompt(sequence.slot)
 
-    def _advance_served(self, served: _Served, budget: int | None, outcome: _Outcome) -> None:
+    def _advance_served(self, served: _Served, room: float | None, outcome: _Outcome) -> None:
         p0 = served.kv_tokens
-        p1 = piece_end(p0, served.total, self.facts.chunk_tokens, budget)
+        p1 = self._piece_end(p0, served.total, room)
         prompt = served.prompt
         try:
             if not self._timed_prompt(lambda: self._backend.serve_prompt(prompt.ids[p0:p1], p0), p0, p1, outcome):

@@ -202,7 +202,8 @@ class Dispatcher:
     async def _send(self, running: Running, plan: Plan) -> None:
         """Hand the request to its worker. Does not wait for one that is found lost meanwhile."""
         waits = self._planner.waits(running, plan, self.view)
-        request = self._orders.decode_request(running, plan, self._time_left_s(running.job) or 0.0, waits)
+        age_s = self._clock() - running.first_token_s if running.first_token_s else 0.0
+        request = self._orders.decode_request(running, plan, self._time_left_s(running.job) or 0.0, waits, age_s)
         running.sent_s = running.sent_s or self._clock()  # its tokens may be here sooner than the reply
         sending = asyncio.timeout(None)
         try:

@@ -31,8 +31,10 @@ class Orders:
     def __init__(self, client: WorkerClient, gateway: str) -> None:
         self._client, self._gateway = client, gateway
 
-    def decode_request(self, running: Running, plan: Plan, time_left_s: float, waits: Waits) -> DecodeRequest:
-        """Generate what is left of an answer, as planned."""
+    def decode_request(
+        self, running: Running, plan: Plan, time_left_s: float, waits: Waits, age_s: float = 0.0
+    ) -> DecodeRequest:
+        """Generate what is left of an answer, as planned. `age_s`: since its first token."""
         job, session = running.job, running.session
         digest = ids_digest((*job.prompt_ids, *session.delivered))
         return DecodeRequest(
@@ -52,6 +54,7 @@ class Orders:
             holder=self._holder(running, plan, digest, waits),
             must_split=job.mode == "split",
             tpot_s=job.slo.tpot_s or 0.0,
+            age_s=age_s if job.slo.tpot_s and session.delivered else 0.0,
         )
 
     def keep_request(self, running: Running) -> KeepRequest:

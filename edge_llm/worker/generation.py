@@ -39,4 +39,5 @@ def generation_of(request: DecodeRequest) -> Generation:
         stop_ids=frozenset(request.stop_ids),
         delivered_ids=tuple(request.delivered_ids),
         tpot_s=request.tpot_s or None,
+        age_s=request.age_s,
     )

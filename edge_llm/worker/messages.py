@@ -112,7 +112,8 @@ class DecodeRequest(Message, frozen=True, kw_only=True):
     time_left_s: the work is dropped when it is not done by then; 0 = no deadline. holder: this worker itself, for a
     prefill worker that would rather fetch the beginning of the prompt from here than compute it again. must_split: the
     client asked for a split, so a prefill worker is asked even where this one would be done soon. tpot_s: the limit
-    that prompts which are read beside its answer leave room for; 0 = none.
+    that prompts which are read beside its answer leave room for; 0 = none. age_s: for how long the client has had the
+    first of delivered_ids, where it has a limit.
     """
 
     protocol: Literal[1] = 1
@@ -132,6 +133,7 @@ class DecodeRequest(Message, frozen=True, kw_only=True):
     holder: PrefillCandidate | None = None
     must_split: bool = False
     tpot_s: Seconds = 0.0
+    age_s: Seconds = 0.0
 
 
 class DecodeReply(Message, frozen=True, kw_only=True):

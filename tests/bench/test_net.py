@@ -17,11 +17,13 @@ from edge_llm.bench import tcp_link
 from edge_llm.bench.net import LinkPlan, Places, Plan, Tally, link_figures, measure, measure_link
 from edge_llm.bench.processes import MeasureFailed
 from edge_llm.bench.run import Run
+from edge_llm.bench.schemas import NetFigures
 from edge_llm.bench.tcp_link import MAGIC, Link, Listener
 from edge_llm.commands.net import net
 from edge_llm.worker.client import Peer
 from edge_llm.worker.tickets import KeyRing
 from tests.loopback import KEYS, running_cluster
+from tests.published import reads_back
 
 PLAN = Plan(prompt_tokens=100, repetitions=2, timeout_s=20.0, connects=3)
 CACHE = 1 << 20
@@ -34,7 +36,9 @@ def silent(_what: str, _done: int, _total: int) -> None:
 async def measured(places: Places, plan: Plan = PLAN) -> tuple[dict[str, Any], Run]:
     run, tally = Run("net", [], {}), Tally()
     await measure(places, plan, run, tally, silent)
-    return tally.figures(run), run
+    figures = tally.figures(run)
+    assert reads_back(figures, NetFigures)
+    return figures, run
 
 
 @pytest.mark.anyio
@@ -124,6 +128,7 @@ def test_a_link_has_round_trips_both_directions_and_bursts(listener: Listener) -
     run = Run("net", [], {})
     found = measure_link(Link("127.0.0.1", listener.port), plan, run, silent)
     assert found == link_figures(plan, run)
+    assert reads_back(found, NetFigures)
     assert len(run.samples["round_trip_ms"]) == 5
     assert found["round_trip_ms"]["min"] <= found["round_trip_ms"]["p50"] <= found["round_trip_ms"]["p99"]
     assert found["to_peer_mb_per_s"] > 0

@@ -9,7 +9,7 @@ import pytest
 from msgspec import structs
 
 from edge_llm.cluster.cost import (
-    Limit,
+    Limits,
     NodeCost,
     Piece,
     PromptWork,
@@ -31,7 +31,7 @@ from edge_llm.engine.pacing import (
     PROMPT_STEPS,
     Pace,
     room_s,
-    token_budget,
+    whole_rows,
 )
 from edge_llm.worker.messages import Link, Rates
 from tests.nodes import load_of, node_of
@@ -89,33 +89,33 @@ def test_prompt_work_between_steps_is_bounded_by_steps_by_a_chunk_and_by_one_tok
     assert cost_of().piece(step_s=0.0).takes_s == pytest.approx(0.002), "never less than a token"
     fixed = cost_of(Rates(run_s=0.02, token_s=0.002, prompt_steps=0.0, of_limit=0.9))
     assert fixed.piece(step_s=0.020).takes_s == pytest.approx(0.200), "level same-plan computes whole chunks"
-    assert fixed.piece(0.020, Limit(0.030)).takes_s == pytest.approx(0.200), "whatever limits there are"
+    assert fixed.piece(0.020, Limits((0.030,))).takes_s == pytest.approx(0.200), "whatever limits there are"
 
 
 def test_beside_a_stream_with_a_limit_a_piece_leaves_room_for_its_next_token() -> None:
     room = cost_of(structs.replace(RATES, of_limit=0.9, least_prompt_steps=0.5))
-    assert room.piece(0.020, Limit(0.040)).takes_s == pytest.approx(0.016), "36 ms of the limit, less the step"
-    assert room.piece(0.020, Limit(0.9)).takes_s == pytest.approx(0.030), "an older worker never makes more of it"
-    assert room.piece(0.020, Limit(0.025)).takes_s == pytest.approx(0.010), "prompts go on where a limit is lost"
-    assert cost_of().piece(0.020, Limit(0.025)).takes_s == pytest.approx(0.030), "a worker that hears of no limits"
+    assert room.piece(0.020, Limits((0.040,))).takes_s == pytest.approx(0.016), "36 ms of the limit, less the step"
+    assert room.piece(0.020, Limits((0.9,))).takes_s == pytest.approx(0.030), "an older worker never makes more of it"
+    assert room.piece(0.020, Limits((0.025,))).takes_s == pytest.approx(0.010), "prompts go on where a limit is lost"
+    assert cost_of().piece(0.020, Limits((0.025,))).takes_s == pytest.approx(0.030), "a worker that hears of no limits"
 
 
 def test_where_every_stream_has_a_limit_and_can_bear_it_a_piece_is_longer_than_without() -> None:
     wide = cost_of(structs.replace(RATES, of_limit=0.9, least_prompt_steps=0.5, most_prompt_steps=8.0))
-    assert wide.piece(0.020, Limit(0.100)).takes_s == pytest.approx(0.070), "90 ms of the limit, less the step"
-    assert wide.piece(0.020, Limit(0.9)).takes_s == pytest.approx(0.160), "eight steps at most"
-    assert wide.piece(0.020, Limit(0.100, is_each=False)).takes_s == pytest.approx(0.030), "somebody said nothing"
+    assert wide.piece(0.020, Limits((0.100,))).takes_s == pytest.approx(0.070), "90 ms of the limit, less the step"
+    assert wide.piece(0.020, Limits((0.9,))).takes_s == pytest.approx(0.160), "eight steps at most"
+    assert wide.piece(0.020, Limits((0.100,), is_each=False)).takes_s == pytest.approx(0.030), "somebody said nothing"
     assert wide.piece(0.020).takes_s == pytest.approx(0.030), "nobody said anything"
 
 
 def test_a_short_piece_reads_less_in_its_time_because_each_is_a_call() -> None:
     calls = cost_of(structs.replace(RATES, of_limit=0.9, least_prompt_steps=0.5))
     assert tuple(calls.piece(9.0)) == pytest.approx((0.210, 0.210)), "a chunk is what it is compared with"
-    takes_s, reads_s = calls.piece(0.020, Limit(0.025))
+    takes_s, reads_s = calls.piece(0.020, Limits((0.025,)))
     assert (takes_s, reads_s) == pytest.approx((0.010, 0.010 * (0.002 / 0.012) / (0.200 / 0.210)), rel=1e-6)
     saved = cost_of(structs.replace(RATES, of_limit=0.9, least_prompt_steps=0.5, least_piece_steps=1.0))
-    assert saved.piece(0.020, Limit(0.025)).takes_s == pytest.approx(takes_s)
-    assert saved.piece(0.020, Limit(0.025)).reads_s > 2 * reads_s, "two steps' worth of it at a time"
+    assert saved.piece(0.020, Limits((0.025,))).takes_s == pytest.approx(takes_s)
+    assert saved.piece(0.020, Limits((0.025,))).reads_s > 2 * reads_s, "two steps' worth of it at a time"
 
 
 @pytest.mark.parametrize("is_each", [True, False])
@@ -139,20 +139,26 @@ def test_what_is_predicted_between_two_steps_is_what_an_engine_computes_there_on
         paces = [Pace(tpot_s, made, age_s, steps)] if is_each else [Pace(tpot_s, made, age_s, steps), Pace()]
         room = room_s(step_s, paces, skipped)
         skipped = 0 if room else skipped + 1
-        piece_s = token_budget(room, 0.0001) * 0.0001 if room else 0.0
+        piece_s = whole_rows(room / 0.0001) * 0.0001 if room else 0.0
         spent_s, age_s = spent_s + piece_s, age_s + piece_s + step_s
-    predicted = NodeCost(rates, chunk_tokens=10_000, kv_bytes_per_token=1).piece(step_s, Limit(tpot_s, is_each))
+    predicted = NodeCost(rates, chunk_tokens=10_000, kv_bytes_per_token=1).piece(
+        step_s, Limits(() if tpot_s is None else (tpot_s,), is_each)
+    )
     assert spent_s / steps == pytest.approx(predicted.takes_s, rel=0.1)
 
 
 def test_the_limit_that_counts_on_a_node_is_the_strictest_of_its_streams() -> None:
-    assert Work().limit == Limit()
-    assert Work(streams=(Stream(5.0), Stream(5.0, tpot_s=0.2), Stream(5.0, tpot_s=0.1))).limit == Limit(0.1, False)
+    assert Work().limits == Limits()
+    some = Work(streams=(Stream(5.0), Stream(5.0, tpot_s=0.2), Stream(5.0, tpot_s=0.1)))
+    assert some.limits == Limits((0.1, 0.2), is_each=False)
     known = Work(decoding=2, streams=(Stream(5.0, tpot_s=0.2), Stream(5.0, tpot_s=0.1)))
-    assert known.limit == Limit(0.1)
-    assert replace(known, decoding=3).limit == Limit(0.1, False), "nobody knows what another gateway's can bear"
-    assert known.limit.beside(None) == Limit(0.1, False)
-    assert known.limit.beside(0.05) == Limit(0.05)
+    assert known.limits == Limits((0.1, 0.2))
+    assert replace(known, decoding=3).limits == Limits((0.1, 0.2), False), "nobody knows what another gateway's bear"
+    assert known.limits.beside(None) == Limits((0.1, 0.2), is_each=False)
+    assert known.limits.beside(0.05) == Limits((0.05, 0.1, 0.2))
+    assert [known.limits.to_keep_s(step_s) for step_s in (0.05, 0.15, 0.3)] == [0.1, 0.2, None]
+    lost = replace(known, streams=(Stream(5.0, tpot_s=0.2), Stream(5.0, tpot_s=0.1, tokens=5, age_s=1.1)))
+    assert lost.limits == Limits((0.2,)), "whatever comes, it is late"
 
 
 def test_a_worker_without_measurements_is_taken_by_its_running_means_or_for_an_average_one() -> None:

@@ -23,7 +23,8 @@ from click.testing import CliRunner
 
 from edge_llm.bench.cases import SUFFIX
 from edge_llm.bench.edge_table import ClusterFigures
-from edge_llm.bench.record import Printed, load
+from edge_llm.bench.record import SCHEMAS, Printed, load
+from edge_llm.bench.schemas import PRINTED, GoodputFigures, NetFigures
 from edge_llm.bench.serve.results import ServeFigures
 from edge_llm.commands.bench import bench, schema
 from edge_llm.commands.supervisor import free_port
@@ -57,13 +58,13 @@ BENCHES = (
         "--url {url} --placement auto --requests 3000 --tasks none --prompt-tokens 16 --answer-tokens 4",
         ClusterFigures,
     ),
-    Bench("net", "--to {link} --seconds 60 --quick"),
+    Bench("net", "--to {link} --seconds 60 --quick", NetFigures),
     Bench("theorem", "--url {url} --prompts 2000", said="answers"),
     Bench("faults", "--kinds late_decode --per-kind 1000"),
     Bench("gateway", "--streams 8 --quick", said="streams run"),
     Bench("pools", "--quick --policies predicted"),
     Bench("overload", "--quick"),
-    Bench("goodput", "--engine simulated --quick --no-llama-server"),
+    Bench("goodput", "--engine simulated --quick --no-llama-server", GoodputFigures),
 )
 
 
@@ -147,7 +148,7 @@ def test_ctrl_c_leaves_a_record_of_what_was_measured(
         assert record.cases.lines > 0
 
 
-@pytest.mark.parametrize("of", ["record", "case", "printed", "serve", "cluster", "compare", "claims"])
+@pytest.mark.parametrize("of", [*SCHEMAS, *PRINTED, "serve", "cluster", "compare", "claims"])
 def test_each_schema_is_published_with_its_definitions(of: str) -> None:
     done = CliRunner().invoke(schema, [of])
     assert done.exit_code == 0, done.output

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_llm.engine.pacing import OF_LIMIT, PROMPT_STEPS, ROW_BLOCK, Pace, room_s, token_budget
+from edge_llm.engine.pacing import OF_LIMIT, PROMPT_STEPS, Pace, room_s, whole_rows
 
 STEP_S = 0.020
 
@@ -25,9 +25,7 @@ def gaps(paces: list[Pace], count: int, step_s: float = STEP_S) -> list[float]:
 
 def test_prompt_work_between_two_tokens_is_bounded_by_the_measured_step() -> None:
     assert room_s(STEP_S, [Pace(), Pace()]) == pytest.approx(0.030)
-    assert token_budget(0.030, prompt_token_s=0.001) == 28, "whole blocks of rows"
-    assert token_budget(0.0015, prompt_token_s=0.010) == 1
-    assert token_budget(0.030, prompt_token_s=0.0) == ROW_BLOCK
+    assert [whole_rows(tokens) for tokens in (30.7, 3.9, 0.2, -5.0)] == [28, 3, 1, 1], "whole blocks of rows"
 
 
 def test_a_stream_that_has_just_begun_gets_its_next_token_at_once_and_the_mean_of_its_gaps_stays_in_its_limit() -> None:
@@ -51,12 +49,18 @@ def test_where_every_stream_bears_it_prompts_get_longer_pieces() -> None:
     assert room_s(STEP_S, [Pace(0.100, 9, 9 * STEP_S)] * 2) == pytest.approx(0.070), "90 ms of the limit, less the step"
     assert room_s(STEP_S, [Pace(60.0, 9, 9 * STEP_S)]) == pytest.approx(0.160), "nor does a stream seem to hang"
     assert room_s(STEP_S, [Pace(0.100, 9, 9 * STEP_S), Pace()]) == pytest.approx(0.030), "one of them said nothing"
+    waiting = [Pace(0.100, 9, 9 * STEP_S), Pace(0.100)]
+    assert room_s(STEP_S, waiting) == pytest.approx(0.030), "one of them waits for its first token"
 
 
 def test_nothing_is_left_for_a_limit_that_is_lost() -> None:
     lost = Pace(0.040, tokens=50, age_s=50 * 0.080, left=50)
     assert room_s(STEP_S, [lost]) == pytest.approx(0.030)
     assert room_s(STEP_S, [lost._replace(left=500)]) == 0.0, "it can be made good"
+    ahead = Pace(0.038, tokens=20, age_s=0.38, left=492)
+    assert room_s(0.050, [ahead]) == pytest.approx(0.075), "steps are too long for it, and it has 0.25 s of a lead"
+    assert room_s(0.050, [ahead._replace(age_s=0.62)]) == 0.0, "it has none, and is not behind"
+    assert room_s(0.020, [Pace(0.015, 9, 9.0, 9), Pace(1.0, 9, 0.18)]) == pytest.approx(0.160), "nor from others"
     assert room_s(STEP_S, [lost, Pace(0.040, tokens=1, left=50)]) == 0.0, "others can"
     assert gaps([Pace(0.015)], 5) == pytest.approx([0.050] * 5), "not even without prompts"
 
@@ -77,8 +81,10 @@ def test_prompts_never_starve_and_no_gap_is_longer_than_without_limits_or_than_a
     seen = gaps([Pace(tpot_s) for tpot_s in limits], 30, step_s)
     known = [tpot_s for tpot_s in limits if tpot_s is not None]
     longest = (1 + PROMPT_STEPS) * step_s
-    if len(known) == len(limits):
-        longest = max(longest, OF_LIMIT * min(known))
+    if len(known) == len(limits):  # those that are lost for good do not count
+        longest = max(
+            longest, OF_LIMIT * min((one for one in known if OF_LIMIT * one > 1.25 * step_s), default=max(known))
+        )
     assert max(seen) <= longest + 1e-9
     for begin in range(27):
         assert sum(seen[begin : begin + 4]) >= 5 * step_s - 1e-9, "of four steps one leaves room for a step's worth"

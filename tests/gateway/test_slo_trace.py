@@ -41,7 +41,7 @@ from edge_llm.engine.pacing import (
     PROMPT_STEPS,
     Pace,
     room_s,
-    token_budget,
+    whole_rows,
 )
 from edge_llm.errors import Overloaded
 from edge_llm.gateway.planner import Planner
@@ -148,7 +148,7 @@ class Machine:
                 paces.append(Pace(limit_s if rates.of_limit else None, one.made + 1, age_s, left))
         room = room_s(step_s, paces, self.skipped)
         self.skipped = 0 if room else self.skipped + 1
-        return min(self.cost.chunk_tokens, token_budget(max(0.0, room - rates.call_s), rates.token_s)) if room else 0
+        return min(self.cost.chunk_tokens, whole_rows((room - rates.call_s) / rates.token_s)) if room else 0
 
 
 class Simulation:
