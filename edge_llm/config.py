@@ -189,6 +189,8 @@ class GatewayConfig(_Settings):
     leaving_s: Annotated[float, Field(ge=0, le=600)] = 0.0
     """After SIGTERM, go on answering, each time for the last time on a connection, until nothing was asked for so long:
     where clients are sent elsewhere once /readyz says 503 (Kubernetes), none is refused. Within `drain_s`."""
+    settle_s: Annotated[float, Field(ge=0, le=600)] = 15.0
+    """How long after its start a gateway that has not found a decode worker says 503 on /readyz."""
     default_max_tokens: Annotated[int, Field(ge=1)] = 512
     """Length of an answer when the request does not say one."""
     log_level: LogLevel = "info"

@@ -36,7 +36,7 @@ _CORE: Final = re.compile(r"cpu\d+_share")
 @dataclass(frozen=True, slots=True)
 class Board:
     """A board during the requests; shares of all cores and of all memory. `workers`: by name. `mapped_share`: what they
-    have in memory of mapped files. None: not read."""
+    have in memory of mapped files. `kind`: what another node says that it is. None: not read."""
 
     node: str
     cpu_share: float | None = None
@@ -50,6 +50,7 @@ class Board:
     workers: Mapping[str, WorkerUse] = field(default_factory=dict)
     mapped_share: float | None = None
     above_idle_mapped_share: float | None = None
+    kind: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +136,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     intervals: dict[str, Interval]
     workers: dict[str, WorkerUse]
     claim: Claim
+    board: str | None = None
 
 
 class ClusterFigures(msgspec.Struct, frozen=True, kw_only=True):
@@ -190,6 +192,7 @@ def board_of(
         workers=workers,
         mapped_share=mapped,
         above_idle_mapped_share=above_idle_mapped,
+        kind=watched.facts.get("board") or watched.facts.get("cpu"),
     )
 
 
@@ -300,6 +303,7 @@ def rows_of(trial: Trial, cases: Sequence[Mapping[str, Any]] = ()) -> list[Row]:
                 _memory(board),
                 board.throttled or (),
             ),
+            board=board.kind,
         )
         for board in trial.boards or (Board(NOT_WATCHED),)
     ]

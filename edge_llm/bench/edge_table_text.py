@@ -88,11 +88,16 @@ def sentences(rows: Sequence[Row], board: str | None) -> list[str]:
         for node, idle in _idle(rows).items()
         if idle > _BUSY
     ]
-    elsewhere = list(dict.fromkeys(row.node for row in rows if row.node != LOCAL))
-    if elsewhere:
+    elsewhere = {row.node: row.board for row in rows if row.node != LOCAL}
+    if unknown := [node for node, kind in elsewhere.items() if kind is None]:
         found.append(
-            f"the paper measured on {CLAIMED_BOARD}; {', '.join(elsewhere)}: board unknown here, so a verdict is about "
+            f"the paper measured on {CLAIMED_BOARD}; {', '.join(unknown)}: board unknown here, so a verdict is about "
             "the board of its row, whatever that is"
+        )
+    if others := [f"{node} is {kind}" for node, kind in elsewhere.items() if kind and CLAIMED_BOARD not in kind]:
+        found.append(
+            f"the paper measured on {CLAIMED_BOARD}, and {', '.join(others)}: a verdict is about the board of its row, "
+            "it neither confirms nor refutes the paper"
         )
     if any(row.node == LOCAL for row in rows) and CLAIMED_BOARD not in (board or ""):
         found.append(

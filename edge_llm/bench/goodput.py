@@ -60,8 +60,8 @@ STRICT_TPOT: Final = Regime(
     ttft_scale=3.0,
     tpot_scale=2.0,
     should_split_win=True,
-    why="a node that reads a prompt between its decode steps gives a stream 1 / (1 + 1.5) of its pace "
-    "(engine/batch.py): 2.0 is kept only where prompts are read elsewhere; there is time to queue for that",
+    why="a node that is told no limits and reads a prompt between its decode steps gives a stream 1 / (1 + 1.5) of its "
+    "pace (engine/pacing.py): 2.0 is kept only where prompts are read elsewhere; there is time to queue for that",
 )
 STRICT_TTFT: Final = Regime(
     "strict_ttft_loose_tpot",

@@ -31,6 +31,8 @@ _LABEL: Final = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 _APART: Final = ("kind", "direction", "core", "package", "rail")
 _KIND: Final = re.compile(r"[a-z_]{1,40}", re.ASCII)
 _CORE: Final = re.compile(r"\d{1,3}", re.ASCII)
+_ABOUT: Final = ("board", "cpu", "cores", "ram_bytes", "page_bytes", "kernel", "os")
+_MOST_TEXT: Final = 120
 
 _GAUGES: Final = {
     "edge_llm_node_cpu_usage_ratio": "cpu_share",
@@ -78,12 +80,20 @@ class NodeMetrics:
         self._host, self._is_tls = parts.hostname, parts.scheme == "https"
         self._path = parts.path.rstrip("/") or "/metrics"
         self._rates = Rates()
+        self._about: dict[str, str] = {}
+
+    def facts(self) -> dict[str, str]:
+        """What the node said that it is (`edge_llm_node_info`), as far as it has been read: its board, processor,
+        kernel."""
+        return dict(self._about)
 
     def read(self, now_s: float) -> dict[str, float | None]:
         """`now_s`: monotonic. Readings that the node does not have are None. A busy node answers late: its counters are
         of the time when it did."""
         asked_s = self._clock()
-        values = values_of(self._fetched() or "")
+        text = self._fetched() or ""
+        values = values_of(text)
+        self._about = about_of(text) or self._about
         now_s += self._clock() - asked_s
         row: dict[str, float | None] = {ours: values.get((theirs, "")) for theirs, ours in _GAUGES.items()}
         row |= {ours: self._rates.of(ours, values.get(theirs), now_s) for theirs, ours in _COUNTERS.items()}
@@ -138,6 +148,17 @@ def values_of(text: str) -> dict[tuple[str, str], float]:
         if value is not None:
             values[name, kind] = values.get((name, kind), 0.0) + value
     return values
+
+
+def about_of(text: str) -> dict[str, str]:
+    """Labels of `edge_llm_node_info` that we know and that have a value; a node may say what it likes, but not at
+    length."""
+    line = next((line for line in text.splitlines() if line.startswith("edge_llm_node_info{")), "")
+    found = _LINE.match(line)
+    labels = dict(_LABEL.findall(found[2] or "")) if found else {}
+    return {
+        name: labels[name][:_MOST_TEXT] for name in _ABOUT if labels.get(name, "").isprintable() and labels.get(name)
+    }
 
 
 def _series(values: Values, name: str, wanted: re.Pattern[str]) -> dict[str, float]:

@@ -49,7 +49,7 @@ Read = Callable[[float], Row]
 
 
 class Board(Protocol):
-    """This board, as a watch asks it (board_reader.py)."""
+    """A board, as a watch asks it (board_reader.py, node_metrics.py)."""
 
     def read(self, now_s: float) -> Row: ...
 
@@ -160,9 +160,9 @@ class Watch:
         self._period_s, self._part, self._baselines = period_s, part, baselines or {}
         if LOCAL in (nodes or {}):
             raise CannotWatch(f"{LOCAL} is what this board is called: give the other node another name")
-        self._board: Board = board or BoardReader(processes)
-        self._samplers = [Sampler(LOCAL, self._board.read)]
-        self._samplers += [Sampler(name, NodeMetrics(url, name).read) for name, url in (nodes or {}).items()]
+        self._boards: dict[str, Board] = {LOCAL: board or BoardReader(processes)}
+        self._boards |= {name: NodeMetrics(url, name) for name, url in (nodes or {}).items()}
+        self._samplers = [Sampler(name, one.read) for name, one in self._boards.items()]
         self._started_at, self._begin_s, self._end_s = datetime.now(UTC), 0.0, 0.0
         self._stop = threading.Event()
 
@@ -193,7 +193,7 @@ class Watch:
             watched(
                 sampler,
                 span,
-                self._board.facts() if sampler.node == LOCAL else {},
+                self._boards[sampler.node].facts(),
                 self._baselines.get(sampler.node, {}),
             )
             for sampler in self._samplers

@@ -148,6 +148,7 @@ class Kubernetes(Discovery):
         self._unknown: dict[str, str] = {}
         self._on_news: OnNews = lambda _: None
         self._tried = asyncio.Event()
+        self._has_listed = False
         self._heard_s = self._failing_s = clock()
         self._problem = self._said = ""
         self._said_s, self._is_said = float("-inf"), False
@@ -220,8 +221,9 @@ class Kubernetes(Discovery):
         self._heard_s = self._clock()
         self._slices = {one.metadata.name: one for one in page.items or ()}
         self._renew()
-        if not self._tried.is_set():
-            self._tried.set()
+        self._tried.set()
+        if not self._has_listed:
+            self._has_listed = True
             log.info("places from Kubernetes", namespace=self._namespace, places=len(self._places))
             if not page.items:
                 log.warning("no Service of workers", namespace=self._namespace, selector=SELECTOR)

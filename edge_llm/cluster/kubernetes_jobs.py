@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -141,8 +141,10 @@ class Jobs:
                 continue
             lost_s = time.monotonic()
             if ended is not None:
-                async for line in self._log(pod, heard, follow=False) if ended.exit_code is not None else _none():
-                    take(line)
+                # a pod may be gone by now; what was heard so far may be all there was, and says so itself
+                with suppress(JobTrouble):
+                    async for line in self._log(pod, heard, follow=False) if ended.exit_code is not None else _none():
+                        take(line)
                 return ended
 
     # -- the pod

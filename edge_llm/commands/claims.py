@@ -50,6 +50,7 @@ _FILE: Final = click.Path(path_type=Path, exists=True, dir_okay=False)
     "--url", help="A gateway that runs: the theorem and the paper's table are of it, not of clusters started here."
 )
 @click.option("--api-key-file", type=_FILE, help="A key for --url.")
+@click.option("--boards", is_flag=True, help="Watch the boards of the workers that --url knows, for the paper's table.")
 @click.option(
     "--workers-file", type=_FILE, help="Workers that run: the paper's table is of them, their boards watched."
 )
@@ -97,6 +98,8 @@ def _refuse_to_run(given: Mapping[str, Any]) -> None:
 def _check(given: Mapping[str, Any]) -> None:
     if given["api_key_file"] and not given["url"]:
         raise click.UsageError("--api-key-file is for the gateway at --url")
+    if given["boards"] and not given["url"]:
+        raise click.UsageError("--boards is for the workers of the gateway at --url")
     if given["workers_file"] and not given["url"] and not given["key_file"]:
         raise click.UsageError("workers ask for a ticket: add --key-file, or ask their gateway with --url")
     if given["key_file"] and (given["url"] or not given["workers_file"]):
@@ -249,7 +252,8 @@ def _where(given: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
         return (f"--{name}", str(value)) if value else ()
 
     gateway = (*option("url"), *option("api-key-file"))
-    there = {"cluster": (*gateway, *option("workers-file"), *option("key-file"))}
+    boards = ("--boards",) if given["boards"] else ()
+    there = {"cluster": (*gateway, *boards, *option("workers-file"), *option("key-file"))}
     return {name: one for name, one in {**there, "theorem": gateway}.items() if one}
 
 

@@ -10,8 +10,10 @@ one.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import shlex
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from edge_llm.errors import ConfigError
@@ -27,6 +29,11 @@ class Moves:
     steps: tuple[tuple[str, ...], ...]
     stopped: tuple[str, ...]
     replicas: Mapping[str, int]
+
+
+def commands(steps: Iterable[tuple[str, ...]], kubeconfig: Path, namespace: str) -> list[str]:
+    """Steps as a shell takes them."""
+    return [shlex.join(["kubectl", "--kubeconfig", str(kubeconfig), "-n", namespace, *words]) for words in steps]
 
 
 def moves(pod: str, role: str, board: str, replicas: Mapping[str, int], *, is_bound: bool = True) -> Moves:

@@ -5,7 +5,8 @@ way to the workers. The worker itself keeps what it was told and reports it to e
 work in the role of its settings. On Kubernetes a role for good is where a worker runs: with --kubeconfig the board
 gets the other label and the workloads other sizes (cluster_moves.py), and the worker is replaced.
 
-Owns the two commands, waiting, and what is refused to keep a model served. Refuses to know tickets.
+Owns the two commands, waiting, what is refused to keep a model served, and what is said of a move that did not come to
+its end. Refuses to know tickets.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import click
 
 from edge_llm.commands.cluster_gateway import Gateway, gateway_options
-from edge_llm.errors import ConfigError, WorkerUnreachable
+from edge_llm.errors import ClientError, ConfigError, EdgeLLMError, WorkerUnreachable
 
 POLL_S: Final = 0.5
 # A gateway asks its workers how they are about once a second, and gives up a question after 1.5 s.
@@ -77,7 +78,14 @@ def drain(
     help="For good, on Kubernetes: move the board to the other workload; its worker is replaced.",
 )
 @click.option("--namespace", default="edge-llm", show_default=True, help="Of the workloads, with --kubeconfig.")
-@_force
+@click.option(
+    "--timeout-s",
+    type=click.FloatRange(min=0),
+    default=180.0,
+    show_default=True,
+    help="With --kubeconfig: how long to wait until what runs there has been handed over.",
+)
+@click.option("--force", is_flag=True, help="Even if nobody else serves its model, or something still runs there.")
 @gateway_options
 @_json
 def role(
@@ -85,6 +93,7 @@ def role(
     role: str,
     kubeconfig: Path | None,
     namespace: str,
+    timeout_s: float,
     force: bool,
     url: str,
     api_key_file: Path | None,
@@ -95,7 +104,7 @@ def role(
     before = gateway.overview()
     was = found(before, node)
     if kubeconfig is not None:
-        moved = _move(gateway, before, node, role, kubeconfig, namespace, force)
+        moved = _move(gateway, before, node, role, kubeconfig, namespace, timeout_s, force)
         _tell(moved, as_json, _moved_words(moved))
         return
     now = _ordered(gateway, node, "role", "role", role)
@@ -174,10 +183,11 @@ def _ordered(gateway: Gateway, name: str, what: str, key: str, value: object) ->
     return now
 
 
-def _drained(gateway: Gateway, now: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+def _drained(gateway: Gateway, now: dict[str, Any], timeout_s: float, ordered: Collection[str] = ()) -> dict[str, Any]:
     """Wait until the node is empty, or for so long; how it is then. `now`: what it said when it was told to drain. What
-    was ordered stays so when this is interrupted."""
+    was ordered stays so when this is interrupted; `ordered`: all that were, if not this one alone."""
     name, until_s, said = now["worker"], time.monotonic() + timeout_s, ""
+    names = ordered or (name,)
     try:
         while left_of(now) and time.monotonic() < until_s:
             if left_of(now) != said:
@@ -186,7 +196,8 @@ def _drained(gateway: Gateway, now: dict[str, Any], timeout_s: float) -> dict[st
             time.sleep(POLL_S)
             now = _later(gateway.overview(), now)
     except KeyboardInterrupt:
-        click.echo(f"{name} goes on draining; `edge-llm cluster drain --undo {name}` takes it back", err=True)
+        for one in names:
+            click.echo(f"{one} goes on draining; `edge-llm cluster drain --undo {one}` takes it back", err=True)
         sys.exit(INTERRUPTED)
     return now
 
@@ -207,10 +218,11 @@ def _move(
     role: str,
     kubeconfig: Path,
     namespace: str,
+    timeout_s: float,
     force: bool,
 ) -> dict[str, Any]:
     """Replace a worker by one of another role on the same board, after everything that stops has been handed over."""
-    from edge_llm.commands.cluster_moves import moves
+    from edge_llm.commands.cluster_moves import commands, moves
     from edge_llm.commands.kubectl import Kubectl
 
     kubectl = Kubectl(kubeconfig, namespace)
@@ -222,13 +234,61 @@ def _move(
     plan = moves(name, role, board, replicas, is_bound=kept.get("whenScaled") == "Delete")
     if not force:
         _refuse_to_strand(overview, plan.stopped)
-    leaving = [_ordered(gateway, stopped, "drain", "is_draining", True) for stopped in plan.stopped]
-    for node in leaving:
-        _drained(gateway, node, timeout_s=180.0)
-    for step in plan.steps:
+    _emptied(gateway, plan.stopped, timeout_s, force)
+    for number, step in enumerate(plan.steps):
         click.echo(f"kubectl -n {namespace} {' '.join(step)}", err=True)
-        kubectl.run(*step)
+        try:
+            kubectl.run(*step)
+        except ConfigError as error:
+            rest = commands(plan.steps[number:], kubeconfig, namespace)
+            raise ConfigError(f"{error.message}\n{_half_moved(gateway, rest, plan.stopped)}") from error
+        except KeyboardInterrupt:
+            rest = commands(plan.steps[number:], kubeconfig, namespace)
+            click.echo(_half_moved(gateway, rest, plan.stopped), err=True)
+            sys.exit(INTERRUPTED)
     return {"board": board, "role": role, "stopped": list(plan.stopped), "replicas": dict(plan.replicas)}
+
+
+def _emptied(gateway: Gateway, names: Sequence[str], timeout_s: float, force: bool) -> None:
+    """Drain all of them. Raises an error that says how they serve again where that does not work, and when something
+    still runs there after so long and `force` does not take that."""
+    until_s = time.monotonic() + timeout_s
+    leaving: list[dict[str, Any]] = []
+    try:
+        for name in names:
+            leaving.append(_ordered(gateway, name, "drain", "is_draining", True))
+        waited = [_drained(gateway, node, max(0.0, until_s - time.monotonic()), names) for node in leaving]
+        last = gateway.overview()  # the others went on while one was waited for
+        drained = [_later(last, node) if left_of(node) else node for node in waited]
+    except EdgeLLMError as error:
+        if not leaving and isinstance(error, ClientError):
+            raise  # refused: nobody drains
+        raise ConfigError(f"{error.message}\n{_serve_again(gateway, names)}") from error
+    left = "; ".join(f"{node['worker']}: {words}" for node in drained if (words := left_of(node)))
+    if left and not force:
+        raise ConfigError(
+            f"nothing was moved: after {timeout_s:g} s something still runs that no other worker took over ({left}). "
+            "They take nothing new. The same command waits again (longer with --timeout-s); with --force it moves then "
+            "all the same, and what still runs is computed again by other workers, or fails without any\n"
+            f"{_serve_again(gateway, names)}"
+        )
+
+
+def _half_moved(gateway: Gateway, rest: Sequence[str], stopped: Sequence[str]) -> str:
+    """`rest`: the commands of the steps that were not done, the one that failed first."""
+    return "\n".join(
+        [
+            "these steps were not done; do them in this order, a board between two roles gets no worker when its own "
+            "starts again:",
+            *(f"  {line}" for line in rest),
+            _serve_again(gateway, stopped),
+        ]
+    )
+
+
+def _serve_again(gateway: Gateway, names: Sequence[str]) -> str:
+    lines = [f"  edge-llm cluster drain {name} --undo --url {gateway.url}" for name in names]
+    return "\n".join(["until they are stopped, drained workers serve again with", *lines])
 
 
 def _moved_words(moved: Mapping[str, Any]) -> str:

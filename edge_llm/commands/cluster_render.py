@@ -1,7 +1,8 @@
 """`edge-llm cluster render`: a described cluster as manifests with sizes that fit, or the sum that does not.
 
 Owns finding the model's sizes and the output: a folder for `kubectl apply -k`, or one YAML on stdout for `kubectl apply
--f -`. What fits and what differs from the shipped manifests is edge_llm/plan's.
+-f -`. A folder that holds a rendering says which board has which role already. What fits, what differs from the
+shipped manifests and what a change of roles takes is edge_llm/plan's.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import shlex
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -32,7 +34,8 @@ _SHOWN: Final = ("sum_bytes", "limit_bytes", "room_bytes", "left_bytes")
     "-o",
     "--output",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Folder for `kubectl apply -k`, with all it needs; without: one YAML on stdout (needs kubectl).",
+    help="Folder for `kubectl apply -k`, with all it needs (rendered again: boards keep their roles); without: one "
+    "YAML on stdout (needs kubectl).",
 )
 @click.option("--check", is_flag=True, help="Only say what fits; render nothing.")
 @click.option("--json", "as_json", is_flag=True, help="With --check or -o: print JSON.")
@@ -45,16 +48,18 @@ def render(description: Path, output: Path | None, check: bool, as_json: bool) -
       - {name: pi-a, ram: 8GB, k3s: server}
       - {name: pi-b, ram: 8GB}
     """
+    from edge_llm.plan.changes import Earlier, changes, moves, remarks
     from edge_llm.plan.description import read_description
     from edge_llm.plan.fit import fitted
-    from edge_llm.plan.manifests import manifests_folder, read_shipped, write_overlay
-    from edge_llm.plan.overlay import kustomization
+    from edge_llm.plan.manifests import manifests_folder, read_earlier, read_shipped, write_overlay
+    from edge_llm.plan.overlay import kustomization, labels, volume_notes
 
     if as_json and not check and output is None:
         raise click.UsageError("--json goes with --check or -o: without them manifests are printed")
     described = read_description(description)
     folder = manifests_folder()
     shipped = read_shipped(folder)
+    earlier = Earlier() if output is None else read_earlier(output)
     model = _known(described)
     fit = fitted(
         described.boards,
@@ -62,12 +67,18 @@ def render(description: Path, output: Path | None, check: bool, as_json: bool) -
         model.sizes,
         splits=model.splits,
         gateway_bytes=shipped.gateway_bytes,
+        earlier=earlier.roles,
     )
     overlay = kustomization(described, fit, shipped, model.file_bytes)
+    changed = changes(earlier, fit)
+    notes = [*remarks(changed), *volume_notes(described, fit, shipped, model.file_bytes, earlier)]
+    fit = replace(fit, notes=(*fit.notes, *notes))
     if check or output is not None:
         if output is not None and not check:
             write_overlay(output, overlay, folder)
-        _tell(described, fit, model, None if check else output, as_json)
+        moved = moves(changed, earlier, shlex.quote(str(output)))
+        labelled = labels(described, fit, [change.board for change in changed])
+        _tell(described, fit, model, None if check else output, moved, labelled, as_json)
         return
     from edge_llm.commands.kubectl import rendered
 
@@ -117,8 +128,17 @@ def _facts(path: Path) -> dict[str, Any]:
     return facts
 
 
-def _tell(described: Description, fit: Fitted, model: KnownModel, output: Path | None, as_json: bool) -> None:
-    from edge_llm.plan.overlay import labels, table
+def _tell(
+    described: Description,
+    fit: Fitted,
+    model: KnownModel,
+    output: Path | None,
+    moved: list[str],
+    labelled: list[str],
+    as_json: bool,
+) -> None:
+    """`moved` and `labelled`: the commands that come before what is applied, in this order."""
+    from edge_llm.plan.overlay import table
 
     if as_json:
         found = {
@@ -126,7 +146,8 @@ def _tell(described: Description, fit: Fitted, model: KnownModel, output: Path |
             "kv_bytes_per_token": model.kv_bytes_per_token,
             "boards": table(fit),
             "sums": {group.role: group.sum.parts for group in fit.groups},
-            "labels": labels(described, fit),
+            "moves": moved,
+            "labels": labelled,
             "notes": list(fit.notes),
             "output": None if output is None else str(output),
         }
@@ -134,7 +155,7 @@ def _tell(described: Description, fit: Fitted, model: KnownModel, output: Path |
         return
     _summary(described, fit, model)
     if output is not None:
-        for line in (*labels(described, fit), f"kubectl apply -k {shlex.quote(str(output))}"):
+        for line in (*moved, *labelled, f"kubectl apply -k {shlex.quote(str(output))}"):
             click.echo(f"  {line}")
 
 

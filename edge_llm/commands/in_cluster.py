@@ -24,6 +24,11 @@ from edge_llm.errors import ConfigError
 
 _RAW: Final = "edge_llm.commands.in_cluster"
 # Of this machine: where the record goes, and how it is shown.
+_VOLUME: Final = (
+    "which board, and which folder of it (K3s's local-path): kubectl get pv "
+    "$(kubectl -n {namespace} get pvc edge-llm-bench -o jsonpath='{{.spec.volumeName}}') -o jsonpath="
+    "'{{..nodeSelectorTerms[0].matchExpressions[0].values[0]}}:{{.spec.hostPath.path}}{{.spec.local.path}}'"
+)
 _HERE: Final = ("output", "as_json", "output_format")
 _OWN: Final = ("in_cluster", "namespace", "kubeconfig", "job")
 
@@ -102,14 +107,21 @@ def _forwarded(command: click.Command, ctx: click.Context) -> list[str]:
 def _run(asked: Asked, params: Mapping[str, Any]) -> None:
     """Start, follow, keep, show; exits as the bench in the cluster did."""
     from edge_llm.bench.log_files import BadFile, LogReader
+    from edge_llm.cluster.kubernetes_jobs import JobTrouble
 
     reader = LogReader()
     trouble = ""
-    ended, was_stopped = asyncio.run(_followed(asked, reader))
+    ended, was_stopped = None, False
+    try:
+        ended, was_stopped = asyncio.run(_followed(asked, reader))
+    except JobTrouble as error:
+        if not reader.files:
+            raise
+        trouble = error.message  # what came until then is kept
     try:
         reader.end()
     except BadFile as error:
-        trouble = error.message
+        trouble = trouble or error.message
     records = _kept(reader.files, asked.output)
     for path in records:
         _show(path, params)
@@ -117,8 +129,11 @@ def _run(asked: Asked, params: Mapping[str, Any]) -> None:
         trouble = trouble or "it left no record in its log"
     if trouble:
         click.echo(f"edge-llm: {trouble}; what it measured is on the volume of the Job, if it came that far", err=True)
+        click.echo(_VOLUME.format(namespace=asked.namespace), err=True)
     if was_stopped:
         sys.exit(INTERRUPTED)
+    if ended is None:
+        sys.exit(1)
     if ended.exit_code is None or (ended.reason and ended.reason not in ("Completed", "Error")):
         click.echo(f"edge-llm: the Job ended: {ended.reason}", err=True)
     sys.exit(ended.exit_code if ended.exit_code is not None else 1)

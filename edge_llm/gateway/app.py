@@ -65,6 +65,7 @@ class Gateway:
         self.operating: Operating
         self.credentials = credentials
         self.is_leaving = False
+        self._began_s, self._had_decoder = time.monotonic(), False
         self.bodies = Bodies(config.max_body_bytes, config.queue_bytes, config.read_s)
         self.started = int(time.time())
         self.exposition = Exposition(config.metrics_alias)
@@ -105,6 +106,12 @@ class Gateway:
                     with suppress(asyncio.CancelledError):
                         await probing
                     await self.dispatcher.close()
+
+    def has_settled(self, has_decoder: bool) -> bool:
+        """Whether clients may be sent here. A gateway that has just begun waits for its workers first; later it says
+        itself that there is none: whoever looks for the reason must be able to ask it."""
+        self._had_decoder |= has_decoder
+        return self._had_decoder or time.monotonic() - self._began_s >= self.config.settle_s
 
     async def drain(self) -> None:
         """Not ready from now on. Answer who still comes until all have gone elsewhere, then take nothing new and let
@@ -199,8 +206,9 @@ def _say_how_it_is(app: FastAPI, gateway: Gateway) -> None:
     async def readyz() -> Response:
         if gateway.is_leaving:
             return Response("draining", 503)
-        decoders = [node for node in gateway.dispatcher.view.ready() if node.decodes]
-        return Response("ready" if decoders else "no decode worker is ready", 200 if decoders else 503)
+        has_decoder = any(node.decodes for node in gateway.dispatcher.view.ready())
+        words = "ready" if has_decoder else "no decode worker is ready"
+        return Response(words, 200 if gateway.has_settled(has_decoder) else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:

@@ -7,13 +7,14 @@ Refuses to know files, YAML and Kubernetes objects.
 Rules. All workers of a role are one workload with one limit, so it must fit the smallest board of the role; of two
 kinds of machine the larger sum counts (other weights are repacked). A board has one worker. Boards with more memory
 decode, because KV of all slots lies there; a board that runs the control plane reads prompts if there is a choice (its
-database writes while streams would wait). A model whose state cannot be cut by position runs on mixed workers only.
+database writes while streams would wait). A board that has a worker already goes on with what it does: another role
+means another worker (changes.py). A model whose state cannot be cut by position runs on mixed workers only.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
@@ -133,14 +134,23 @@ def limit_of(needs: MemoryPlan, head_room: float = HEAD_ROOM) -> int:
     return math.ceil((needs.total_bytes + own * head_room) / STEP_BYTES) * STEP_BYTES
 
 
-def fitted(boards: Sequence[Board], settings: Settings, sizes: SizesOf, *, splits: bool, gateway_bytes: int) -> Fitted:
+def fitted(
+    boards: Sequence[Board],
+    settings: Settings,
+    sizes: SizesOf,
+    *,
+    splits: bool,
+    gateway_bytes: int,
+    earlier: Mapping[str, WorkerRole] | None = None,
+) -> Fitted:
     """Roles, sums and limits. `splits`: whether the model's KV can travel. `gateway_bytes`: what the gateway's pod asks
-    for. Raises ConfigError that has the sum and what would fit."""
-    placed = with_roles(boards, splits=splits)
+    for. `earlier`: roles of boards that are there already. Raises ConfigError that has the sum and what would fit."""
+    placed = with_roles(boards, splits=splits, earlier=earlier)
     groups = _groups(placed, settings, sizes)
     for group in groups:
         if group.limit_bytes > group.smallest.room_bytes:
-            raise ConfigError(_refusal(group, groups, settings, sizes))
+            refusal = _refusal(group, groups, settings, sizes)
+            raise ConfigError(refusal + _stays(group, boards, earlier or {}) if splits else refusal)
     room = [board.room_bytes - group.limit_bytes for group in groups for board in group.boards]
     if max(room) < gateway_bytes:
         raise ConfigError(
@@ -155,8 +165,11 @@ def fitted(boards: Sequence[Board], settings: Settings, sizes: SizesOf, *, split
 # -- roles
 
 
-def with_roles(boards: Sequence[Board], *, splits: bool) -> tuple[Board, ...]:
-    """The same boards, each with a role. Raises ConfigError where nobody would decode."""
+def with_roles(
+    boards: Sequence[Board], *, splits: bool, earlier: Mapping[str, WorkerRole] | None = None
+) -> tuple[Board, ...]:
+    """The same boards, each with a role; of those that were given none, those in `earlier` keep theirs. Raises
+    ConfigError where nobody would decode."""
     if not splits:
         foreign = [board.name for board in boards if board.role in ("prefill", "decode")]
         if foreign:
@@ -165,6 +178,7 @@ def with_roles(boards: Sequence[Board], *, splits: bool) -> tuple[Board, ...]:
                 f"{', '.join(foreign)} role mixed"
             )
         return tuple(replace(board, role="mixed") for board in boards)
+    boards = _as_before(boards, earlier or {})
     readers = _readers(boards)
     placed = tuple(board if board.role else replace(board, role=_role(board, boards, readers)) for board in boards)
     if not any(board.role in ("decode", "mixed") for board in placed):
@@ -172,6 +186,28 @@ def with_roles(boards: Sequence[Board], *, splits: bool) -> tuple[Board, ...]:
     if not any(board.role in ("prefill", "mixed") for board in placed):
         raise ConfigError("nobody would read prompts for others: give a board role prefill or mixed")
     return placed
+
+
+def _as_before(boards: Sequence[Board], earlier: Mapping[str, WorkerRole]) -> Sequence[Board]:
+    """What boards do already is given, unless something would be done by nobody then and no board is left to choose
+    for."""
+    before = _chosen_before(boards, earlier)
+    kept = tuple(replace(board, role=earlier[board.name]) if board.name in before else board for board in boards)
+    roles = {board.role for board in kept}
+    is_whole = None in roles or bool(roles & {"decode", "mixed"} and roles & {"prefill", "mixed"})
+    return kept if is_whole else boards
+
+
+def _chosen_before(boards: Iterable[Board], earlier: Mapping[str, WorkerRole]) -> frozenset[str]:
+    return frozenset(board.name for board in boards if board.role is None and board.name in earlier)
+
+
+def _stays(group: Group, boards: Iterable[Board], earlier: Mapping[str, WorkerRole]) -> str:
+    """That another role is a matter of saying so, where the board that is too small has its role from before."""
+    name = group.smallest.name
+    if name not in _chosen_before(boards, earlier) or earlier[name] != group.role:
+        return ""
+    return f"\n{name} keeps the role that it was rendered with before; `role:` in the description gives it another."
 
 
 def _role(board: Board, boards: Sequence[Board], readers: frozenset[str]) -> WorkerRole:

@@ -13,6 +13,7 @@ from typing import Any, Final
 import yaml
 
 from edge_llm.errors import ConfigError
+from edge_llm.plan.changes import Earlier, earlier_of
 from edge_llm.plan.description import bytes_of
 from edge_llm.plan.overlay import HEADER, SHIPPED, VERIFY, Shipped
 
@@ -45,6 +46,16 @@ def read_shipped(folder: Path) -> Shipped:
         verifies=any(container["name"] == VERIFY for container in pod.get("initContainers") or []),
         storage_bytes=bytes_of(storage[0]) if storage else 0,
     )
+
+
+def read_earlier(target: Path) -> Earlier:
+    """What was rendered into this folder before; of what is not ours, nothing. Raises ConfigError."""
+    file = target / OVERLAY
+    try:
+        text = file.read_text() if file.is_file() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from error
+    return earlier_of(text) if text.startswith(HEADER) else Earlier()
 
 
 def write_overlay(target: Path, overlay: str, folder: Path) -> None:

@@ -7,13 +7,14 @@ read and write files (manifests.py) and to render what kubectl renders.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import yaml
 
 from edge_llm.errors import ConfigError
+from edge_llm.plan.changes import Earlier
 from edge_llm.plan.description import Description
 from edge_llm.plan.fit import MIB, Fitted, Group
 
@@ -50,6 +51,7 @@ class Shipped:
 def kustomization(described: Description, fit: Fitted, shipped: Shipped, file_bytes: int) -> str:
     """The overlay's one file. Raises ConfigError for a component that is not shipped."""
     components = _components(described, fit, shipped)
+    storage = _storage(components, shipped, file_bytes)
     content: dict[str, Any] = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
@@ -64,11 +66,7 @@ def kustomization(described: Description, fit: Fitted, shipped: Shipped, file_by
             }
         ],
         "components": [f"{SHIPPED}/components/{name}" for name in components],
-        "patches": [
-            patch
-            for group in fit.groups
-            for patch in _patches(group, shipped, 0 if _NO_DOWNLOAD & set(components) else file_bytes, described)
-        ],
+        "patches": [patch for group in fit.groups for patch in _patches(group, shipped, storage, described)],
     }
     if described.image:
         content["images"] = [_image(described.image)]
@@ -92,14 +90,30 @@ def settings(described: Description) -> dict[str, str]:
     return {f"EDGE_LLM_WORKER_{key.upper()}": str(value) for key, value in values.items()}
 
 
-def labels(described: Description, fit: Fitted) -> list[str]:
-    """The commands that say which board does what; none where one board does all, unless its volumes ask for it."""
+def labels(described: Description, fit: Fitted, moving: Collection[str] = ()) -> list[str]:
+    """The commands that say which board does what, but for those that need more than a label (changes.py); none where
+    one board does all, unless its volumes ask for it."""
     if len(described.boards) == 1 and _ON_BOARD not in (described.components or ()):
         return []
-    return [
-        f"kubectl label node --overwrite {' '.join(board.name for board in group.boards)} edge-llm/role={group.role}"
-        for group in fit.groups
-    ]
+    return _labels(fit, moving)
+
+
+def volume_notes(
+    described: Description, fit: Fitted, shipped: Shipped, file_bytes: int, earlier: Earlier
+) -> Iterable[str]:
+    """What volumes of another size take, on a cluster that is installed already."""
+    storage = _storage(_components(described, fit, shipped), shipped, file_bytes)
+    if storage is None and not earlier.sizes_volumes:
+        return
+    now = f"{storage} instead of the {shipped.storage_bytes / _GIB:g}Gi" if storage else "of the size"
+    names = " ".join(f"edge-llm-{group.role}" for group in fit.groups)
+    yield (
+        f"workers' volumes are {now} that {'are' if storage else 'is'} shipped, and a StatefulSet that is installed "
+        "refuses another size: before `kubectl apply -k`, if it was installed with another one, `kubectl -n edge-llm "
+        f"delete sts {names} --cascade=orphan --ignore-not-found`. Pods and their volumes stay, and what is applied "
+        "takes them over; volumes that exist keep their size (K3s's local-path does not look at it, elsewhere make "
+        "them larger)"
+    )
 
 
 def table(fit: Fitted) -> list[dict[str, object]]:
@@ -163,8 +177,17 @@ def _check_components(wanted: set[str], shipped: Shipped) -> None:
         )
 
 
-def _patches(group: Group, shipped: Shipped, file_bytes: int, described: Description) -> Iterable[Mapping[str, Any]]:
-    """`file_bytes`: of what is downloaded."""
+def _storage(components: Iterable[str], shipped: Shipped, file_bytes: int) -> str | None:
+    """Of a worker's volume, where the model is downloaded and the shipped size does not hold it."""
+    # a wheel or a partial download lies beside the file for a while; the rest is what `verify` leaves
+    needed = 2 * file_bytes + _GIB
+    is_enough = not shipped.storage_bytes or needed <= shipped.storage_bytes
+    return None if is_enough or _NO_DOWNLOAD & set(components) else f"{math.ceil(needed / _GIB)}Gi"
+
+
+def _patches(
+    group: Group, shipped: Shipped, storage: str | None, described: Description
+) -> Iterable[Mapping[str, Any]]:
     name = f"edge-llm-{group.role}"
     spec: dict[str, Any] = {"containers": [{"name": "worker", "resources": _memory(group.limit_bytes)}]}
     if shipped.verifies:
@@ -179,12 +202,16 @@ def _patches(group: Group, shipped: Shipped, file_bytes: int, described: Descrip
     }
     target = {"kind": "StatefulSet", "name": name}
     yield {"target": target, "patch": _text(whole)}
-    # a wheel or a partial download lies beside the file for a while; the rest is what `verify` leaves
-    needed = 2 * file_bytes + _GIB
-    if shipped.storage_bytes and needed > shipped.storage_bytes:
+    if storage is not None:
         path = "/spec/volumeClaimTemplates/0/spec/resources/requests/storage"
-        change = [{"op": "replace", "path": path, "value": f"{math.ceil(needed / _GIB)}Gi"}]
+        change = [{"op": "replace", "path": path, "value": storage}]
         yield {"target": target, "patch": _text(change)}
+
+
+def _labels(fit: Fitted, moving: Collection[str] = ()) -> list[str]:
+    """Without --overwrite: a board that has another role by now (`cluster role`) is refused, not stranded."""
+    boards = {group.role: [board.name for board in group.boards if board.name not in moving] for group in fit.groups}
+    return [f"kubectl label node {' '.join(names)} edge-llm/role={role}" for role, names in boards.items() if names]
 
 
 def _memory(size: int) -> dict[str, dict[str, str]]:
@@ -215,7 +242,8 @@ def _image(image: str) -> dict[str, str]:
 def _comment(described: Description, fit: Fitted) -> Iterable[str]:
     yield f"{HEADER}: {described.model}, {described.settings.slots} slots of {described.settings.n_ctx} tokens."
     yield "# Rendering again replaces this folder. Put changes of your own into an overlay that has it as a resource."
-    for line in labels(described, fit):
+    yield "# Boards keep their roles then, by these lines (one board alone needs no label):"
+    for line in _labels(fit):
         yield f"#   {line}"
     for group in fit.groups:
         parts = ", ".join(f"{name} {size / MIB:,.0f}" for name, size in group.sum.parts.items() if size)

@@ -21,7 +21,7 @@ from prometheus_client.registry import Collector
 from edge_llm.engine.engine import Step
 from edge_llm.exposition import LABELS, SECONDS
 from edge_llm.worker.messages import Board, Link, PromptReport, WorkerStatus
-from edge_llm.worker.readings import Consumed, consumed
+from edge_llm.worker.readings import Consumed, about_node, consumed
 
 _BOARD_LABELS: Final = ("node",)
 Family = CounterMetricFamily | GaugeMetricFamily
@@ -36,6 +36,7 @@ class Readings:
     status: Callable[[], WorkerStatus]
     requests_running: Callable[[], int]
     consumed: Callable[[], Consumed] = consumed
+    about_node: Callable[[], Mapping[str, str]] = about_node
 
 
 class WorkerMetrics:
@@ -128,6 +129,9 @@ class _State(Collector):
         info = InfoMetricFamily("edge_llm_worker", "What this worker is and promises.", labels=LABELS)
         info.add_metric(labels, {"version": status.version, "level": status.level, "quantization": status.quantization})
         yield info
+        node = InfoMetricFamily("edge_llm_node", "The board this worker runs on.", labels=_BOARD_LABELS)
+        node.add_metric((status.worker,), dict(self._readings.about_node()))
+        yield node
 
 
 def _load_of(labels: tuple[str, str, str], status: WorkerStatus, requests_running: int) -> Iterator[Metric]:

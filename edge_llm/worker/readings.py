@@ -6,8 +6,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
+from edge_llm.board import board_facts
 from edge_llm.engine.engine import Engine
 from edge_llm.engine.pacing import (
     LEAST_PIECE_STEPS,
@@ -26,6 +28,7 @@ from edge_llm.machine import (
     group_memory_bytes,
     memory_bytes,
     network_bytes,
+    node_facts,
     ram_share,
 )
 from edge_llm.power import energy_j, monitor_rails_w
@@ -62,6 +65,21 @@ def consumed(root: Path = Path("/")) -> Consumed:
         group_peak_bytes=group_peak_bytes,
         anonymous_bytes=anonymous_bytes(os.getpid(), root),
     )
+
+
+@cache
+def about_node() -> Mapping[str, str]:
+    """What this board is: none of it changes while a process lives. Empty: not known."""
+    node, more = node_facts(), board_facts(Path())
+    return {
+        "board": node.board or "",
+        "cpu": node.cpu,
+        "cores": str(node.cores),
+        "ram_bytes": str(node.ram_bytes),
+        "page_bytes": str(node.page_bytes),
+        "kernel": node.kernel,
+        "os": more.os or "",
+    }
 
 
 def board() -> Board:

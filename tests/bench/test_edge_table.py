@@ -323,6 +323,12 @@ def test_a_board_elsewhere_is_not_called_what_this_one_is() -> None:
     assert any("board unknown" in line for line in sentences([row(node="pi-1")], PI)), "this one is no proof of that"
 
 
+def test_a_board_elsewhere_that_says_what_it_is_is_called_that() -> None:
+    found = sentences([row(node="pi-1", board="Raspberry Pi 5 Model B Rev 1.0"), row(node="nuc", board="Some CPU")], PI)
+    assert not any("board unknown" in line or "pi-1 is" in line for line in found)
+    assert any("nuc is Some CPU" in line and "neither confirms nor refutes" in line for line in found)
+
+
 def test_a_board_that_was_busy_before_is_named() -> None:
     busy = rows_of(trial(answer(), boards=[board(cpu_share=0.7, above_idle_cpu_share=0.3)]))
     assert any("local was 40% busy before" in line for line in sentences(busy, PI))

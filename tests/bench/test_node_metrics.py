@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
-from edge_llm.bench.node_metrics import NodeMetrics, values_of
+from edge_llm.bench.node_metrics import NodeMetrics, about_of, values_of
 from tests.loopback import CHUNK, prompt_of, running_cluster
 
 TEXT = """\
@@ -64,6 +64,23 @@ def test_a_node_is_read_under_the_names_of_a_board() -> None:
     assert (first["ram_share"], first["worker/kv_share"]) == (None, None), "a node that does not say it"
     assert (first["worker/cpu_cores"], second["worker/cpu_cores"]) == (None, 1.5)
     assert second["worker/kv_in_bytes_per_s"] == 35.0, "under both names of its role together"
+
+
+ABOUT = 'edge_llm_node_info{board="Raspberry Pi 5 Model B Rev 1.0",cores="4",cpu="Cortex-A76",node="pi-1",os=""} 1.0\n'
+
+
+def test_a_node_says_what_it_is_as_long_as_it_was_ever_heard() -> None:
+    with node(http(ABOUT.encode()), http(TEXT.encode())) as url:
+        metrics = NodeMetrics(url, "pi-1", standing_clock)
+        assert metrics.facts() == {}
+        for at_s in (10.0, 11.0):
+            metrics.read(at_s)
+            assert metrics.facts() == {"board": "Raspberry Pi 5 Model B Rev 1.0", "cores": "4", "cpu": "Cortex-A76"}
+
+
+def test_a_node_cannot_say_what_is_not_asked_nor_at_length() -> None:
+    assert about_of('edge_llm_node_info{board="' + "x" * 5000 + '",secret="y"} 1.0') == {"board": "x" * 120}
+    assert about_of('edge_llm_node_info{board="\x1b[31m"} 1.0') == {}
 
 
 NOTHING = {

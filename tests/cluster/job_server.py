@@ -46,7 +46,8 @@ class JobServer:
     """`log`: what the container writes; it ends with `exit_code` after that, or when it is told to stop, when it is
     `endless`. `breaks_after`: the first connection to the log is cut after so many lines. `waits`: looks at the pod
     until it runs, -1: for ever, with `waiting` and `events`; `waiting` None: there is no pod yet. `away`: so many looks
-    at the pod fail. A Job is there until it is deleted, if it has the right name."""
+    at the pod fail. `takes_pod_away`: its log is gone once it has ended. A Job is there until it is deleted, if it has
+    the right name."""
 
     log: list[str] = field(default_factory=list)
     exit_code: int = 0
@@ -58,6 +59,7 @@ class JobServer:
     breaks_after: int | None = None
     endless: bool = False
     last_words: list[str] = field(default_factory=list)
+    takes_pod_away: bool = False
     refuses: int | None = None
     away: int = 0
     created: list[dict[str, Any]] = field(default_factory=list)
@@ -157,6 +159,8 @@ class JobServer:
 
     async def _log(self, request: web.Request) -> web.StreamResponse:
         self.log_reads += 1
+        if self.is_over and self.takes_pod_away:
+            return web.json_response({"kind": "Status", "message": "pods not found"}, status=404)
         if self.log_reads > 2:
             self.asked_again.set()
         reply = web.StreamResponse()

@@ -91,6 +91,12 @@ def test_a_connection_that_breaks_costs_no_line_and_repeats_none(tmp_path: Path)
     assert server.log_reads >= 2
 
 
+def test_a_pod_that_is_taken_away_when_it_has_ended_costs_nothing_that_was_heard(tmp_path: Path) -> None:
+    server = JobServer(log=["a", "b"], exit_code=3, takes_pod_away=True)
+    ended, lines, _ = with_jobs(server, tmp_path, followed)
+    assert (ended.exit_code, lines) == (3, ["a", "b"])
+
+
 def test_a_log_that_is_silent_for_long_is_asked_for_again(tmp_path: Path) -> None:
     server = JobServer(log=["a"], endless=True, last_words=["b"])
 

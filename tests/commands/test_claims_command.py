@@ -111,6 +111,7 @@ def test_a_plan_says_what_would_run_and_runs_nothing(tmp_path: Path, monkeypatch
     [
         (("--only", "exact.everything"), "exact.theorem"),
         (("--api-key-file", __file__), "--url"),
+        (("--boards",), "--url"),
         (("--workers-file", __file__), "--key-file"),
         (("--key-file", __file__), "--workers-file"),
         (("--from", str(ROOT), "--quick", "--budget-minutes", "5"), "leave out --quick, --budget-minutes, or --from"),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from edge_llm.commands.cluster_moves import moves
+from edge_llm.commands.cluster_moves import commands, moves
 from edge_llm.errors import ConfigError
 
 REPLICAS = {"edge-llm-prefill": 1, "edge-llm-decode": 3}
@@ -33,6 +35,13 @@ def test_another_one_is_deleted_with_its_volume_and_the_last_one_takes_its_numbe
 def test_a_volume_that_is_on_every_board_is_kept() -> None:
     plan = moves("edge-llm-decode-0", "prefill", "pi-b", REPLICAS, is_bound=False)
     assert plan.steps[3:] == (("delete", "pod", "edge-llm-decode-0", "--wait=false"),)
+
+
+def test_steps_can_be_pasted_wherever_the_kubeconfig_lies() -> None:
+    steps = moves("edge-llm-decode-2", "prefill", "pi-d", REPLICAS).steps
+    assert commands(steps, Path("/home/me/my k3s.yaml"), "edge-llm")[0] == (
+        "kubectl --kubeconfig '/home/me/my k3s.yaml' -n edge-llm label node pi-d --overwrite edge-llm/role=prefill"
+    )
 
 
 @pytest.mark.parametrize(

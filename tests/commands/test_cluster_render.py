@@ -45,7 +45,7 @@ def test_a_folder_is_written_with_the_commands_that_use_it(gguf: Path, tmp_path:
     assert done.exit_code == 0, done.output
     assert (target / "kustomization.yaml").is_file()
     assert f"kubectl apply -k {target}" in done.stdout
-    assert "kubectl label node --overwrite pi-a edge-llm/role=prefill" in done.stdout
+    assert "kubectl label node pi-a edge-llm/role=prefill" in done.stdout
 
 
 def test_one_yaml_goes_to_standard_output_and_the_rest_to_standard_error(gguf: Path, tmp_path: Path) -> None:
@@ -117,3 +117,64 @@ def test_the_command_to_apply_a_folder_can_be_pasted_whatever_it_is_called(gguf:
     target = tmp_path / "my cluster"
     done = run(described(tmp_path, f"gguf: {gguf}"), "-o", target)
     assert f"kubectl apply -k '{target}'" in done.stdout
+
+
+def boards(folder: Path, gguf: Path, *lines: str) -> Path:
+    file = folder / "cluster.yaml"
+    listed = "".join(f"  - {{{line}, ram: 8GB}}\n" for line in lines)
+    file.write_text(f"model: tiny\ngguf: {gguf}\nboards:\n{listed}slots: 2\nn_ctx: 1024\n")
+    return file
+
+
+def steps(done: Result) -> list[str]:
+    """The commands that are printed to be run."""
+    assert done.exit_code == 0, done.output
+    return [line.strip() for line in done.stdout.splitlines() if line.startswith(("  kubectl", "  edge-llm"))]
+
+
+def test_a_cluster_that_grows_keeps_its_roles_and_chooses_for_new_boards_only(gguf: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    four = [f"name: pi-{letter}" for letter in "abcd"]
+    assert steps(run(boards(tmp_path, gguf, *four), "-o", target)) == [
+        "kubectl label node pi-a edge-llm/role=prefill",
+        "kubectl label node pi-b pi-c pi-d edge-llm/role=decode",
+        f"kubectl apply -k {target}",
+    ]
+    grown = boards(tmp_path, gguf, *four, "name: pi-e", "name: pi-f")
+    again = [
+        "kubectl label node pi-a pi-e edge-llm/role=prefill",
+        "kubectl label node pi-b pi-c pi-d pi-f edge-llm/role=decode",
+        f"kubectl apply -k {target}",
+    ]
+    assert steps(run(grown, "-o", target)) == again
+    assert steps(run(grown, "-o", target)) == again
+    elsewhere = json.loads(run(grown, "-o", tmp_path / "other", "--check", "--json").stdout)
+    assert elsewhere["labels"][0] == "kubectl label node pi-a pi-b edge-llm/role=prefill", "without it two others read"
+
+
+def test_a_role_that_is_changed_by_hand_replaces_the_worker_first_and_says_why(gguf: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    steps(run(boards(tmp_path, gguf, "name: pi-a", "name: pi-b", "name: pi-c"), "-o", target))
+    changed = boards(tmp_path, gguf, "name: pi-a", "name: pi-b, role: prefill", "name: pi-c")
+    checked = json.loads(run(changed, "-o", target, "--check", "--json").stdout)
+    done = run(changed, "-o", target)
+    moved, *rest = steps(done)
+    assert checked["moves"] == [moved]
+    assert moved.startswith("edge-llm cluster role POD prefill --kubeconfig ")
+    assert moved.endswith("on pi-b")
+    assert rest == [
+        "kubectl label node pi-a edge-llm/role=prefill",
+        "kubectl label node pi-c edge-llm/role=decode",
+        f"kubectl apply -k {target}",
+    ]
+    assert "pi-b (decode -> prefill). A label alone would move nobody" in done.stdout
+
+
+def test_a_board_that_was_alone_stays_mixed_when_a_second_one_comes(gguf: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    assert steps(run(boards(tmp_path, gguf, "name: pi-a"), "-o", target)) == [f"kubectl apply -k {target}"]
+    assert steps(run(boards(tmp_path, gguf, "name: pi-a", "name: pi-b"), "-o", target)) == [
+        "kubectl label node pi-b edge-llm/role=decode",
+        "kubectl label node pi-a edge-llm/role=mixed",
+        f"kubectl apply -k {target}",
+    ]

@@ -6,9 +6,12 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,6 +32,8 @@ policy = {{"persistentVolumeClaimRetentionPolicy": {{"whenScaled": "Delete"}}}}
 sets = [{{"metadata": {{"name": "edge-llm-" + role}}, "spec": {{"replicas": count, **policy}}}}
         for role, count in (("prefill", 1), ("decode", {decoders}))]
 answers = {{"pod": {{"spec": {{"nodeName": "pi-b"}}}}, "statefulset": {{"items": sets}}}}
+if " ".join(words[4:]).startswith({failing!r}):
+    sys.exit("the server is currently unable to handle the request")
 print(json.dumps(answers[words[5]] if words[4] == "get" else {{}}))
 """
 
@@ -44,8 +49,11 @@ class Kubernetes:
 
     folder: Path
 
-    def with_decoders(self, count: int) -> None:
-        text = KUBECTL.format(python=sys.executable, config=str(self.config), log=str(self.log), decoders=count)
+    def with_decoders(self, count: int, failing: str = "nothing") -> None:
+        """`failing`: how the words begin that it refuses."""
+        text = KUBECTL.format(
+            python=sys.executable, config=str(self.config), log=str(self.log), decoders=count, failing=failing
+        )
         (self.folder / "kubectl").write_text(text)
         (self.folder / "kubectl").chmod(0o755)
         self.config.write_text("")
@@ -63,16 +71,16 @@ class Kubernetes:
         lines = self.log.read_text().splitlines() if self.log.exists() else []
         return [line for line in lines if not line.startswith("get ")]
 
-    async def role(self, service: Service, *words: str) -> tuple[int, str]:
+    async def role(self, gateway: Service | BusyGateway, *words: str) -> tuple[int, str]:
         """Exit code, and standard error."""
-        code, _, said = await self.run(service, *words)
+        code, _, said = await self.run(gateway, *words)
         return code, said
 
-    async def run(self, service: Service, *words: str) -> tuple[int, str, str]:
+    async def run(self, gateway: Service | BusyGateway, *words: str) -> tuple[int, str, str]:
         """Exit code, standard output and standard error."""
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "edge_llm", "cluster", "role", *words),
-            *("--url", service.url, "--kubeconfig", str(self.config)),
+            *("--url", gateway.url, "--kubeconfig", str(self.config)),
             env={"PATH": f"{self.folder}:/usr/bin:/bin", "HOME": str(self.folder)},
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
@@ -81,6 +89,58 @@ class Kubernetes:
         answered, said = await process.communicate()
         assert process.returncode is not None
         return process.returncode, answered.decode(), said.decode()
+
+
+@dataclass(frozen=True, slots=True)
+class BusyGateway:
+    """A gateway whose workers never get empty: it answers as ours does, with three sequences on decode-1 for ever."""
+
+    server: ThreadingHTTPServer
+    nodes: list[dict[str, Any]]
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server.server_address[1]}"
+
+
+def decoding(number: int, running: int) -> dict[str, Any]:
+    load = {"sequences_running": running, "sequences_waiting": 0, "pending_prompt_tokens": 0}
+    about = {"worker": f"edge-llm-decode-{number}", "role": "decode", "model": "m", "slots": 4, "started_at": 1.0}
+    return {**about, "is_ready": True, "is_draining": False, "load": load}
+
+
+@pytest.fixture
+def busy() -> Iterator[BusyGateway]:
+    nodes = [decoding(0, 0), decoding(1, 3)]
+
+    class Answers(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self._answer({"nodes": nodes})
+
+        def do_POST(self) -> None:
+            order = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            (node,) = [node for node in nodes if self.path == f"/cluster/{node['worker']}/drain"]
+            node.update(order, is_ready=not order["is_draining"])
+            self._answer(node)
+
+        def _answer(self, found: dict[str, Any]) -> None:
+            body = json.dumps(found).encode()
+            self.send_response(200)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Not into the output of tests."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        answering = threading.Thread(target=server.serve_forever)
+        answering.start()
+        try:
+            yield BusyGateway(server, nodes)
+        finally:
+            server.shutdown()
+            answering.join()
 
 
 @pytest.fixture
@@ -158,3 +218,46 @@ async def test_a_worker_that_these_manifests_did_not_make_is_left_alone(
     assert (code, kubernetes.told()) == (1, [])
     assert "no pod of edge-llm's manifests" in said
     assert not node.worker.is_draining
+
+
+async def test_nothing_moves_while_something_still_runs_there(busy: BusyGateway, kubernetes: Kubernetes) -> None:
+    kubernetes.with_decoders(2)
+    code, said = await kubernetes.role(busy, "edge-llm-decode-1", "prefill", "--timeout-s", "0")
+    assert (code, kubernetes.told()) == (1, [])
+    assert "nothing was moved" in said
+    assert "(edge-llm-decode-1: 3 sequences)" in said
+    assert "--force" in said
+    assert f"edge-llm cluster drain edge-llm-decode-1 --undo --url {busy.url}" in said
+    assert busy.nodes[1]["is_draining"], "what was ordered stays until it is taken back"
+    code, said = await kubernetes.role(busy, "edge-llm-decode-1", "prefill", "--timeout-s", "0", "--force")
+    assert code == 0, said
+    assert len(kubernetes.told()) == 3
+
+
+async def test_a_move_that_breaks_off_says_what_is_left_to_do_and_how_its_workers_serve_again(
+    service: Service, kubernetes: Kubernetes
+) -> None:
+    kubernetes.with_decoders(2, failing="scale statefulset edge-llm-prefill")
+    await service.start("decode", "edge-llm-decode-0")
+    leaving = await service.start("decode", "edge-llm-decode-1")
+    code, said = await kubernetes.role(service, "edge-llm-decode-1", "prefill")
+    assert code == 1
+    assert "unable to handle the request" in said
+    left = [line.strip() for line in said.partition("these steps were not done")[2].splitlines()]
+    config = kubernetes.config
+    assert [line for line in left if line.startswith("kubectl")] == [
+        f"kubectl --kubeconfig {config} -n edge-llm scale statefulset edge-llm-prefill --replicas=2"
+    ]
+    assert f"edge-llm cluster drain edge-llm-decode-1 --undo --url {service.url}" in left
+    assert leaving.worker.is_draining
+
+
+async def test_a_move_that_cannot_begin_leaves_all_of_its_steps(service: Service, kubernetes: Kubernetes) -> None:
+    kubernetes.with_decoders(2, failing="label node")
+    for number in (0, 1):
+        await service.start("decode", f"edge-llm-decode-{number}")
+    await service.start("prefill", "edge-llm-prefill-0")
+    code, said = await kubernetes.role(service, "edge-llm-decode-0", "prefill", "--force")
+    assert code == 1
+    left = said.partition("these steps were not done")[2]
+    assert (left.count("  kubectl "), left.count("cluster drain edge-llm-decode-")) == (5, 2)

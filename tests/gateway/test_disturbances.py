@@ -347,6 +347,26 @@ async def test_a_prefill_worker_alone_answers_nobody(service: Service) -> None:
     assert (await service.post(CHAT, HELLO)).status == 200
 
 
+async def test_a_gateway_that_has_lost_all_its_workers_stays_there_to_say_so() -> None:
+    async with running_cluster() as cluster, serving(cluster) as service:
+        only = await service.start("decode", "d1")
+        async with service.client.get("/readyz") as ready:
+            assert (ready.status, await ready.text()) == (200, "ready")
+        only.server.die()
+        await until(lambda: not service.gateway.dispatcher.view.ready())
+        async with service.client.get("/readyz") as ready:
+            assert (ready.status, await ready.text()) == (200, "no decode worker is ready")
+        reply = await service.post(COMPLETIONS, asking(PROMPT))
+        assert (reply.status, reply.headers["retry-after"]) == (503, "2")
+
+
+async def test_a_gateway_that_never_finds_a_worker_answers_after_a_while_so_that_it_can_be_asked_why() -> None:
+    async with running_cluster() as cluster, serving(cluster, settle_s=0.0) as service:
+        async with service.client.get("/readyz") as ready:
+            assert (ready.status, await ready.text()) == (200, "no decode worker is ready")
+        assert (await service.get("/cluster")).body["nodes"] == []
+
+
 async def test_a_draining_worker_finishes_what_it_has_and_gets_nothing_new(service: Service) -> None:
     leaving = await service.start("decode", "d1", SLOW)
     async with service.streaming(COMPLETIONS, asking(PROMPT, max_tokens=TOKENS)) as streamed:

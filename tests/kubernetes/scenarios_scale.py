@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -42,12 +42,18 @@ async def discovers_hundreds(stage: Stage) -> str:
         made_s = await asyncio.to_thread(_make_nodes, stage)
         await asyncio.to_thread(stage.edge.k, "apply", "-f", "-", stdin=json.dumps(_workers(stage)))
         await asyncio.to_thread(stage.edge.rolled_out, f"deployment/{FAKE}", f"deployment/{SIM}", deadline_s=_ROLLOUT_S)
-        first = await _view_is_right(stage)
+        first = await _view_is_right(stage, lambda: True)
         before = _gateway_usage(stage)
         began_s = time.monotonic()
-        await stage.do("rollout", "restart", f"deployment/{FAKE}", f"deployment/{SIM}")
-        await asyncio.to_thread(stage.edge.rolled_out, f"deployment/{FAKE}", f"deployment/{SIM}", deadline_s=_ROLLOUT_S)
-        late_s = await _view_is_right(stage)
+        is_over = asyncio.Event()
+        watching = asyncio.create_task(_view_is_right(stage, is_over.is_set))  # it has to see the last event come
+        try:
+            await stage.do("rollout", "restart", f"deployment/{FAKE}", f"deployment/{SIM}")
+            deployments = (f"deployment/{FAKE}", f"deployment/{SIM}")
+            await asyncio.to_thread(stage.edge.rolled_out, *deployments, deadline_s=_ROLLOUT_S)
+        finally:
+            is_over.set()
+        late_s = await watching
         took_s, after = time.monotonic() - began_s, _gateway_usage(stage)
         answer = await stage.outside.ask(stage.body(9000, prompt=64, answer=8, mode="auto"))
     finally:
@@ -176,19 +182,23 @@ def _set(name: str, replicas: int, spec: dict[str, Any]) -> list[dict[str, Any]]
     return [service, deployment]
 
 
-async def _view_is_right(stage: Stage) -> float:
-    """Seconds from the last change of the slices to the view that has all of them and no more. Raises Broken."""
+async def _view_is_right(stage: Stage, is_over: Callable[[], bool]) -> float:
+    """Seconds from the last change of the slices, which comes before or soon after `is_over`, to the view that has all
+    of them and no more. A change counts from the look before the one that showed it. Raises Broken."""
     seen: set[tuple[str, str]] = set()
-    changed_s = time.monotonic()
-    deadline_s = changed_s + 60
+    changed_s = looked_s = time.monotonic()
+    over_s: float | None = None
     right_s: float | None = None
-    while time.monotonic() < deadline_s:
+    while over_s is None or time.monotonic() < over_s + 60:
+        before_s, looked_s = looked_s, time.monotonic()
         names, versions = await asyncio.to_thread(_in_slices, stage)
         if versions != seen:
-            seen, changed_s, right_s = versions, time.monotonic(), None
+            seen, changed_s, right_s = versions, before_s, None
         if right_s is None and await _is_right(stage, names):
             right_s = time.monotonic()
-        if right_s is not None and time.monotonic() - changed_s > 3:  # nothing more has come
+        if over_s is None and is_over():
+            over_s = time.monotonic()
+        if over_s is not None and right_s is not None and time.monotonic() - changed_s > 3:  # nothing more has come
             return right_s - changed_s
         await asyncio.sleep(0.2)
     raise Broken(f"the gateway's view was not that of {len(seen)} slices")

@@ -39,12 +39,20 @@ def pi(name: str, gib: float = 8, role: WorkerRole | None = None, **more: object
     return replace(Board(name, int(gib * GIB), role=role), **more)  # type: ignore[arg-type]
 
 
-def fit(boards: list[Board], settings: Settings = SETTINGS, *, splits: bool = True) -> Fitted:
-    return fitted(boards, settings, sizes, splits=splits, gateway_bytes=GATEWAY)
+def fit(
+    boards: list[Board],
+    settings: Settings = SETTINGS,
+    *,
+    splits: bool = True,
+    earlier: dict[str, WorkerRole] | None = None,
+) -> Fitted:
+    return fitted(boards, settings, sizes, splits=splits, gateway_bytes=GATEWAY, earlier=earlier)
 
 
-def roles(boards: list[Board], *, splits: bool = True) -> dict[str, str | None]:
-    return {board.name: board.role for board in with_roles(boards, splits=splits)}
+def roles(
+    boards: list[Board], *, splits: bool = True, earlier: dict[str, WorkerRole] | None = None
+) -> dict[str, str | None]:
+    return {board.name: board.role for board in with_roles(boards, splits=splits, earlier=earlier)}
 
 
 # -- roles
@@ -87,21 +95,59 @@ def test_a_model_that_cannot_be_cut_runs_on_mixed_workers_only() -> None:
         with_roles([pi("a", role="prefill"), pi("b")], splits=False)
 
 
+def test_boards_that_are_there_keep_their_roles_when_more_come() -> None:
+    before: dict[str, WorkerRole] = {"a": "prefill", "b": "decode", "c": "decode", "d": "decode"}
+    grown = roles([pi(name) for name in "abcdef"], earlier=before)
+    assert {name: grown[name] for name in before} == before
+    assert sorted(str(grown[name]) for name in "ef") == ["decode", "prefill"], "a second reader is one of the new ones"
+
+
+def test_what_is_said_of_a_board_counts_more_than_what_it_did() -> None:
+    before: dict[str, WorkerRole] = {"a": "prefill", "b": "decode", "c": "decode"}
+    assert roles([pi("a"), pi("b", role="prefill"), pi("c")], earlier=before)["b"] == "prefill"
+
+
+def test_one_board_that_did_both_goes_on_so_when_a_second_comes() -> None:
+    assert roles([pi("a"), pi("b")], earlier={"a": "mixed"}) == {"a": "mixed", "b": "decode"}
+
+
+def test_where_those_that_are_left_would_leave_something_to_nobody_roles_are_chosen_anew() -> None:
+    before: dict[str, WorkerRole] = {"a": "prefill", "b": "decode", "c": "decode"}
+    assert roles([pi("b"), pi("c")], earlier=before) == {"b": "prefill", "c": "decode"}
+    assert roles([pi("b")], earlier=before) == {"b": "mixed"}
+
+
+def test_a_model_that_cannot_be_cut_does_not_keep_roles_that_it_cannot_have() -> None:
+    before: dict[str, WorkerRole] = {"a": "prefill", "b": "decode"}
+    assert roles([pi("a"), pi("b")], splits=False, earlier=before) == {"a": "mixed", "b": "mixed"}
+
+
+def test_a_role_from_before_that_does_not_fit_any_more_is_called_that() -> None:
+    boards = [pi("a", 8), pi("small", 4)]
+    with pytest.raises(ConfigError, match="small keeps the role that it was rendered with before"):
+        fitted(boards, SETTINGS, sizes, splits=True, gateway_bytes=GATEWAY, earlier={"a": "prefill", "small": "decode"})
+    assert "rendered with before" not in refusal([pi("a", 8), pi("small", 4, role="decode")])
+
+
 @given(
     st.lists(
         st.tuples(
-            st.sampled_from([4.0, 8.0, 16.0]), st.sampled_from([None, "prefill", "decode", "mixed"]), st.booleans()
+            st.sampled_from([4.0, 8.0, 16.0]),
+            st.sampled_from([None, "prefill", "decode", "mixed"]),
+            st.booleans(),
+            st.sampled_from([None, "prefill", "decode", "mixed"]),
         ),
         min_size=1,
         max_size=9,
     )
 )
 def test_whatever_is_given_somebody_decodes_and_somebody_reads_or_it_is_refused(
-    described: list[tuple[float, WorkerRole | None, bool]],
+    described: list[tuple[float, WorkerRole | None, bool, WorkerRole | None]],
 ) -> None:
-    boards = [pi(f"b{n}", gib, role, is_server=server) for n, (gib, role, server) in enumerate(described)]
+    boards = [pi(f"b{n}", gib, role, is_server=server) for n, (gib, role, server, _) in enumerate(described)]
+    before = {f"b{n}": was for n, (*_, was) in enumerate(described) if was}
     try:
-        placed = with_roles(boards, splits=True)
+        placed = with_roles(boards, splits=True, earlier=before)
     except ConfigError:
         assert None not in [board.role for board in boards], "a board that may do anything does what is missing"
         return

@@ -17,10 +17,11 @@ import edge_llm
 from edge_llm.catalogue.memory import ModelSizes
 from edge_llm.commands.kubectl import rendered
 from edge_llm.errors import ConfigError
+from edge_llm.plan.changes import Earlier, earlier_of
 from edge_llm.plan.description import Description, parse_description
 from edge_llm.plan.fit import MIB, Fitted, fitted
-from edge_llm.plan.manifests import manifests_folder, read_shipped, write_overlay
-from edge_llm.plan.overlay import Shipped, kustomization, labels, settings
+from edge_llm.plan.manifests import manifests_folder, read_earlier, read_shipped, write_overlay
+from edge_llm.plan.overlay import Shipped, kustomization, labels, settings, volume_notes
 
 # About Llama 3.2 1B in Q4_0.
 SIZES = ModelSizes(740 * MIB, 530 * MIB, 32 << 10, 128_256, 32, 2048, 8192)
@@ -60,6 +61,17 @@ def applied(text: str, shipped: Shipped, target: Path, file_bytes: int = FILE_BY
 def labels_of(text: str, shipped: Shipped) -> list[str]:
     described = parse_description(text, "test")
     return labels(described, fit(described, shipped))
+
+
+def overlay_of(text: str, shipped: Shipped, file_bytes: int) -> str:
+    described = parse_description(text, "test")
+    return kustomization(described, fit(described, shipped), shipped, file_bytes)
+
+
+def notes_of(text: str, shipped: Shipped, file_bytes: int, earlier: str = "") -> list[str]:
+    described = parse_description(text, "test")
+    planned = fit(described, shipped)
+    return list(volume_notes(described, planned, shipped, file_bytes, earlier_of(earlier)))
 
 
 def one(items: list[dict[str, Any]], kind: str, name: str) -> dict[str, Any]:
@@ -119,15 +131,51 @@ def test_one_board_needs_no_label_and_no_second_one(shipped: Shipped, tmp_path: 
 
 def test_the_labels_name_every_board_once(shipped: Shipped) -> None:
     assert labels_of(FOUR, shipped) == [
-        "kubectl label node --overwrite pi-a edge-llm/role=prefill",
-        "kubectl label node --overwrite pi-b pi-c pi-d edge-llm/role=decode",
+        "kubectl label node pi-a edge-llm/role=prefill",
+        "kubectl label node pi-b pi-c pi-d edge-llm/role=decode",
     ]
+
+
+def test_a_board_that_needs_more_than_a_label_gets_none(shipped: Shipped) -> None:
+    described = parse_description(FOUR, "test")
+    assert labels(described, fit(described, shipped), moving=["pi-a", "pi-c"]) == [
+        "kubectl label node pi-b pi-d edge-llm/role=decode"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "roles"),
+    [(FOUR, {"pi-a": "prefill", "pi-b": "decode", "pi-c": "decode", "pi-d": "decode"}), (ONE, {"pi": "mixed"})],
+)
+def test_a_rendered_folder_says_which_board_has_which_role(
+    text: str, roles: dict[str, str], shipped: Shipped, tmp_path: Path
+) -> None:
+    assert read_earlier(tmp_path) == Earlier()
+    applied(text, shipped, tmp_path)
+    assert read_earlier(tmp_path) == Earlier(roles)  # type: ignore[arg-type]
 
 
 def test_a_large_model_gets_a_volume_that_holds_it_twice(shipped: Shipped, tmp_path: Path) -> None:
     items = applied(FOUR, shipped, tmp_path / "cluster", file_bytes=8 << 30)
     claims = one(items, "StatefulSet", "edge-llm-decode")["spec"]["volumeClaimTemplates"]
     assert claims[0]["spec"]["resources"]["requests"]["storage"] == "17Gi"
+
+
+def test_volumes_of_another_size_come_with_what_an_installed_cluster_needs_for_them(shipped: Shipped) -> None:
+    (note,) = notes_of(FOUR, shipped, 8 << 30)
+    assert "17Gi instead of the 10Gi that are shipped" in note
+    names = "edge-llm-prefill edge-llm-decode"
+    assert f"`kubectl -n edge-llm delete sts {names} --cascade=orphan --ignore-not-found`" in note
+    assert notes_of(FOUR, shipped, FILE_BYTES) == []
+    assert notes_of(f"{FOUR}components: [model-on-board]\n", shipped, 8 << 30) == []
+
+
+def test_volumes_that_get_the_shipped_size_back_need_the_same(shipped: Shipped) -> None:
+    small, large = overlay_of(FOUR, shipped, FILE_BYTES), overlay_of(FOUR, shipped, 8 << 30)
+    (note,) = notes_of(FOUR, shipped, FILE_BYTES, earlier=large)
+    assert "of the size that is shipped" in note
+    assert "--cascade=orphan" in note
+    assert notes_of(FOUR, shipped, FILE_BYTES, earlier=small) == []
 
 
 def test_an_image_of_ones_own_replaces_the_shipped_name_everywhere(shipped: Shipped, tmp_path: Path) -> None:
@@ -157,7 +205,7 @@ def test_components_can_be_chosen_and_what_is_not_shipped_is_refused(shipped: Sh
 
 def test_volumes_that_are_for_labelled_boards_only_make_the_one_board_need_its_label(shipped: Shipped) -> None:
     on_board = ONE.replace("}], slots", "}], components: [model-on-board], slots")
-    assert labels_of(on_board, shipped) == ["kubectl label node --overwrite pi edge-llm/role=mixed"]
+    assert labels_of(on_board, shipped) == ["kubectl label node pi edge-llm/role=mixed"]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from edge_llm.exposition import VLLM_NAMES, Exposition
 from edge_llm.worker.messages import Board, CancelRequest
 from edge_llm.worker.metrics import Readings, WorkerMetrics
 from edge_llm.worker.pull import Patience
-from edge_llm.worker.readings import consumed
+from edge_llm.worker.readings import about_node, consumed
 from tests import scrapes
 from tests.loopback import CHUNK, Cluster, HeldBackend, Node, prompt_of, running_cluster, settings_of, until
 from tests.scrapes import Families, families_of, value
@@ -117,6 +117,15 @@ async def test_gauges_say_what_runs_now(cluster: Cluster) -> None:
     assert (value(idle, "num_requests_running"), value(idle, "kv_cache_usage_ratio")) == (0, 0)
 
 
+async def test_a_worker_says_which_board_it_runs_on(cluster: Cluster) -> None:
+    node = await cluster.start("decode", "d1")
+    (info,) = (await scrape(cluster, node))["edge_llm_node_info"].samples
+    assert (info.value, info.labels["node"]) == (1.0, "d1")
+    assert {name: info.labels[name] for name in about_node()} == about_node()
+    assert int(info.labels["cores"]) >= 1
+    assert int(info.labels["page_bytes"]) in (4096, 16384, 65536)
+
+
 async def test_a_prefix_met_again_is_a_hit(cluster: Cluster) -> None:
     node = await cluster.start("mixed", "m1", prefix_cache_bytes=1 << 20)
     await (await cluster.gateway.ask(node.peer, PROMPT)).over()
@@ -162,7 +171,7 @@ async def test_a_board_shows_its_sensors_and_invents_none(cluster: Cluster) -> N
         WorkerMetrics(exposition.registry, readings_of(node, board))
         families = families_of(exposition.text().decode())
         found = [s for family in families.values() for s in family.samples if s.name.startswith("edge_llm_node_")]
-        assert len(found) == sensors + 2
+        assert len(found) == sensors + 2 + 1, "its shares, and what it is"
         assert value(families, "node_cpu_usage_ratio", node="m1") == 0.5
         assert value(families, "node_memory_usage_ratio", node="m1") == 0.25
         if board is hot:
