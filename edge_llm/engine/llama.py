@@ -24,6 +24,7 @@ from edge_llm.engine.backend import Interrupted, Logits, Row
 from edge_llm.engine.batch import CELL_BLOCK, RowCost, cells_read, fillers
 from edge_llm.engine.engine import EngineFacts
 from edge_llm.engine.native import NativeContext, NativeModel
+from edge_llm.engine.pacing import ROW_BLOCK
 from edge_llm.engine.rates import Rates
 from edge_llm.engine.vocabulary import LlamaVocabulary
 from edge_llm.errors import LocalProtocolError, RestoreRefused, WorkerError
@@ -62,7 +63,7 @@ class LlamaBackend:
         self._export_buffer = bytearray()
         self._facts = facts
         self._row_cost = RowCost(0.0, 0.0)
-        self._prompt_token_s = 0.0
+        self._prompt_call_s = self._prompt_token_s = 0.0
         self._window = window
         self._filled: set[int] = set()  # slots with KV: a hole there is no place for a throw-away row
         self._canary = b""
@@ -80,7 +81,7 @@ class LlamaBackend:
     def first_rates(self) -> Rates:
         """What `start` measured, before any work."""
         cost = self._row_cost
-        return Rates(cost.run_s, cost.row_s, cost.cell_s, token_s=self._prompt_token_s)
+        return Rates(cost.run_s, cost.row_s, cost.cell_s, self._prompt_call_s, self._prompt_token_s)
 
     @property
     def pieces(self) -> LlamaVocabulary:
@@ -237,7 +238,7 @@ class LlamaBackend:
         if self._decode_context is not None:
             self._canary = self._known_answer(0)
             self._row_cost = self._measure_rows()
-        self._prompt_token_s = self._time_prompt(self._contexts[-1])
+        self._prompt_call_s, self._prompt_token_s = self._time_prompt(self._contexts[-1])
 
     def _learn(self, context: NativeContext, ids: Sequence[int]) -> BlobLayout:
         context.prompt(ids[:-1], 0, 0)
@@ -323,14 +324,20 @@ class LlamaBackend:
         self._slots.decode([1], [position], [0])
         return time.perf_counter() - started_s
 
-    def _time_prompt(self, context: NativeContext) -> float:
-        """Seconds per token of a piece of a prompt at its beginning."""
-        ids = known_ids(self._model.n_vocab, min(_TIMED_TOKENS, self._facts.chunk_tokens, self._facts.n_ctx - 1))
-        started_s = time.perf_counter()
-        context.prompt(ids, 0, 0)
-        seconds = time.perf_counter() - started_s
-        context.remove(0)
-        return seconds / len(ids)
+    def _time_prompt(self, context: NativeContext) -> tuple[float, float]:
+        """Seconds per piece of a prompt and per token of it, at its beginning: from a long piece and a short one."""
+        most = min(_TIMED_TOKENS, self._facts.chunk_tokens, self._facts.n_ctx - 1)
+        seconds: list[float] = []
+        for tokens in (most, min(ROW_BLOCK, most)):
+            started_s = time.perf_counter()
+            context.prompt(known_ids(self._model.n_vocab, tokens), 0, 0)
+            seconds.append(time.perf_counter() - started_s)
+            context.remove(0)
+        long_s, short_s = seconds
+        if most <= ROW_BLOCK:
+            return 0.0, long_s / most
+        call_s = max(0.0, (short_s * most - long_s * ROW_BLOCK) / (most - ROW_BLOCK))
+        return call_s, max(0.0, long_s - call_s) / most
 
     def _time_rows(self, rows: int) -> float:
         best_s = float("inf")

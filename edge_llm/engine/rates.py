@@ -139,7 +139,7 @@ class RateBook:
     def __init__(self, first: Rates = NOTHING_KNOWN) -> None:
         self._decode = Fit((first.run_s, first.row_s, first.cell_s))
         self._prompt = Fit((first.call_s, first.token_s, first.pair_s))
-        self._steps = 0
+        self._steps, self._knows_calls = 0, first.call_s > 0.0
 
     def begin_step(self) -> bool:
         """Whether the decode calls of the step that begins shall be observed: all while little is known, then every
@@ -160,7 +160,7 @@ class RateBook:
         """How long a prompt piece from position p0 on is that takes so long; None while too little is known."""
         call_s, token_s, pair_s = self._prompt.expected
         each_s = token_s + pair_s * p0
-        if self._prompt.samples < _LEARNT_PIECES or each_s <= 0.0:
+        if (self._prompt.samples < _LEARNT_PIECES and not self._knows_calls) or each_s <= 0.0:
             return None
         return (seconds - call_s) / each_s
 
