@@ -17,6 +17,8 @@ from edge_llm.cluster.cost import PromptWork, Stream, Work, work_of
 from edge_llm.worker.messages import WorkerStatus
 
 REFRESH_S: Final = 0.25
+# A prompt that is overdue: its answer has not begun, so it is nobody who decodes.
+_SOON_S: Final = 1e-3
 
 
 @dataclass(slots=True)
@@ -67,7 +69,7 @@ class Booking:
 
     def stream_at(self, now_s: float, prompts: int) -> Stream:
         """What it is, or will be, at its decode worker, which has so many prompts to read before its own."""
-        begins_s = 0.0 if self.is_prompted else max(0.0, self.expected_s - now_s)
+        begins_s = 0.0 if self.is_prompted else max(_SOON_S, self.expected_s - now_s)
         since_s = self.first_token_s if self.before else self.prompted_s
         return Stream(
             left=max(1.0, self.answer_tokens - self.generated),

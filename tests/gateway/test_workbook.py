@@ -50,6 +50,17 @@ def test_what_is_read_and_what_was_held_is_no_work() -> None:
     assert book.work("p1", 0.0).prompts == (PromptWork(20, 80, is_served=True),)
 
 
+def test_a_prompt_that_is_overdue_does_not_stand_for_another_gateways_stream() -> None:
+    book = WorkBook()
+    for _ in range(2):  # two statuses that agree
+        book.seen(status("d1", sequences_running=1))
+    book.book("r1", booking(tpot_s=0.1, expected_s=11.0))
+    work = book.work("d1", 20.0)
+    assert (work.decoding, work.unknown, work.limits.is_each) == (1, 1, False)
+    book.prompted("r1", 20.0)
+    assert book.work("d1", 20.0).unknown == 1
+
+
 def test_with_limits_sequences_are_known_one_by_one_with_what_they_had_so_far() -> None:
     book, delivered = WorkBook(), list[int]()
     book.book("r1", booking(delivered=delivered, tpot_s=0.1, due_s=12.0, expected_s=11.0))
