@@ -20,8 +20,9 @@ from typing import Final, NamedTuple
 PROMPT_STEPS: Final = 1.5
 # Of a limit of time per token this share is used: steps differ.
 OF_LIMIT: Final = 0.9
-# So much prompt work there is for each step in any case.
-LEAST_PROMPT_STEPS: Final = 0.25
+# So much prompt work there is for each step in any case: a step's worth after every eighth. More often, and it is the
+# short answers that pay, which would have ended before anybody starved (the Azure code trace: three tokens).
+LEAST_PROMPT_STEPS: Final = 0.125
 # Where every stream has a limit and can bear it: eight ninths of the time are the prompt's then, more brings it little.
 MOST_PROMPT_STEPS: Final = 8.0
 # Less waits for the next step: a call reads all weights, however few tokens it has.

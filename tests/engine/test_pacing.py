@@ -66,8 +66,8 @@ def test_nothing_is_left_for_a_limit_that_is_lost() -> None:
 
 
 def test_prompts_go_on_beside_streams_that_can_hardly_bear_any() -> None:
-    seen = gaps([Pace(0.0225)], 40)
-    assert sum(seen) / 40 == pytest.approx(1.25 * STEP_S, rel=0.05), "a quarter of a step for each"
+    seen = gaps([Pace(0.0222)], 40)
+    assert sum(seen) / 40 == pytest.approx(1.125 * STEP_S, rel=0.05), "an eighth of a step for each"
     assert max(seen) <= 2 * STEP_S + 1e-9
 
 
@@ -83,8 +83,8 @@ def test_prompts_never_starve_and_no_gap_is_longer_than_without_limits_or_than_a
     longest = (1 + PROMPT_STEPS) * step_s
     if len(known) == len(limits):  # those that are lost for good do not count
         longest = max(
-            longest, OF_LIMIT * min((one for one in known if OF_LIMIT * one > 1.25 * step_s), default=max(known))
+            longest, OF_LIMIT * min((one for one in known if OF_LIMIT * one > 1.125 * step_s), default=max(known))
         )
     assert max(seen) <= longest + 1e-9
-    for begin in range(27):
-        assert sum(seen[begin : begin + 4]) >= 5 * step_s - 1e-9, "of four steps one leaves room for a step's worth"
+    for begin in range(23):
+        assert sum(seen[begin : begin + 8]) >= 9 * step_s - 1e-9, "of eight steps one leaves room for a step's worth"
