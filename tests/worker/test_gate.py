@@ -34,6 +34,7 @@ from edge_llm.worker.messages import (
     decode,
     encode,
 )
+from edge_llm.worker.readings import about_node
 from edge_llm.worker.tickets import LIFETIME_S, MAX_SKEW_S, Claims, KeyRing, Operation, authorization, body_digest
 from tests.loopback import CHUNK, KEYS, Cluster, Node, prompt_of, running_cluster, until
 
@@ -297,6 +298,7 @@ async def test_the_metrics_need_no_ticket_and_name_the_worker_but_no_request(doo
         ("version", edge_llm.__version__),
         ("level", facts.level),
         ("quantization", facts.quantization),
+        *about_node().items(),  # of the board, as anybody's node exporter says it
     }
     assert call.request_id not in body.decode()
 
