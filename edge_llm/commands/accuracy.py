@@ -106,7 +106,7 @@ def accuracy(
     run = Run("accuracy", command_line(), _config(plan, resume), folder=output, workload=_workload(plan, files))
     with steps() as report:
         chosen, base = _models(models or (DEFAULT_MODEL,), kinds, reference, report)
-        cosines = _cosines(report) if drift else None
+        cosines = cosines_of(report) if drift else None
         found = Measured(run, known)
         work = Path(tempfile.mkdtemp(prefix="accuracy-", dir=_cache()))
 
@@ -337,15 +337,15 @@ def _workload(plan: Any, files: Mapping[str, Path]) -> dict[str, Any]:
     }
 
 
-def _cosines(report: Report) -> Callable[[Sequence[str], Sequence[str]], list[float]]:
+def cosines_of(report: Report) -> Callable[[Sequence[str], Sequence[str]], list[float]]:
     from edge_llm.bench.accuracy import similarity
-    from edge_llm.catalogue.resolve import resolve
+    from edge_llm.catalogue.fetch import fetch
+    from edge_llm.catalogue.resolve import find
 
-    model, tokenizer = (
-        resolve(name, lambda done, total, name=name: report(f"fetching {name}", done, total or 0)).path  # type: ignore[misc]
-        for name in (similarity.MODEL, similarity.TOKENIZER)
-    )
-    return similarity.load(model, tokenizer).cosines
+    def fetched(name: str) -> Path:
+        return fetch(find(name), lambda done, total: report(f"fetching {name}", done, total or 0))
+
+    return similarity.load(fetched(similarity.MODEL), fetched(similarity.TOKENIZER)).cosines
 
 
 def _fetch(names: Sequence[str], folder: Path) -> None:

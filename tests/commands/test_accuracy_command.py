@@ -20,13 +20,14 @@ from click.testing import CliRunner, Result
 
 from edge_llm.bench.accuracy import sources
 from edge_llm.bench.accuracy.datasets import SOURCES
+from edge_llm.bench.accuracy.similarity import MODEL, TOKENIZER
 from edge_llm.bench.record import load
 from edge_llm.bench.reference_tools import find
 from edge_llm.catalogue.fetch import sha256_of
-from edge_llm.commands.accuracy import accuracy, show
+from edge_llm.commands.accuracy import accuracy, cosines_of, show
 from edge_llm.config import cache_dir
 from edge_llm.engine.random_model import make_model
-from edge_llm.errors import ConfigError
+from edge_llm.errors import CatalogueError, ConfigError
 
 DEADLINE_S = 120.0
 PROGRAM = "from edge_llm.commands.accuracy import accuracy; accuracy()"
@@ -270,3 +271,20 @@ def test_the_table_has_every_kind_of_figure(capsys: pytest.CaptureFixture[str]) 
         assert words in out
     for words in ("failed", "75.0 %", "0 gained, 1 lost", "0.900", "drift, not truth"):
         assert words in out
+
+
+def test_what_meaning_is_compared_with_is_fetched_though_it_is_no_model_that_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models, listed = tmp_path / "models", dict[str, Any]()
+    models.mkdir()
+    for name, file in ((MODEL, "m.onnx"), (TOKENIZER, "t.json")):
+        made = tmp_path / file
+        made.write_bytes(b"{}")
+        listed[name] = {"file": file, "size": 2, "sha256": sha256_of(made), "sources": [{"file": str(made)}]}
+    (tmp_path / "models.yaml").write_text(json.dumps({"models": listed}))
+    monkeypatch.setenv("EDGE_LLM_CATALOGUE_MODELS_FILE", str(tmp_path / "models.yaml"))
+    monkeypatch.setenv("EDGE_LLM_CATALOGUE_MODELS_DIR", str(models))
+    with pytest.raises(CatalogueError, match=r"onnxruntime cannot load m\.onnx"):
+        cosines_of(lambda _what, _done, _total: None)
+    assert {path.name for path in models.iterdir()} >= {"m.onnx", "t.json"}
