@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
 from edge_llm.cluster.view import Node, Place
-from edge_llm.worker.messages import Load, Role, WorkerStatus
+from edge_llm.engine.pacing import LEAST_PIECE_STEPS, LEAST_PROMPT_STEPS, MOST_PROMPT_STEPS, OF_LIMIT, PROMPT_STEPS
+from edge_llm.worker.messages import Load, Rates, Role, WorkerStatus
 
 IDLE = Load(
     slots_free=0,
@@ -17,6 +18,16 @@ IDLE = Load(
     kv_cells_free=0,
     decode_step_s=0.0,
     prefill_tokens_per_s=0.0,
+)
+
+
+# What a worker of this build says of how it reads prompts beside streams.
+PACED: Final = Rates(
+    prompt_steps=PROMPT_STEPS,
+    of_limit=OF_LIMIT,
+    least_prompt_steps=LEAST_PROMPT_STEPS,
+    most_prompt_steps=MOST_PROMPT_STEPS,
+    least_piece_steps=LEAST_PIECE_STEPS,
 )
 
 

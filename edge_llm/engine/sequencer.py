@@ -252,7 +252,8 @@ class Sequencer:
             self._skipped_steps = 0
 
     def _prompt_room_s(self) -> float | None:
-        """Time that running streams leave for a prompt now; None: nobody waits, or pieces are fixed."""
+        """Time that running streams leave for a prompt now; None: nobody waits, pieces are fixed, or no step was ever
+        made."""
         streams = [sequence for sequence in self._sequences.values() if sequence.is_decoding]
         if not streams or self._has_fixed_pieces:
             return None

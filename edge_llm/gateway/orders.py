@@ -37,6 +37,9 @@ class Orders:
         """Generate what is left of an answer, as planned. `age_s`: since its first token."""
         job, session = running.job, running.session
         digest = ids_digest((*job.prompt_ids, *session.delivered))
+        # an older worker refuses what it does not know; what it publishes says what that is
+        rates = plan.decode.status.load.rates
+        tpot_s = job.slo.tpot_s or 0.0 if rates.of_limit else 0.0
         return DecodeRequest(
             request_id=job.request_id,
             epoch=session.epoch,
@@ -53,8 +56,8 @@ class Orders:
             time_left_s=time_left_s,
             holder=self._holder(running, plan, digest, waits),
             must_split=job.mode == "split",
-            tpot_s=job.slo.tpot_s or 0.0,
-            age_s=age_s if job.slo.tpot_s and session.delivered else 0.0,
+            tpot_s=tpot_s,
+            age_s=age_s if tpot_s and session.delivered and rates.least_piece_steps else 0.0,
         )
 
     def keep_request(self, running: Running) -> KeepRequest:

@@ -292,7 +292,7 @@ class Rates(Message, frozen=True, kw_only=True, forbid_unknown_fields=False):
     of_limit: beside a stream with a limit of time per token less, so that a gap is this share of it on average (0:
     limits count for nothing there), but not less than least_prompt_steps; beside streams that all have one up to
     most_prompt_steps where that keeps it (0: not more than prompt_steps). Pieces shorter than least_piece_steps are
-    saved up.
+    saved up (0: it does not count what a stream has had, DecodeRequest.age_s).
     """
 
     run_s: Seconds = 0.0

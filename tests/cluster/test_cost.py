@@ -23,18 +23,9 @@ from edge_llm.cluster.cost import (
     predict_split,
     work_of,
 )
-from edge_llm.engine.pacing import (
-    LEAST_PIECE_STEPS,
-    LEAST_PROMPT_STEPS,
-    MOST_PROMPT_STEPS,
-    OF_LIMIT,
-    PROMPT_STEPS,
-    Pace,
-    room_s,
-    whole_rows,
-)
+from edge_llm.engine.pacing import Pace, room_s, whole_rows
 from edge_llm.worker.messages import Link, Rates
-from tests.nodes import load_of, node_of
+from tests.nodes import PACED, load_of, node_of
 
 # 2 ms a token and 10 ms a call in chunks of 100; a step of one row takes 20 ms, each further one 5 ms
 RATES = Rates(run_s=0.015, row_s=0.005, call_s=0.010, token_s=0.002, prompt_steps=1.5)
@@ -125,15 +116,7 @@ def test_what_is_predicted_between_two_steps_is_what_an_engine_computes_there_on
     tpot_s: float | None, step_s: float, is_each: bool
 ) -> None:
     """The gateway must not import the engine, so the rule is written twice; its numbers come from the worker."""
-    rates = Rates(
-        run_s=0.015,
-        token_s=0.0001,
-        prompt_steps=PROMPT_STEPS,
-        of_limit=OF_LIMIT,
-        least_prompt_steps=LEAST_PROMPT_STEPS,
-        most_prompt_steps=MOST_PROMPT_STEPS,
-        least_piece_steps=LEAST_PIECE_STEPS,
-    )
+    rates = structs.replace(PACED, run_s=0.015, token_s=0.0001)
     spent_s, skipped, age_s, steps = 0.0, 0, 0.0, 400
     for made in range(1, steps + 1):
         paces = [Pace(tpot_s, made, age_s, steps)] if is_each else [Pace(tpot_s, made, age_s, steps), Pace()]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final
 
 import aiohttp
 import pytest
+from msgspec import structs
 
+from edge_llm.cluster.slo import Slo
 from edge_llm.cluster.view import ClusterView
 from edge_llm.gateway.orders import MARGIN, Orders
 from edge_llm.gateway.planner import Planner
@@ -19,6 +22,7 @@ from edge_llm.worker.messages import ADVANCE_S, DecodeRequest, PrefillCandidate,
 from edge_llm.worker.tickets import LIFETIME_S, MAX_LIFETIME_S, MAX_SKEW_S
 from tests.gateway.test_planner import Scene, node
 from tests.loopback import KEYS
+from tests.nodes import PACED
 
 # A board that reads 40 tokens a second: 4,096 of them take 102 s.
 SLOW: Final = Rates(run_s=0.1, row_s=0.02, token_s=1 / 40)
@@ -41,17 +45,36 @@ def slow_boards() -> Scene:
     )
 
 
-async def ordered(scene: Scene, running: Running, plan: Plan) -> DecodeRequest:
+async def ordered(scene: Scene, running: Running, plan: Plan, age_s: float = 0.0) -> DecodeRequest:
     waits = scene.planner.waits(running, plan, scene.view)
     async with aiohttp.ClientSession() as session:
         client = WorkerClient(session, KEYS, "g", lambda: SIGNED_S, lambda: "nonce")
-        return Orders(client, "g").decode_request(running, plan, 0.0, waits)
+        return Orders(client, "g").decode_request(running, plan, 0.0, waits, age_s)
 
 
 def lives_s(candidate: PrefillCandidate) -> float:
     """How long after it was signed a ticket may be used, skew of clocks left out."""
     claims = KEYS.verify(candidate.ticket, candidate.worker, "prefill", SIGNED_S)
     return claims.ends_s - SIGNED_S
+
+
+async def limits_told(rates: Rates, *, goes_on: bool) -> tuple[float, float]:
+    scene = Scene(node("m1", "mixed", load={"rates": rates}))
+    running = scene.request(range(10))
+    running.job = replace(running.job, slo=Slo(tpot_s=0.2))
+    if goes_on:
+        running.session.delivered.extend([1, 2])
+    order = await ordered(scene, running, scene.plan(running), age_s=1.5)
+    return order.tpot_s, order.age_s
+
+
+async def test_a_worker_is_told_of_limits_what_it_says_that_it_heeds() -> None:
+    """An older one refuses fields that it does not know, and with them a stream that is to go on there."""
+    now = structs.replace(PACED, run_s=0.1, token_s=0.1)
+    assert await limits_told(now, goes_on=True) == (0.2, 1.5)
+    assert await limits_told(now, goes_on=False) == (0.2, 0.0)
+    assert await limits_told(structs.replace(now, least_piece_steps=0.0), goes_on=True) == (0.2, 0.0)
+    assert await limits_told(structs.replace(now, of_limit=0.0), goes_on=True) == (0.0, 0.0)
 
 
 async def test_a_ticket_of_an_idle_cluster_lives_no_longer_than_any() -> None:

@@ -33,16 +33,7 @@ from edge_llm.bench.traces import Row, Trace, parse, scaled, thinned
 from edge_llm.cluster.cost import NodeCost
 from edge_llm.cluster.slo import Slo
 from edge_llm.cluster.view import ClusterView, Node
-from edge_llm.engine.pacing import (
-    LEAST_PIECE_STEPS,
-    LEAST_PROMPT_STEPS,
-    MOST_PROMPT_STEPS,
-    OF_LIMIT,
-    PROMPT_STEPS,
-    Pace,
-    room_s,
-    whole_rows,
-)
+from edge_llm.engine.pacing import Pace, room_s, whole_rows
 from edge_llm.errors import Overloaded
 from edge_llm.gateway.planner import Planner
 from edge_llm.gateway.running import Job, Running
@@ -50,21 +41,10 @@ from edge_llm.gateway.scheduler import Mode, Plan
 from edge_llm.gateway.session import Event, Session
 from edge_llm.request import SamplingParams
 from edge_llm.worker.messages import Rates, Role
-from tests.nodes import load_of, node_of
+from tests.nodes import PACED, load_of, node_of
 
 # of SmolLM2-135M in Q4_0 on one core of an x86-64 machine, as two workers published them beside each other
-RATES: Final = Rates(
-    run_s=0.0095,
-    row_s=0.0072,
-    cell_s=3e-6,
-    call_s=0.007,
-    token_s=0.0033,
-    prompt_steps=PROMPT_STEPS,
-    of_limit=OF_LIMIT,
-    least_prompt_steps=LEAST_PROMPT_STEPS,
-    most_prompt_steps=MOST_PROMPT_STEPS,
-    least_piece_steps=LEAST_PIECE_STEPS,
-)
+RATES: Final = structs.replace(PACED, run_s=0.0095, row_s=0.0072, cell_s=3e-6, call_s=0.007, token_s=0.0033)
 # of workers that hear of no limits: what runs beside a prompt bears all of it
 HARD: Final = structs.replace(RATES, of_limit=0.0, least_prompt_steps=0.0)
 N_CTX, SECONDS = 2048, 300.0
