@@ -24,10 +24,12 @@ from edge_llm.bench.layout import Layout, Started
 from edge_llm.bench.processes import MeasureFailed
 from edge_llm.bench.replayed import Replayed, Tally, Workload
 from edge_llm.bench.run import Run
+from edge_llm.bench.schemas import GoodputFigures
 from edge_llm.bench.serve.answers import Answer
 from edge_llm.bench.traces import Row, Trace
 from edge_llm.bench.verdicts import figures, missed
 from edge_llm.errors import WorkerError
+from tests.published import reads_back
 
 # The answer to a request alone, which is longer than those of the trace, takes this before each event: limits are
 # multiples of it, so whatever a busy machine adds to the others stays within them.
@@ -116,6 +118,7 @@ async def test_all_arrangements_get_the_same_requests_and_nobody_gets_a_prompt_t
 async def test_the_record_has_every_request_and_the_figures_every_arrangement() -> None:
     run, tally = await compared(Cluster())
     found = figures(tally)
+    assert reads_back(found, GoodputFigures)
     trace = found["traces"]["made_up"]
     assert trace["clipping"]["requests"] == 40
     for regime in REGIMES:

@@ -23,11 +23,13 @@ from edge_llm.bench.accuracy.datasets import SOURCES
 from edge_llm.bench.accuracy.similarity import MODEL, TOKENIZER
 from edge_llm.bench.record import load
 from edge_llm.bench.reference_tools import find
+from edge_llm.bench.schemas import AccuracyFigures
 from edge_llm.catalogue.fetch import sha256_of
 from edge_llm.commands.accuracy import accuracy, cosines_of, show
 from edge_llm.config import cache_dir
 from edge_llm.engine.random_model import make_model
 from edge_llm.errors import CatalogueError, ConfigError
+from tests.published import reads_back
 
 DEADLINE_S = 120.0
 PROGRAM = "from edge_llm.commands.accuracy import accuracy; accuracy()"
@@ -90,6 +92,7 @@ def test_our_own_set_is_measured_without_any_data_and_a_later_run_takes_it_over(
     status, out, err = run([*wanted, "--resume", str(lines)], tmp_path)
     assert status == 0, err
     again = json.loads(out)
+    assert reads_back(again, AccuracyFigures)
     assert again["models"] == found["models"]
 
 
@@ -98,6 +101,7 @@ def test_a_model_is_compared_with_itself_in_another_format(tiny: Path, tmp_path:
     status, out, err = run([*arguments, "--windows", "1", "--json"], tmp_path)
     assert status == 0, err
     found = json.loads(out)
+    assert reads_back(found, AccuracyFigures)
     other = f"{tiny.stem}-as-q8_0"
     assert found["reference"] == tiny.stem
     assert found["models"][other]["own_prose"]["kl"] >= 0.0

@@ -14,10 +14,12 @@ from types import SimpleNamespace
 import pytest
 
 from edge_llm.bench.record import load
+from edge_llm.bench.schemas import NodeFigures
 from edge_llm.commands.node import _varying
 from edge_llm.engine.random_model import make_model
 from edge_llm.power import PowerMeter
 from tests.programs import DEADLINE_S, at_home_in, bench, bench_command
+from tests.published import reads_back
 
 SMALL = ("-p", "32", "-t", "1", "-r", "2")
 
@@ -85,6 +87,7 @@ def test_json_is_the_whole_run(model: str, environment: dict[str, str], tmp_path
     done = run(environment, "-m", model, *SMALL, "-n", "0", "--json", "--output", str(tmp_path))
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
+    assert reads_back(found, NodeFigures)
     assert {"rows", "memory_bandwidth", "memory_curve", "definitions", "record"} == set(found)
 
 
