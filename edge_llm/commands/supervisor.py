@@ -18,6 +18,7 @@ import secrets
 import socket
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -35,6 +36,7 @@ GATEWAY_DRAIN_S: Final = 3.0
 BESIDE_DRAIN_S: Final = 12.0
 MAX_BACKOFF_S: Final = 10.0
 LOOPBACK: Final = "127.0.0.1"
+_given: Final = deque[int](maxlen=1000)
 # A child that lived so long was well: its next death is not the latest of a series.
 WELL_S: Final = 10.0
 SIMULATED_MODEL: Final = "simulated"
@@ -216,9 +218,13 @@ def check_port_free(port: int) -> None:
 
 def free_port() -> int:
     """A port that nobody listens on, below those that systems give to outgoing connections (Linux: from 32768): one of
-    those could take it while a worker is being started again."""
+    those could take it while a worker is being started again. None that was given lately: benches start several clusters
+    at once, and a port is free until its worker listens."""
     while True:
         port = 20_000 + secrets.randbelow(12_000)
+        if port in _given:
+            continue
         with socket.socket() as probe, suppress(OSError):
             probe.bind((LOOPBACK, port))
+            _given.append(port)
             return port
