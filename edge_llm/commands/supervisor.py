@@ -218,8 +218,8 @@ def check_port_free(port: int) -> None:
 
 def free_port() -> int:
     """A port that nobody listens on, below those that systems give to outgoing connections (Linux: from 32768): one of
-    those could take it while a worker is being started again. None that was given lately: benches start several clusters
-    at once, and a port is free until its worker listens."""
+    those could take it while a worker is being started again. None that was given lately: benches start several
+    clusters at once, and a port is free until its worker listens."""
     while True:
         port = 20_000 + secrets.randbelow(12_000)
         if port in _given:
