@@ -20,6 +20,9 @@ from typing import Final, NamedTuple
 PROMPT_STEPS: Final = 1.5
 # Of a limit of time per token this share is used: steps differ.
 OF_LIMIT: Final = 0.9
+# So much of what a stream can bear is kept back: steps take longer than foreseen at times, and an answer of three tokens
+# has no later ones to make it up. Of a long answer it is nothing: kept back once, not for each step.
+KEPT_BACK_STEPS: Final = 0.25
 # So much prompt work there is for each step in any case: a step's worth after every eighth. More often, and it is the
 # short answers that pay, which would have ended before anybody starved (the Azure code trace: three tokens).
 LEAST_PROMPT_STEPS: Final = 0.125
@@ -48,11 +51,11 @@ class Pace(NamedTuple):
         return next_s > self.tpot_s * self.tokens and last_s > self.tpot_s * (self.tokens - 1 + self.left)
 
     def bears_s(self, decode_step_s: float) -> float:
-        """How much later than at once its next token may come: without end where it has no limit or has lost it, and
-        before its first token, which no limit of this kind is about."""
+        """How much later than at once its next token may come, less what is kept back: without end where it has no
+        limit or has lost it, and before its first token, which no limit of this kind is about."""
         if self.tpot_s is None or not self.tokens or self.is_lost(decode_step_s):
             return math.inf
-        return OF_LIMIT * self.tpot_s * self.tokens - self.age_s - decode_step_s
+        return OF_LIMIT * self.tpot_s * self.tokens - self.age_s - (1 + KEPT_BACK_STEPS) * decode_step_s
 
 
 def room_s(decode_step_s: float, paces: Sequence[Pace], skipped_steps: int = 0) -> float:

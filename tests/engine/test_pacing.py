@@ -37,6 +37,14 @@ def test_a_stream_that_has_just_begun_gets_its_next_token_at_once_and_the_mean_o
     assert sum(seen) / 50 > 0.034, "what it can bear is used"
 
 
+def test_a_short_answer_keeps_its_limit_though_a_step_of_it_takes_longer_than_foreseen() -> None:
+    limit_s = 2.2 * STEP_S
+    for count in (1, 2, 3):
+        late_s = 0.25 * STEP_S
+        assert (sum(gaps([Pace(limit_s)], count)) + late_s) / count <= OF_LIMIT * limit_s + 1e-9
+    assert sum(gaps([Pace(limit_s)], 50)) / 50 > 0.98 * OF_LIMIT * limit_s, "to a long one it is nothing"
+
+
 def test_what_a_stream_had_beyond_its_pace_is_given_to_prompts() -> None:
     ahead = Pace(0.040, tokens=100, age_s=100 * STEP_S)
     assert room_s(STEP_S, [ahead]) == pytest.approx(0.030)
