@@ -37,6 +37,15 @@ _WIDEST: Final = 120
     default=Path("/"),
     help="Judge the files of another board: a copy of its /proc, /sys, /etc, /boot and /run in this folder.",
 )
+@click.option(
+    "--cluster", "of_cluster", is_flag=True, help="Examine instead the Kubernetes cluster that kubectl reaches."
+)
+@click.option(
+    "--kubeconfig",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Of --cluster; default: as kubectl finds it.",
+)
+@click.option("--namespace", default="edge-llm", show_default=True, help="Of --cluster.")
 @json_option
 @click.option("--schema", is_flag=True, help="Print the JSON schema of --json, and nothing else.")
 def doctor(
@@ -45,10 +54,14 @@ def doctor(
     problems: bool,
     ignore: tuple[str, ...],
     root: Path,
+    of_cluster: bool,
+    kubeconfig: Path | None,
+    namespace: str,
     as_json: bool,
     schema: bool,
 ) -> None:
     """Examine this board, its system, K3s, network, build, settings, keys and model. Needs no root rights.
+    With --cluster: nodes, role labels, the Secret, images and pods of edge-llm on Kubernetes.
 
     Exits with 0 when all is well (as far as is known), 1 with warnings, 2 with failures, 130 when interrupted.
     """
@@ -62,24 +75,26 @@ def doctor(
     if schema:
         click.echo(json.dumps(report_schema(), indent=1))
         return
-    _check_ignored(ignore, AREAS)
-    examination = Examination(
-        Files(root.absolute()),
-        config,
-        os.environ,
-        time.time,
-        cluster_ports=lambda: [state.port for state in running_clusters()],
-        outside=Outside(page_bytes=os.sysconf("SC_PAGE_SIZE")),
-        loads=loads,
-    )
-    is_complete = True
-    with steps() as progress:
-        try:
-            examination.run(ignore, progress)
-        except KeyboardInterrupt:
-            click.echo("interrupted: showing what was found", err=True)
-            is_complete = False
-    report = report_of(examination.findings, ignore, datetime.now(UTC), __version__)
+    _check_ignored(ignore, (*AREAS, "cluster"))
+    if of_cluster:
+        from edge_llm.commands.kubectl import Kubectl
+        from edge_llm.doctor.cluster import check_cluster
+
+        findings, is_complete = check_cluster(Kubectl(kubeconfig, namespace).get, namespace), True
+    else:
+        if kubeconfig is not None:
+            raise click.UsageError("--kubeconfig is for --cluster")
+        examination = Examination(
+            Files(root.absolute()),
+            config,
+            os.environ,
+            time.time,
+            cluster_ports=lambda: [state.port for state in running_clusters()],
+            outside=Outside(page_bytes=os.sysconf("SC_PAGE_SIZE")),
+            loads=loads,
+        )
+        findings, is_complete = _examined(examination, ignore)
+    report = report_of(findings, ignore, datetime.now(UTC), __version__)
     if as_json:
         import msgspec
 
@@ -87,6 +102,17 @@ def doctor(
     else:
         _print(report, problems)
     sys.exit(exit_code(report) if is_complete else INTERRUPTED)
+
+
+def _examined(examination: Any, ignored: tuple[str, ...]) -> tuple[list[Any], bool]:
+    """What was found, and whether that is all of it."""
+    with steps() as progress:
+        try:
+            examination.run(ignored, progress)
+        except KeyboardInterrupt:
+            click.echo("interrupted: showing what was found", err=True)
+            return examination.findings, False
+    return examination.findings, True
 
 
 def _check_ignored(ignored: tuple[str, ...], areas: tuple[str, ...]) -> None:

@@ -27,17 +27,19 @@ def rendered(folder: Path) -> str:
 
 
 class Kubectl:
-    """One cluster's, by a kubeconfig, in one namespace."""
+    """One cluster's, by a kubeconfig (None: the one that kubectl finds), in one namespace."""
 
-    def __init__(self, kubeconfig: Path, namespace: str) -> None:
-        self._kubeconfig, self._namespace = kubeconfig, namespace
+    def __init__(self, kubeconfig: Path | None, namespace: str) -> None:
+        self._where = ["-n", namespace, *(["--kubeconfig", str(kubeconfig)] if kubeconfig else [])]
 
     def get(self, *what: str) -> Any:
-        return json.loads(self.run("get", *what, "-o", "json"))
+        """None: nothing, where `--ignore-not-found` was asked for."""
+        found = self.run("get", *what, "-o", "json")
+        return json.loads(found) if found.strip() else None
 
     def run(self, *words: str) -> str:
         """Raises ConfigError with what kubectl says."""
-        return _run([*_kubectl(), "--kubeconfig", str(self._kubeconfig), "-n", self._namespace, *words], CALL_S)
+        return _run([*_kubectl(), *self._where, *words], CALL_S)
 
 
 def _kubectl() -> list[str]:

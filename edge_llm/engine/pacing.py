@@ -20,7 +20,7 @@ from typing import Final, NamedTuple
 PROMPT_STEPS: Final = 1.5
 # Of a limit of time per token this share is used: steps differ.
 OF_LIMIT: Final = 0.9
-# So much of what a stream can bear is kept back: steps take longer than foreseen at times, and an answer of three tokens
+# So much of what a stream can bear is kept back: a step may take longer than foreseen, and an answer of three tokens
 # has no later ones to make it up. Of a long answer it is nothing: kept back once, not for each step.
 KEPT_BACK_STEPS: Final = 0.25
 # So much prompt work there is for each step in any case: a step's worth after every eighth. More often, and it is the

@@ -84,8 +84,8 @@ def main(words: Sequence[str]) -> int:
         print("\n".join(scenario.name for scenario in ALL))
         return 0
     try:
-        if asked.install and requirements.missing():
-            requirements.install()
+        if asked.install:
+            requirements.install(builds_image=asked.build_image)
         if asked.is_ready:
             return _is_ready(asked)
         requirements.check()

@@ -26,6 +26,9 @@ _PROGRAMS: Final = {
     "nsenter": "util-linux",
     "sysctl": "procps",
 }
+# What `make image` takes; where there is no image registry, debootstrap makes the base.
+_IMAGE_BUILDERS: Final = ("buildah", "podman")
+_IMAGE_PACKAGES: Final = ("buildah", "debootstrap")
 _PLUGINS: Final = ("bridge", "host-local", "loopback")
 
 
@@ -52,8 +55,12 @@ def check() -> None:
         raise Broken(f"missing: {', '.join(packages)}. On Debian: {apt_line()}")
 
 
-def install() -> None:
-    """Raises Broken."""
-    done = subprocess.run(apt_line().split(), env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"}, check=False)
-    if done.returncode:
-        raise Broken(f"{apt_line()}: status {done.returncode}")
+def install(*, builds_image: bool) -> None:
+    """What is missing, also for building the image where that is asked for. Raises Broken."""
+    lacks_builder = builds_image and not any(shutil.which(name) for name in _IMAGE_BUILDERS)
+    lines = [apt_line()] if missing() else []
+    lines += [f"apt-get install -y {' '.join(_IMAGE_PACKAGES)}"] if lacks_builder else []
+    for line in lines:
+        done = subprocess.run(line.split(), env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"}, check=False)
+        if done.returncode:
+            raise Broken(f"{line}: status {done.returncode}")

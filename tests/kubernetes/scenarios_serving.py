@@ -45,13 +45,21 @@ async def waits_for_the_secret(stage: Stage) -> str:
     running = [pod["metadata"]["name"] for pod in stage.edge.pods() if pod["status"]["phase"] == "Running"]
     if running:
         raise Broken(f"pods run without keys: {', '.join(running)}")
+    if (found := await _bad(stage)) != {"cluster.boards", "cluster.keys", "cluster.pods"}:
+        raise Broken(f"doctor without the Secret: {found}")
     await asyncio.to_thread(stage.edge.make_secret)
     began_s = time.monotonic()
     await stage.rolled_out(PREFILL, DECODE, GATEWAY)
+    if (found := await _bad(stage)) != {"cluster.boards"}:  # a decode node has nothing to do yet
+        raise Broken(f"doctor when all are ready: {found}")
     return (
         f"an event says so after {waited_s:.1f} s; {time.monotonic() - began_s:.0f} s after the Secret all are ready; "
         f"{lines} lines beside the shipped overlay"
     )
+
+
+async def _bad(stage: Stage) -> set[str]:
+    return {check for check, one in (await stage.doctor()).items() if one["status"] != "ok"}
 
 
 async def splits_across_nodes(stage: Stage) -> str:

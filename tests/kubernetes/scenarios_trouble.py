@@ -142,6 +142,8 @@ async def unknown_role_label(stage: Stage) -> str:
 
     try:
         event = await _heard(stage, "an event of the pod that has no place", events, "FailedScheduling.*node")
+        if "decod" not in (label := (await stage.doctor())["cluster.labels"])["found"] or label["status"] != "fail":
+            raise Broken(f"doctor says of the label: {label}")
         answered = await _still_serves(stage, 105)
     finally:
         stage.edge.label_node(free, ROLES[free])

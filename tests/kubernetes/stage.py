@@ -7,6 +7,7 @@ scenarios do.
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -53,9 +54,19 @@ class Stage:
     async def edge_llm(self, *words: str, with_gateway: bool = True, deadline_s: float = 240.0) -> str:
         """A command of ours, from the client's place outside, with our kubectl."""
         gateway = ("--url", self.outside.url, "--api-key-file", str(self.edge.keys.api_key)) if with_gateway else ()
-        environment = {"PATH": f"{self.cluster.site.binaries}:/usr/sbin:/usr/bin:/sbin:/bin"}
         command = (sys.executable, "-m", "edge_llm", *words, *gateway)
-        return await asyncio.to_thread(run, *command, deadline_s=deadline_s, environment=environment)
+        return await asyncio.to_thread(run, *command, deadline_s=deadline_s, environment=self._environment)
+
+    @property
+    def _environment(self) -> dict[str, str]:
+        return {"PATH": f"{self.cluster.site.binaries}:/usr/sbin:/usr/bin:/sbin:/bin"}
+
+    async def doctor(self) -> dict[str, dict[str, Any]]:
+        """What `edge-llm doctor --cluster` finds, by check. Its exit code is its verdict, not its failure."""
+        kubeconfig = str(self.cluster.site.admin)
+        command = (sys.executable, "-m", "edge_llm", "doctor", "--cluster", "--kubeconfig", kubeconfig, "--json")
+        said = await asyncio.to_thread(run, *command, may_fail=True, environment=self._environment)
+        return {one["check"]: one for one in json.loads(said)["findings"]}
 
     async def settle(self) -> None:
         """One worker of each role, no link cut, nothing left over of the scenario before."""
