@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from edge_llm.config import WorkerRole
-from edge_llm.plan.fit import ROLES, Fitted
+from edge_llm.plan.boards import ROLES
+from edge_llm.plan.fit import Fitted
 
 # As overlay.py writes them; earlier versions said --overwrite.
 _LABELLED: Final = r"^#   kubectl label node (?:--overwrite )?(.+) edge-llm/role={role}$"

@@ -26,7 +26,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from edge_llm.config import ClosedLoader, WorkerConfig, WorkerRole
 from edge_llm.errors import ConfigError
 from edge_llm.kv.snapshot import Policy
-from edge_llm.plan.fit import Arch, Board, Settings
+from edge_llm.plan.boards import Arch, Board, Settings
 
 _UNITS: Final = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS_OF_1024: Final = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40}

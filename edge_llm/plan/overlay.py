@@ -14,9 +14,10 @@ from typing import Any, Final
 import yaml
 
 from edge_llm.errors import ConfigError
+from edge_llm.plan.boards import MIB, Group
 from edge_llm.plan.changes import Earlier
 from edge_llm.plan.description import Description
-from edge_llm.plan.fit import MIB, Fitted, Group
+from edge_llm.plan.fit import Fitted
 
 # The copy of the shipped manifests, beside the overlay.
 SHIPPED: Final = "edge-llm"

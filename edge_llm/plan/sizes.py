@@ -13,7 +13,7 @@ from edge_llm.catalogue.gguf import KV_TYPE_BYTES, ModelCard
 from edge_llm.catalogue.memory import ModelSizes, repacked_tensors, sizes_of
 from edge_llm.errors import ConfigError
 from edge_llm.kv.snapshot import Policy
-from edge_llm.plan.fit import MACHINES, SizesOf
+from edge_llm.plan.boards import MACHINES, SizesOf
 
 _COUNTS: Final = ("weights_bytes", "kv_bytes_per_token", "vocabulary", "heads", "embedding", "feed_forward")
 _WHOLE: Final = frozenset({"full", "sliding-window"})

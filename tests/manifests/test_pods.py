@@ -13,7 +13,8 @@ import pytest
 import edge_llm
 from edge_llm.catalogue.gguf import read_card
 from edge_llm.config import DEFAULT_MODEL, CatalogueConfig, GatewayConfig, WorkerConfig, load_settings
-from edge_llm.plan.fit import Board, Settings, fitted
+from edge_llm.plan.boards import Board, Settings
+from edge_llm.plan.fit import fitted
 from edge_llm.plan.sizes import from_card
 from tests.manifests.reachability import selects
 from tests.manifests.rendering import (

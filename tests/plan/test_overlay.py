@@ -17,9 +17,10 @@ import edge_llm
 from edge_llm.catalogue.memory import ModelSizes
 from edge_llm.commands.kubectl import rendered
 from edge_llm.errors import ConfigError
+from edge_llm.plan.boards import MIB
 from edge_llm.plan.changes import Earlier, earlier_of
 from edge_llm.plan.description import Description, parse_description
-from edge_llm.plan.fit import MIB, Fitted, fitted
+from edge_llm.plan.fit import Fitted, fitted
 from edge_llm.plan.manifests import manifests_folder, read_earlier, read_shipped, write_overlay
 from edge_llm.plan.overlay import Shipped, kustomization, labels, settings, volume_notes
 
