@@ -271,3 +271,16 @@ def test_a_gateway_without_room_is_refused_and_room_for_one_only_is_said() -> No
     assert any("one gateway only" in note for note in fit([one]).notes)
     two = pi("a", ram_bytes=int((need + 2 * GATEWAY + 8 * MIB) / 0.96), reserve_bytes=0)
     assert not any("one gateway only" in note for note in fit([two]).notes)
+
+
+# -- what is worth knowing
+
+
+def test_a_processor_that_nobody_knows_is_noted_with_what_was_meant() -> None:
+    (note,) = (
+        note for note in fit([pi("a", cpu="cortex-a67"), pi("b", cpu="cortex-a76")]).notes if "not known" in note
+    )
+    assert note.startswith("a: cpu cortex-a67 is not known, did you mean cortex-a76?") or "did you mean" in note
+    odd = fit([pi("a", cpu="quantum", role="mixed"), pi("b", cpu="n100", arch="amd64")]).notes
+    assert [note.partition(" is not")[0] for note in odd if "not known" in note] == ["a: cpu quantum"]
+    assert not [note for note in fit([pi("a"), pi("b", cpu="cortex-a76")]).notes if "not known" in note]
