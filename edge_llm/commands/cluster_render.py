@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
+from edge_llm.errors import ConfigError
 from edge_llm.words import counted
 
 if TYPE_CHECKING:
@@ -109,7 +110,10 @@ def _described(description: Path) -> Description:
     from edge_llm.plan.description import parse_description, read_description
 
     if str(description) == "-":
-        return parse_description(click.get_text_stream("stdin").read(), "standard input")
+        try:
+            return parse_description(sys.stdin.read(), "standard input")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"standard input is no text: {error}") from error
     return read_description(description)
 
 
