@@ -24,11 +24,12 @@ from typing import Annotated, Any, Final, Literal, Self
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from edge_llm.config import ClosedLoader, WorkerConfig, WorkerRole
 from edge_llm.errors import ConfigError
 from edge_llm.kv.snapshot import Policy
-from edge_llm.plan.boards import Arch, Board, Settings
+from edge_llm.plan.boards import MIB, Arch, Board, Settings
 from edge_llm.plan.processors import processor
 
 _UNITS: Final = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -154,10 +155,18 @@ class Description:
 def keys() -> list[tuple[str, str]]:
     """Every key with what it means; those of a board as `boards.name`. What must be there says so."""
     return [
-        (f"{'boards.' * (kind is _Board)}{key}", f"{'Needed. ' * field.is_required()}{field.description or ''}")
+        (f"{'boards.' * (kind is _Board)}{key}", f"{_needed_or_default(key, field)} {field.description}".strip())
         for kind in (_Cluster, _Board)
         for key, field in kind.model_fields.items()
     ]
+
+
+def _needed_or_default(key: str, field: FieldInfo) -> str:
+    if field.is_required():
+        return "Needed."
+    if key == "prefix_cache":
+        return f"[{field.default // MIB}MiB]"
+    return "" if field.default in (None, "", ()) else f"[{str(field.default).replace('True', 'true')}]"
 
 
 def read_description(path: Path) -> Description:

@@ -196,7 +196,7 @@ def test_help_explains_every_key() -> None:
     for words in (
         "Keys of DESCRIPTION:",
         "boards.ram Needed. What the board is sold with",
-        "n_ctx Tokens of one answer",
+        "n_ctx [4096] Tokens of one answer",
     ):
         assert words in said
     assert "cpu: cortex-a76" in said

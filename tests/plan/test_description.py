@@ -131,6 +131,7 @@ def test_every_key_says_in_a_line_what_it_means() -> None:
     meanings = dict(keys())
     assert {"model", "boards", "n_ctx", "boards.name", "boards.cpu"} <= meanings.keys()
     assert all(20 < len(f"{key} {meaning}") < 120 and "\n" not in meaning for key, meaning in meanings.items())
+    assert meanings["slots"].startswith(f"[{WorkerConfig().slots}] ")
     assert [key for key, meaning in meanings.items() if meaning.startswith("Needed. ")] == [
         "model",
         "boards",
