@@ -75,7 +75,7 @@ def _refusal(wanted: Wanted, groups: Sequence[Group]) -> str:
     small = next((group for group in groups if group.limit_bytes > group.smallest.room_bytes), None)
     lines = [_no_gateway(groups, wanted.gateway_bytes)] if small is None else _too_small(small)
     instead = alternatives(wanted, groups)
-    lines += ["What would fit on all boards:", *(f"  - {line}" for line in instead or [_nothing(groups)])]
+    lines += ["What would fit:", *(f"  - {line}" for line in instead or [_nothing(groups)])]
     if small is not None and _stays(small, wanted):
         lines.append(
             f"{small.smallest.name} keeps the role that it was rendered with before; `role:` in the description gives "
