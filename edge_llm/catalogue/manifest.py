@@ -93,15 +93,22 @@ def pins_path() -> Path:
 
 
 def load_manifest(path: Path | None = None, pins: Path | None = None) -> dict[str, ModelEntry]:
-    """All entries by name. Raises CatalogueError naming file, entry and key."""
+    """All entries by name, with what was pinned here. Raises CatalogueError naming file, entry and key."""
     path = path or manifest_path()
-    entries = {name: _entry(path, name, values) for name, values in _mapping(path, "models").items()}
-    _check_files_differ(path, entries)
+    entries = load_listed(path)
     pinned = pins or pins_path()
     if pinned.is_file():
         for name, values in _mapping(pinned, "pins").items():
             if name in entries and entries[name].sha256 is None and isinstance(values, dict):
                 entries[name] = _entry(pinned, name, entries[name].model_dump(exclude={"name"}) | values)
+    return entries
+
+
+def load_listed(path: Path | None = None) -> dict[str, ModelEntry]:
+    """The entries as the list has them, without what was pinned here: what another machine with this list sees."""
+    path = path or manifest_path()
+    entries = {name: _entry(path, name, values) for name, values in _mapping(path, "models").items()}
+    _check_files_differ(path, entries)
     return entries
 
 
@@ -116,7 +123,7 @@ def record_pin(name: str, size: int, sha256: str, pins: Path | None = None) -> P
 
 def write_pin(name: str, size: int, sha256: str, path: Path) -> None:
     """Write `size` and `sha256` into the entry `name` of a models.yaml, keeping every other byte of it."""
-    if (entry := load_manifest(path).get(name)) is None:
+    if (entry := load_listed(path).get(name)) is None:
         raise CatalogueError(f"{path} has no model {name}")
     text, found = re.subn(
         rf"^ +{re.escape(name)}: *\n( +)",

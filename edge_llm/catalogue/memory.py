@@ -15,6 +15,7 @@ from typing import Final
 from edge_llm.catalogue.gguf import ModelCard
 from edge_llm.errors import ConfigError
 from edge_llm.kv.snapshot import Policy
+from edge_llm.words import counted
 
 # Interpreter, FastAPI, numpy and the vocabulary's Python side, resident before a model is loaded.
 PYTHON_BYTES: Final = 160 << 20
@@ -106,7 +107,7 @@ def plan_memory(
         {
             "weights": sizes.weights_bytes,
             "repacked weights": sizes.repacked_bytes,
-            f"KV of {slots} slots": slots * n_ctx * kv,
+            f"KV of {counted(slots, 'slot')}": slots * n_ctx * kv,
             "KV of the prompt context": n_ctx * kv if serves_prompts else 0,
             "compute and logits buffers": contexts * (scores + activations + logits),
             "one snapshot in adoption": n_ctx * kv if slots else 0,

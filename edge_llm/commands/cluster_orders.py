@@ -22,6 +22,7 @@ import click
 
 from edge_llm.commands.cluster_gateway import Gateway, gateway_options
 from edge_llm.errors import ClientError, ConfigError, EdgeLLMError, WorkerUnreachable
+from edge_llm.words import counted
 
 POLL_S: Final = 0.5
 # A gateway asks its workers how they are about once a second, and gives up a question after 1.5 s.
@@ -136,9 +137,9 @@ def left_of(node: Mapping[str, Any]) -> str:
     """What still runs there, for people; empty: nothing."""
     load = node["load"]
     sequences, tokens = load["sequences_running"], load["pending_prompt_tokens"]
-    words = [f"{sequences} sequences"] if sequences else []
+    words = [counted(sequences, "sequence")] if sequences else []
     if tokens or load["sequences_waiting"]:
-        words.append(f"{tokens} prompt tokens to read for others")
+        words.append(f"{counted(tokens, 'prompt token')} to read for others")
     return ", ".join(words)
 
 
@@ -149,8 +150,8 @@ def remarks(overview: Mapping[str, Any], node: Mapping[str, Any]) -> list[str]:
     most = max(other["slots"] for other in nodes)
     if node["role"] != "prefill" and node["slots"] < most:
         lines.append(
-            f"it was loaded with {node['slots']} slots, others have {most}: started again with role {node['role']} it "
-            "gets all (on Kubernetes: --kubeconfig)"
+            f"it was loaded with {counted(node['slots'], 'slot')}, others have {most}: started again with role "
+            f"{node['role']} it gets all (on Kubernetes: --kubeconfig)"
         )
     for wanted, does in (("prefill", "reads prompts for others"), ("decode", "decodes")):
         if not any(other["role"] in (wanted, "mixed") for other in nodes):

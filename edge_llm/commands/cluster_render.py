@@ -1,7 +1,7 @@
 """`edge-llm cluster render`: a described cluster as manifests with sizes that fit, or the sum that does not.
 
-Owns finding the model's sizes and the output: a folder for `kubectl apply -k`, or one YAML on stdout for `kubectl apply
--f -`. A folder that holds a rendering says which board has which role already. What fits, what differs from the
+Owns the output: a folder for `kubectl apply -k`, or one YAML on stdout for `kubectl apply -f -`. A folder that holds a
+rendering says which board has which role already. The model is cluster_model.py's; what fits, what differs from the
 shipped manifests and what a change of roles takes is edge_llm/plan's.
 """
 
@@ -13,11 +13,12 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import click
 
-from edge_llm.errors import CatalogueError, ConfigError
+from edge_llm.errors import ConfigError
+from edge_llm.words import counted
 
 if TYPE_CHECKING:
     from edge_llm.plan.description import Description
@@ -28,8 +29,18 @@ _MIB: Final = 1 << 20
 _SHOWN: Final = ("sum_bytes", "limit_bytes", "room_bytes", "left_bytes")
 
 
-@click.command()
-@click.argument("description", type=click.Path(path_type=Path, dir_okay=False, exists=True))
+class _WithKeys(click.Command):
+    """Its help ends with the keys of a description, read where they are defined and only when asked."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from edge_llm.plan.description import keys
+
+        with formatter.section("Keys of DESCRIPTION"):
+            formatter.write_dl(keys())
+
+
+@click.command(cls=_WithKeys)
+@click.argument("description", type=click.Path(path_type=Path, dir_okay=False, exists=True, allow_dash=True))
 @click.option(
     "-o",
     "--output",
@@ -40,27 +51,27 @@ _SHOWN: Final = ("sum_bytes", "limit_bytes", "room_bytes", "left_bytes")
 @click.option("--check", is_flag=True, help="Only say what fits; render nothing.")
 @click.option("--json", "as_json", is_flag=True, help="With --check or -o: print JSON.")
 def render(description: Path, output: Path | None, check: bool, as_json: bool) -> None:
-    """Manifests for the boards and the model in DESCRIPTION (YAML; `edge_llm/plan/description.py` shows one).
+    """Manifests for the boards and the model in DESCRIPTION (YAML; -: standard input).
 
     \b
     model: smollm2-135m-instruct-q4_1
     boards:
-      - {name: pi-a, ram: 8GB, k3s: server}
-      - {name: pi-b, ram: 8GB}
+      - {name: pi-a, ram: 8GB, k3s: server, cpu: cortex-a76}
+      - {name: pi-b, ram: 8GB, cpu: cortex-a76}
     """
+    from edge_llm.commands.cluster_model import known_model, list_of_models
     from edge_llm.plan.changes import Earlier, changes, moves, remarks
-    from edge_llm.plan.description import read_description
     from edge_llm.plan.fit import fitted
     from edge_llm.plan.manifests import manifests_folder, read_earlier, read_shipped, write_overlay
-    from edge_llm.plan.overlay import kustomization, labels, volume_notes
+    from edge_llm.plan.overlay import component_notes, files, labels, volume_notes
 
     if as_json and not check and output is None:
         raise click.UsageError("--json goes with --check or -o: without them manifests are printed")
-    described = read_description(description)
+    described = _described(description)
     folder = manifests_folder()
     shipped = read_shipped(folder)
     earlier = Earlier() if output is None else read_earlier(output)
-    model = _known(described)
+    model, doubts = known_model(described)
     fit = fitted(
         described.boards,
         described.settings,
@@ -69,15 +80,21 @@ def render(description: Path, output: Path | None, check: bool, as_json: bool) -
         gateway_bytes=shipped.gateway_bytes,
         earlier=earlier.roles,
     )
-    overlay = kustomization(described, fit, shipped, model.file_bytes)
+    overlay = files(described, fit, shipped, model.file_bytes, list_of_models())
     changed = changes(earlier, fit)
-    notes = [*remarks(changed), *volume_notes(described, fit, shipped, model.file_bytes, earlier)]
-    fit = replace(fit, notes=(*fit.notes, *notes))
+    moved = moves(changed, earlier, shlex.quote(str(output)))
+    labelled = labels(described, fit, [change.board for change in changed])
+    notes = [
+        *doubts,
+        *component_notes(described, fit, shipped),
+        *fit.notes,
+        *remarks(changed, is_labelled=bool(labelled)),
+        *volume_notes(described, fit, shipped, model.file_bytes, earlier),
+    ]
+    fit = replace(fit, notes=tuple(notes))
     if check or output is not None:
         if output is not None and not check:
             write_overlay(output, overlay, folder)
-        moved = moves(changed, earlier, shlex.quote(str(output)))
-        labelled = labels(described, fit, [change.board for change in changed])
         _tell(described, fit, model, None if check else output, moved, labelled, as_json)
         return
     from edge_llm.commands.kubectl import rendered
@@ -89,43 +106,15 @@ def render(description: Path, output: Path | None, check: bool, as_json: bool) -
     _summary(described, fit, model, to_stderr=True)
 
 
-def _known(described: Description) -> KnownModel:
-    """The model's sizes: of the file named, of what a board said, or of the file in the cache. Raises ConfigError."""
-    from edge_llm.catalogue.fetch import installed_path
-    from edge_llm.catalogue.gguf import read_card
-    from edge_llm.catalogue.resolve import find, is_path
-    from edge_llm.plan.sizes import from_card, from_facts
+def _described(description: Path) -> Description:
+    from edge_llm.plan.description import parse_description, read_description
 
-    if described.gguf is not None:
-        return from_card(read_card(described.gguf), described.policy)
-    if described.facts is not None:
-        return from_facts(_facts(described.facts), described.policy, str(described.facts))
-    if is_path(described.model):
-        raise ConfigError(
-            f"{described.model} is where the model lies on the boards: say with gguf: FILE where it lies here, or with "
-            f"facts: FILE.json what `edge-llm models show {described.model} --json` says there"
-        )
-    entry = find(described.model)
-    path = installed_path(entry)
-    if path.is_file():
-        return from_card(read_card(path), described.policy)
-    size = f"Known is its file's size, {entry.size / _MIB:,.0f} MiB. " if entry.size else ""
-    get = "pull" if entry.sha256 else "pin"
-    raise CatalogueError(
-        f"{entry.name} is not on this machine, and how much KV a token takes stands only in the file's header. {size}"
-        f"Make it known: `edge-llm models {get} {entry.name}` here; or, where it is already, `edge-llm models show "
-        f"{entry.name} --json > model.json`, and facts: model.json in the description"
-    )
-
-
-def _facts(path: Path) -> dict[str, Any]:
-    try:
-        facts = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read the facts {path}: {error}") from error
-    if not isinstance(facts, dict):
-        raise ConfigError(f"{path} is not what `edge-llm models show MODEL --json` prints")
-    return facts
+    if str(description) == "-":
+        try:
+            return parse_description(sys.stdin.read(), "standard input")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"standard input is no text: {error}") from error
+    return read_description(description)
 
 
 def _tell(
@@ -164,7 +153,8 @@ def _summary(described: Description, fit: Fitted, model: KnownModel, to_stderr: 
     from edge_llm.plan.overlay import labels, table
 
     settings = described.settings
-    head = f"{described.model}: {model.kv_bytes_per_token / 1024:,.1f} KiB of KV a token, {settings.slots} slots of"
+    slots = counted(settings.slots, "slot")
+    head = f"{described.model}: {model.kv_bytes_per_token / 1024:,.1f} KiB of KV a token, {slots} of"
     click.echo(f"{head} {settings.n_ctx:,} tokens", err=to_stderr)
     for row in table(fit):
         sizes = {key: round(int(str(row[key])) / _MIB) for key in _SHOWN}

@@ -15,6 +15,7 @@ import click
 
 from edge_llm.commands.cluster_exchange import SHORT, exchange, sentences, serves
 from edge_llm.commands.cluster_gateway import Gateway, gateway_options
+from edge_llm.words import counted
 
 # Of tables that go into a file.
 WIDTH: Final = 160
@@ -53,7 +54,7 @@ def status(url: str, api_key_file: Path | None, as_json: bool) -> None:
 
 def _show(found: Mapping[str, Any], nodes: list[dict[str, Any]], is_served: bool) -> None:
     requests = ", ".join(f"{count} {state}" for state, count in found["requests"].items() if count) or "no requests"
-    click.echo(f"{found['gateway']}: {len(nodes)} nodes, {requests}")
+    click.echo(f"{found['gateway']}: {counted(len(nodes), 'node')}, {requests}")
     if nodes:
         _table(nodes)
     for line in (*_links(nodes), *_limits(nodes), *sentences(nodes), *_unanswered(found.get("discovery") or {})):

@@ -12,7 +12,7 @@ import click
 
 from edge_llm.catalogue.fetch import fetch, fetch_unverified, installed_path, remember_sha256, sha256_of
 from edge_llm.catalogue.gguf import ModelCard, read_card
-from edge_llm.catalogue.manifest import ModelEntry, load_manifest, record_pin, write_pin
+from edge_llm.catalogue.manifest import ModelEntry, load_listed, load_manifest, record_pin, write_pin
 from edge_llm.catalogue.resolve import find, is_path, resolve
 from edge_llm.commands.progress import progress
 from edge_llm.config import DEFAULT_MODEL, cache_dir
@@ -46,8 +46,8 @@ def list_models(as_json: bool) -> None:
 def show(model: str, as_json: bool) -> None:
     """What the GGUF header of MODEL (a name or a path) says; fetches it if needed."""
     with progress(model, is_bytes=True) as report:
-        card = read_card(resolve(model, report).path)
-    _print(_facts(card), as_json)
+        found = resolve(model, report)
+    _print(_facts(read_card(found.path), found.sha256), as_json)
 
 
 @models.command()
@@ -86,12 +86,19 @@ def verify(names: tuple[str, ...], as_json: bool) -> None:
 @click.option("--write", type=click.Path(path_type=Path, exists=True), help="Write it into this models.yaml instead.")
 @json_option
 def pin(model: str, write: Path | None, as_json: bool) -> None:
-    """Fetch MODEL without a hash to compare with, and record the size and sha256 that came."""
+    """Fetch MODEL without a hash to compare with, and record the size and sha256 that came.
+
+    What was recorded on this machine before is what --write takes over."""
     entry = find(model)
-    if entry.sha256 is not None:
+    listed = None if write is None else load_listed(write).get(model)
+    if entry.sha256 is not None and (listed is None or listed.sha256 is not None):
         raise CatalogueError(f"{model} has a sha256 already ({entry.sha256}): `edge-llm models pull {model}`")
     with progress(entry.file, is_bytes=True) as report:
-        path, size, digest = fetch_unverified(entry, report)
+        if entry.sha256 is None:
+            path, size, digest = fetch_unverified(entry, report)
+        else:
+            path, digest = fetch(entry, report), entry.sha256
+            size = path.stat().st_size
     if write is None:
         write = record_pin(entry.name, size, digest)
     else:
@@ -174,9 +181,10 @@ def _row(entry: ModelEntry) -> dict[str, Any]:
     }
 
 
-def _facts(card: ModelCard) -> dict[str, Any]:
+def _facts(card: ModelCard, sha256: str) -> dict[str, Any]:
     return {
         "file": Path(card.path).name,
+        "sha256": sha256,
         "architecture": card.architecture,
         "name": card.name,
         "quantization": card.quantization,

@@ -20,6 +20,7 @@ from edge_llm.doctor.files import gib
 from edge_llm.doctor.finding import Finding, fail, ok, unknown, warn
 from edge_llm.errors import CatalogueError, EdgeLLMError
 from edge_llm.kv.snapshot import UNSPLIT
+from edge_llm.words import counted
 
 State = Literal[
     "verified", "not verified", "not fetched", "wrong size", "wrong hash", "unreadable", "unknown name", "gone"
@@ -169,8 +170,8 @@ def check_memory(facts: MemoryFacts, config: WorkerConfig) -> Finding:
     """Whether a worker with these settings starts."""
     check = "model.memory"
     words = (
-        f"a worker of role {config.role} needs {gib(facts.whole_bytes)} ({config.slots} slots of {config.n_ctx} tokens)"
-        f", {gib(facts.available_bytes)} are {'allowed' if facts.limit_is_set else 'free'}"
+        f"a worker of role {config.role} needs {gib(facts.whole_bytes)} ({counted(config.slots, 'slot')} of "
+        f"{config.n_ctx} tokens), {gib(facts.available_bytes)} are {'allowed' if facts.limit_is_set else 'free'}"
     )
     if facts.whole_bytes <= facts.available_bytes:
         return ok(check, words)

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from edge_llm.config import WorkerRole
-from edge_llm.plan.fit import ROLES, Fitted
+from edge_llm.plan.boards import ROLES
+from edge_llm.plan.fit import Fitted
 
 # As overlay.py writes them; earlier versions said --overwrite.
 _LABELLED: Final = r"^#   kubectl label node (?:--overwrite )?(.+) edge-llm/role={role}$"
@@ -78,8 +79,15 @@ def moves(changed: Sequence[Change], earlier: Earlier, folder: str) -> list[str]
     ]
 
 
-def remarks(changed: Sequence[Change]) -> Iterable[str]:
-    """Why a label is not enough, for people."""
+def remarks(changed: Sequence[Change], *, is_labelled: bool) -> Iterable[str]:
+    """Why a label is not enough, for people; and where labels are given, what a refused one means: what was changed by
+    an earlier rendering, or by hand, is not known here, and the label says it."""
+    if is_labelled:
+        yield (
+            "a label that kubectl refuses (`already has a value`) means that the board does something else so far: its "
+            "worker is moved first, by `edge-llm cluster role POD ROLE --kubeconfig FILE`, before `kubectl apply`. "
+            "`kubectl get nodes -L edge-llm/role` shows what is still to do (no worker there yet: --overwrite)"
+        )
     if not changed:
         return
     boards = ", ".join(f"{change.board} ({change.was} -> {change.role})" for change in changed)

@@ -9,24 +9,28 @@
   n_ctx: 4096
   components: [network-policy, model-on-board]     # of k3s_manifests, instead of those that are chosen
 
-`name` is the node's name in Kubernetes. `ram` is what the board is sold with. Owns the format and its errors: it is
-closed, unknown and repeated keys are errors that name the place. Refuses to know whether anything fits (fit.py).
+Owns the format, what its keys mean, and its errors: it is closed, unknown and repeated keys are errors that name the
+place. Refuses to know whether anything fits (fit.py).
 """
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from edge_llm.config import ClosedLoader, WorkerConfig, WorkerRole
 from edge_llm.errors import ConfigError
 from edge_llm.kv.snapshot import Policy
-from edge_llm.plan.fit import Arch, Board, Settings
+from edge_llm.plan.boards import MIB, Arch, Board, Settings
+from edge_llm.plan.processors import processor
 
 _UNITS: Final = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS_OF_1024: Final = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40}
@@ -70,37 +74,61 @@ def _role(value: object) -> object:
 
 
 class _Closed(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    """What a key means stands below it: `--help` prints it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class _Board(_Closed):
     name: Annotated[str, Field(pattern=rf"^{_LABEL}(\.{_LABEL})*$", max_length=253)]
+    """The node's name in Kubernetes."""
     ram: Annotated[int, BeforeValidator(_ram), Field(le=1 << 50)]
+    """What the board is sold with: 8GB."""
     arch: Arch = "arm64"
-    cpu: Annotated[str, Field(max_length=64)] = ""
+    """arm64 or amd64."""
+    cpu: Annotated[str, Field(max_length=64), AfterValidator(processor)] = ""
+    """The core: cortex-a76 (or pi5) sets what is known of it; boards of two kinds are not exact together."""
     cores: Annotated[int, Field(ge=1, le=1024)] = 4
+    """How many."""
     role: Annotated[WorkerRole | None, BeforeValidator(_role)] = None
+    """prefill, decode or mixed; without, or auto: chosen."""
     k3s: Literal["server", "agent"] = "agent"
+    """server: the control plane runs there, too, and takes more memory."""
     reserve: Size | None = None
+    """Memory for everything else there, instead of what K3s and the system usually take."""
 
 
 class _Cluster(_Closed):
     model: Annotated[str, Field(pattern=r"^[A-Za-z0-9./_-]{1,256}$")]
+    """Its name in models.yaml, or the path of its .gguf file on the boards."""
     gguf: str | None = None
+    """Its file on this machine, where its size is read; without: in the cache."""
     facts: str | None = None
+    """Instead: a file of what `edge-llm models show MODEL --json` prints where the model is."""
     boards: Annotated[tuple[_Board, ...], Field(min_length=1, max_length=1000)]
+    """A list, each with the keys of a board."""
     policy: Policy = _WORKER.policy
+    """exact or fast: whether answers come out the same wherever they run."""
     slots: Annotated[int, Field(ge=1, le=64)] = _WORKER.slots
+    """Answers at once on a worker that decodes."""
     spare_slots: Annotated[int, Field(ge=0, le=64)] = _WORKER.spare_slots
+    """The same on one of role prefill, for when it helps out."""
     spare_prompts: bool = _WORKER.spare_prompts
+    """Whether a decode worker may read prompts for others."""
     n_ctx: Annotated[int, Field(ge=64, le=1 << 20)] = _WORKER.n_ctx
-    chunk_tokens: Annotated[int, Field(ge=8, le=1024)] = _WORKER.chunk_tokens
-    """As wide as `edge-llm verify` can measure."""
+    """Tokens of one answer and its prompt together."""
+    chunk_tokens: Annotated[int, Field(ge=8, le=1024)] = _WORKER.chunk_tokens  # as wide as `verify` can measure
+    """Prompt tokens that are read at once."""
     k_type: Literal["f16", "f32", "bf16", "q8_0", "q4_0"] = _WORKER.k_type
+    """Type of the K cache; q8_0 takes half of f16."""
     v_type: Literal["f16", "f32", "bf16"] = "f16"
+    """Type of the V cache."""
     prefix_cache: Size = _WORKER.prefix_cache_bytes
+    """Memory for what prompts begin with."""
     components: tuple[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")], ...] = ()
+    """Of k3s_manifests/components, instead of those that are chosen; name network-policy, too."""
     image: Annotated[str, Field(pattern=rf"^[a-z0-9]([A-Za-z0-9._/:-]*[A-Za-z0-9])?{_DIGEST}$")] | None = None
+    """NAME:TAG or NAME@sha256:DIGEST instead of localhost/edge-llm and this version."""
 
     @model_validator(mode="after")
     def _sizes_come_from_one_place(self) -> Self:
@@ -122,6 +150,23 @@ class Description:
     settings: Settings
     components: tuple[str, ...] | None
     image: str | None
+
+
+def keys() -> list[tuple[str, str]]:
+    """Every key with what it means; those of a board as `boards.name`. What must be there says so."""
+    return [
+        (f"{'boards.' * (kind is _Board)}{key}", f"{_needed_or_default(key, field)} {field.description}".strip())
+        for kind in (_Cluster, _Board)
+        for key, field in kind.model_fields.items()
+    ]
+
+
+def _needed_or_default(key: str, field: FieldInfo) -> str:
+    if field.is_required():
+        return "Needed."
+    if key == "prefix_cache":
+        return f"[{field.default // MIB}MiB]"
+    return "" if field.default in (None, "", ()) else f"[{str(field.default).replace('True', 'true')}]"
 
 
 def read_description(path: Path) -> Description:
@@ -190,18 +235,22 @@ def _path(name: str | None, folder: Path, where: str) -> Path | None:
 
 
 def _complaint(error: ValidationError, content: object) -> str:
-    """The first thing that is wrong: where it is, and what is allowed there."""
-    problem = error.errors(include_url=False, include_input=False)[0]
+    """The first thing that is wrong, a key that is none before all: where it is, and what is allowed there."""
+    problems = error.errors(include_url=False, include_input=False)
+    problem = next((one for one in problems if one["type"] == "extra_forbidden"), problems[0])
     place = problem["loc"]
     kind: type[_Closed] = _Board if len(place) > 1 and place[0] == "boards" else _Cluster
-    keys = f"the keys are {', '.join(kind.model_fields)}"
+    known = f"the keys are {', '.join(kind.model_fields)}"
     match problem["type"]:
         case "missing":
-            words = f"is missing; {keys}"
+            words = f"is missing; {known}"
         case "extra_forbidden":
-            words = f"is not known; {keys}"
+            missing = [
+                str(one["loc"][-1]) for one in problems if one["type"] == "missing" and one["loc"][:-1] == place[:-1]
+            ]
+            words = f"is not known{_meant(str(place[-1]), kind, missing)}; {known}"
         case "model_type":
-            words = f"must be keys and values; {keys}"
+            words = f"must be keys and values; {known}"
         case "tuple_type":
             words = "must be a list"
         case "too_short":
@@ -215,6 +264,14 @@ def _complaint(error: ValidationError, content: object) -> str:
         case _:
             words = problem["msg"].replace("Input should", "must", 1)
     return ": ".join([*_place(place, content), words])
+
+
+def _meant(key: str, kind: type[_Closed], missing: Sequence[str]) -> str:
+    """The nearest key, and what is missing besides."""
+    near = difflib.get_close_matches(key.lower(), [*missing, *kind.model_fields], n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    others = [name for name in missing if name not in near]
+    return f"{hint}, and {' and '.join(others)} {'is' if len(others) == 1 else 'are'} missing" if others else hint
 
 
 def _key(place: tuple[int | str, ...]) -> str:

@@ -6,7 +6,7 @@ Owns reading and copying. Refuses to change them: what differs is the overlay's.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,11 +15,10 @@ import yaml
 from edge_llm.errors import ConfigError
 from edge_llm.plan.changes import Earlier, earlier_of
 from edge_llm.plan.description import bytes_of
-from edge_llm.plan.overlay import HEADER, SHIPPED, VERIFY, Shipped
+from edge_llm.plan.overlay import HEADER, ON_BOARD, OVERLAY, SHIPPED, VERIFY, Shipped
 
 # What an overlay is made of; not the shipped overlays and the dashboards.
 _PARTS: Final = ("base", "workers", "components")
-OVERLAY: Final = "kustomization.yaml"
 
 
 def manifests_folder() -> Path:
@@ -45,6 +44,11 @@ def read_shipped(folder: Path) -> Shipped:
         gateway_bytes=bytes_of(gateway["spec"]["template"]["spec"]["containers"][0]["resources"]["requests"]["memory"]),
         verifies=any(container["name"] == VERIFY for container in pod.get("initContainers") or []),
         storage_bytes=bytes_of(storage[0]) if storage else 0,
+        volumes=tuple(
+            document
+            for document in _documents(folder / "components" / ON_BOARD)
+            if document.get("kind") == "PersistentVolume"
+        ),
     )
 
 
@@ -58,9 +62,9 @@ def read_earlier(target: Path) -> Earlier:
     return earlier_of(text) if text.startswith(HEADER) else Earlier()
 
 
-def write_overlay(target: Path, overlay: str, folder: Path) -> None:
-    """The overlay and its copy of the manifests: nothing outside `target` is needed to apply it. Raises ConfigError
-    when something that is not ours lies there."""
+def write_overlay(target: Path, files: Mapping[str, str], folder: Path) -> None:
+    """A copy of the manifests, and over it `files` (overlay.py), by their place in `target`: nothing outside of it is
+    needed to apply it. Raises ConfigError when something that is not ours lies there."""
     file, copy = target / OVERLAY, target / SHIPPED
     try:
         if file.exists() and not file.read_text().startswith(HEADER):
@@ -71,7 +75,8 @@ def write_overlay(target: Path, overlay: str, folder: Path) -> None:
             shutil.rmtree(copy)
         for part in _PARTS:
             shutil.copytree(folder / part, copy / part)
-        file.write_text(overlay)
+        for place, text in files.items():
+            (target / place).write_text(text)
     except OSError as error:
         raise ConfigError(f"cannot write {target}: {error.strerror or error}") from error
 

@@ -14,10 +14,15 @@ from typing import Any, Final
 import yaml
 
 from edge_llm.errors import ConfigError
+from edge_llm.plan.boards import MIB, Group
 from edge_llm.plan.changes import Earlier
 from edge_llm.plan.description import Description
-from edge_llm.plan.fit import MIB, Fitted, Group
+from edge_llm.plan.fit import Fitted
+from edge_llm.plan.listed import OWN_LIST
+from edge_llm.plan.processors import PI5
+from edge_llm.words import counted
 
+OVERLAY: Final = "kustomization.yaml"
 # The copy of the shipped manifests, beside the overlay.
 SHIPPED: Final = "edge-llm"
 # The container that measures a worker's level before it starts.
@@ -25,12 +30,16 @@ VERIFY: Final = "verify"
 HEADER: Final = "# Rendered by `edge-llm cluster render`"
 _GIB: Final = 1 << 30
 _DOWNLOAD: Final = "model-download"
-_ON_BOARD: Final = "model-on-board"
+ON_BOARD: Final = "model-on-board"
 # With these the model comes from elsewhere; else a worker's volume must hold it.
-_NO_DOWNLOAD: Final = frozenset({"model-image-volume", _ON_BOARD})
+_NO_DOWNLOAD: Final = frozenset({"model-image-volume", ON_BOARD})
 _SOURCES: Final = frozenset({_DOWNLOAD, *_NO_DOWNLOAD})
 _POLICY: Final = "network-policy"
-_PI5: Final = frozenset({"cortex-a76", "pi5"})
+# What is lost with a component that was not named, where its name does not say it.
+_LOST: Final = {_POLICY: " (default deny: without it any pod of the cluster reaches workers, and they reach anything)"}
+# More volumes than components/model-on-board has, and a list of models of one's own, in the copy of the manifests.
+_VOLUMES: Final = f"{SHIPPED}/volumes.yaml"
+_MODELS: Final = f"{SHIPPED}/components/{OWN_LIST}/models.yaml"
 # What components/pi5 takes for granted: its workers ask for three of them.
 _PI5_CORES: Final = 4
 # Of components/high-availability, and one more that an update starts before it stops another.
@@ -40,22 +49,37 @@ _GATEWAYS_UPDATING: Final = 3
 @dataclass(frozen=True, slots=True)
 class Shipped:
     """What is read of the shipped manifests. `verifies`: whether `edge-llm verify` runs before a worker;
-    `storage_bytes`: of a worker's volume, 0 where it has none."""
+    `storage_bytes`: of a worker's volume, 0 where it has none. `volumes`: those of components/model-on-board."""
 
     components: frozenset[str]
     gateway_bytes: int
     verifies: bool
     storage_bytes: int
+    volumes: tuple[Mapping[str, Any], ...] = ()
+
+
+def files(described: Description, fit: Fitted, shipped: Shipped, file_bytes: int, models: str) -> dict[str, str]:
+    """The overlay, and what it lays over the copy of the manifests, by place in the folder. `models`: the list of
+    models of this machine. Raises ConfigError for a component that is not shipped."""
+    components = _components(described, fit, shipped)
+    volumes = _more_volumes(fit, shipped) if ON_BOARD in components else []
+    found = {OVERLAY: kustomization(described, fit, shipped, file_bytes)}
+    if volumes:
+        found[_VOLUMES] = yaml.dump_all(volumes, Dumper=_Dumper, sort_keys=False, width=120)
+    if OWN_LIST in components:
+        found[_MODELS] = models
+    return found
 
 
 def kustomization(described: Description, fit: Fitted, shipped: Shipped, file_bytes: int) -> str:
-    """The overlay's one file. Raises ConfigError for a component that is not shipped."""
+    """The overlay's own file. Raises ConfigError for a component that is not shipped."""
     components = _components(described, fit, shipped)
+    more = [_VOLUMES] if ON_BOARD in components and _more_volumes(fit, shipped) else []
     storage = _storage(components, shipped, file_bytes)
     content: dict[str, Any] = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
-        "resources": [f"{SHIPPED}/base", *(f"{SHIPPED}/workers/{group.role}" for group in fit.groups)],
+        "resources": [f"{SHIPPED}/base", *(f"{SHIPPED}/workers/{group.role}" for group in fit.groups), *more],
         "replicas": [{"name": f"edge-llm-{group.role}", "count": len(group.boards)} for group in fit.groups],
         "configMapGenerator": [
             {
@@ -93,7 +117,7 @@ def settings(described: Description) -> dict[str, str]:
 def labels(described: Description, fit: Fitted, moving: Collection[str] = ()) -> list[str]:
     """The commands that say which board does what, but for those that need more than a label (changes.py); none where
     one board does all, unless its volumes ask for it."""
-    if len(described.boards) == 1 and _ON_BOARD not in (described.components or ()):
+    if len(described.boards) == 1 and ON_BOARD not in (described.components or ()):
         return []
     return _labels(fit, moving)
 
@@ -114,6 +138,22 @@ def volume_notes(
         "takes them over; volumes that exist keep their size (K3s's local-path does not look at it, elsewhere make "
         "them larger)"
     )
+
+
+def component_notes(described: Description, fit: Fitted, shipped: Shipped) -> Iterable[str]:
+    """What is left out because components were named."""
+    named = _components(described, fit, shipped)
+    has_source = bool(_SOURCES & set(named))
+    lost = [
+        f"{name}{_LOST.get(name, '')}"
+        for name in _chosen(described, fit)
+        if name not in named and not (name in _SOURCES and has_source)
+    ]
+    if lost:
+        yield (
+            f"`components:` is the whole list, so this cluster is without {', '.join(lost)}, which would have been "
+            "chosen: name what you want to keep"
+        )
 
 
 def table(fit: Fitted) -> list[dict[str, object]]:
@@ -149,16 +189,31 @@ def _text(content: object) -> str:
 
 def _components(described: Description, fit: Fitted, shipped: Shipped) -> Sequence[str]:
     """Those asked for, or those that fit what is described; `release` comes last, it reaches what others add."""
+    wanted = _chosen(described, fit)
     if described.components is not None:
         _check_components(set(described.components), shipped)
         wanted = [name for name in dict.fromkeys(described.components) if name != "release"]
-    else:
-        wanted = [_POLICY, _DOWNLOAD]
-        if all(board.cpu.lower() in _PI5 and board.cores >= _PI5_CORES for board in described.boards):
-            wanted.append("pi5")
-        if len(described.boards) > 1 and fit.gateways >= _GATEWAYS_UPDATING:
-            wanted.append("high-availability")
     return [name for name in [*wanted, "release"] if name in shipped.components]
+
+
+def _chosen(described: Description, fit: Fitted) -> list[str]:
+    found = [_POLICY, _DOWNLOAD]
+    if all(board.cpu == PI5 and board.cores >= _PI5_CORES for board in described.boards):
+        found.append("pi5")
+    if len(described.boards) > 1 and fit.gateways >= _GATEWAYS_UPDATING:
+        found.append("high-availability")
+    return found
+
+
+def _more_volumes(fit: Fitted, shipped: Shipped) -> list[Mapping[str, Any]]:
+    """A volume is one worker's, so there are as many: beside the shipped ones, more like the last of them."""
+    workers = sum(len(group.boards) for group in fit.groups)
+    numbers = range(len(shipped.volumes) + 1, workers + 1)
+    if not shipped.volumes:
+        return []
+    like = shipped.volumes[-1]
+    stem = str(like["metadata"]["name"]).rpartition("-")[0]
+    return [{**like, "metadata": {**like["metadata"], "name": f"{stem}-{number}"}} for number in numbers]
 
 
 def _check_components(wanted: set[str], shipped: Shipped) -> None:
@@ -240,7 +295,8 @@ def _image(image: str) -> dict[str, str]:
 
 
 def _comment(described: Description, fit: Fitted) -> Iterable[str]:
-    yield f"{HEADER}: {described.model}, {described.settings.slots} slots of {described.settings.n_ctx} tokens."
+    slots = counted(described.settings.slots, "slot")
+    yield f"{HEADER}: {described.model}, {slots} of {described.settings.n_ctx} tokens."
     yield "# Rendering again replaces this folder. Put changes of your own into an overlay that has it as a resource."
     yield "# Boards keep their roles then, by these lines (one board alone needs no label):"
     for line in _labels(fit):

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from edge_llm.catalogue.gguf import KV_TYPE_BYTES, ModelCard
 from edge_llm.catalogue.memory import ModelSizes, repacked_tensors, sizes_of
 from edge_llm.errors import ConfigError
 from edge_llm.kv.snapshot import Policy
-from edge_llm.plan.fit import MACHINES, SizesOf
+from edge_llm.plan.boards import MACHINES, SizesOf
 
 _COUNTS: Final = ("weights_bytes", "kv_bytes_per_token", "vocabulary", "heads", "embedding", "feed_forward")
 _WHOLE: Final = frozenset({"full", "sliding-window"})
@@ -21,12 +22,16 @@ _WHOLE: Final = frozenset({"full", "sliding-window"})
 
 @dataclass(frozen=True, slots=True)
 class KnownModel:
-    """A model whose sizes are known. `splits`: whether its KV can travel."""
+    """A model whose sizes are known. `splits`: whether its KV can travel. `context`: tokens that it was trained for; 0:
+    its file does not say. `file`: its name without a folder. `sha256`: empty: not known."""
 
     sizes: SizesOf
     splits: bool
     kv_bytes_per_token: int
     file_bytes: int
+    context: int
+    file: str
+    sha256: str = ""
 
 
 def from_card(card: ModelCard, policy: Policy) -> KnownModel:
@@ -34,7 +39,14 @@ def from_card(card: ModelCard, policy: Policy) -> KnownModel:
         repacked = repacked_tensors(card, machine)
         return sizes_of(card, policy=policy, repacked=repacked, k_type=k_type, v_type=v_type)
 
-    return KnownModel(sizes, card.memory in _WHOLE, card.kv_bytes_per_token(), card.file_bytes)
+    return KnownModel(
+        sizes,
+        card.memory in _WHOLE,
+        card.kv_bytes_per_token(),
+        card.file_bytes,
+        card.n_ctx_train,
+        Path(card.path).name,
+    )
 
 
 def from_facts(facts: Mapping[str, Any], policy: Policy, where: str) -> KnownModel:
@@ -60,7 +72,25 @@ def from_facts(facts: Mapping[str, Any], policy: Policy, where: str) -> KnownMod
             n_ff=facts["feed_forward"],
         )
 
-    return KnownModel(sizes, facts["memory"] in _WHOLE, facts["kv_bytes_per_token"], facts["file_bytes"])
+    context = facts.get("context")
+    return KnownModel(
+        sizes,
+        facts["memory"] in _WHOLE,
+        facts["kv_bytes_per_token"],
+        facts["file_bytes"],
+        context if isinstance(context, int) else 0,
+        str(facts.get("file", "")),
+        str(facts.get("sha256") or ""),
+    )
+
+
+def check_context(name: str, model: KnownModel, n_ctx: int) -> None:
+    """Raises ConfigError for a context that is longer than the model's own: it starts, and makes no sense past that."""
+    if 0 < model.context < n_ctx:
+        raise ConfigError(
+            f"n_ctx: {n_ctx:,} is more than {name} was trained for, {model.context:,} tokens, and n_ctx is of one "
+            f"sequence: what it says past that makes no sense. Write n_ctx: {model.context} or less"
+        )
 
 
 def facts_of(card: ModelCard) -> dict[str, int]:

@@ -42,6 +42,7 @@ from edge_llm.errors import (
 from edge_llm.kv.codec import StateBlob
 from edge_llm.kv.store import Match
 from edge_llm.request import Generation, TokenEvent
+from edge_llm.words import counted
 from edge_llm.worker.adopt import Adopter, ByteBudget, PromptRecord, Wanted
 from edge_llm.worker.generation import generation_of
 from edge_llm.worker.handover import Leases
@@ -136,7 +137,7 @@ class DecodeRole:
         self._outboxes.open(request.gateway)
         self._replace_older(request)
         if not self._free:
-            raise Overloaded(f"all {self._facts().slots} slots of worker {self._name} are taken")
+            raise Overloaded(f"worker {self._name} has {counted(self._facts().slots, 'slot')}, and none is free")
         running = _Running(request, generation, heapq.heappop(self._free), PromptRecord(self._clock()))
         self._running[request.request_id] = running
         running.task = asyncio.create_task(self._run(running), name=f"decode {request.request_id}")

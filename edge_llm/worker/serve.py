@@ -13,7 +13,7 @@ from typing import Final
 import structlog
 
 from edge_llm.config import WorkerConfig, levels_dir
-from edge_llm.engine.engine import Engine, Vocabulary
+from edge_llm.engine.engine import Engine, EngineFacts, Vocabulary
 from edge_llm.errors import ConfigError
 from edge_llm.machine import available_memory_bytes, usable_cores
 from edge_llm.serving import Server, bind, configure_logging, read_keys
@@ -38,6 +38,7 @@ def run_worker(config: WorkerConfig) -> None:
             f"{engine.facts.model_name} cannot serve role prefill: {engine.facts.split_reason}; give its workers role "
             "mixed (`edge-llm up --prefill 0 --decode 0 --mixed 1`)"
         )
+    warn_of_context(engine.facts)
     worker = Worker(config, engine, vocabulary, keys)
     # what is loaded stays: a full collection that walks it would hold up every running stream for tens of milliseconds
     gc.collect()
@@ -48,6 +49,18 @@ def run_worker(config: WorkerConfig) -> None:
     server = Server(create_app(worker), socket, drain=worker.drain)
     worker.on_death = server.fail
     server.run(config.announce, {"worker": config.name, "role": worker.role, "level": engine.facts.level})
+
+
+def warn_of_context(facts: EngineFacts) -> None:
+    """A context that is longer than the model's own works, and what is said past the model's makes no sense."""
+    if 0 < facts.n_ctx_train < facts.n_ctx:
+        log.warning(
+            "the context is longer than what the model was trained for",
+            model=facts.model_name,
+            n_ctx=facts.n_ctx,
+            n_ctx_train=facts.n_ctx_train,
+            message=f"what it says past {facts.n_ctx_train} tokens makes no sense: --n-ctx {facts.n_ctx_train}",
+        )
 
 
 def _loaded(config: WorkerConfig) -> tuple[Engine, Vocabulary]:

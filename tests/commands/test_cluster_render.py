@@ -178,3 +178,73 @@ def test_a_board_that_was_alone_stays_mixed_when_a_second_one_comes(gguf: Path, 
         "kubectl label node pi-a edge-llm/role=mixed",
         f"kubectl apply -k {target}",
     ]
+
+
+def test_a_description_may_come_on_standard_input(gguf: Path, tmp_path: Path) -> None:
+    text = described(tmp_path, f"gguf: {gguf}").read_text()
+    done = CliRunner().invoke(cli, ["cluster", "render", "-", "--check", "--json"], input=text)
+    assert json.loads(done.stdout)["model"] == "tiny", done.stderr
+    done = CliRunner().invoke(cli, ["cluster", "render", "-", "--check"], input="model: [")
+    assert "standard input is not YAML: line 1" in done.stderr
+    done = CliRunner().invoke(cli, ["cluster", "render", "-", "--check"], input=b"\xff\xfe")
+    assert done.exit_code == 1
+    assert "standard input is no text" in done.stderr
+
+
+def test_help_explains_every_key() -> None:
+    said = " ".join(run("--help").stdout.split())
+    for words in (
+        "Keys of DESCRIPTION:",
+        "boards.ram Needed. What the board is sold with",
+        "n_ctx [4096] Tokens of one answer",
+    ):
+        assert words in said
+    assert "cpu: cortex-a76" in said
+    assert ".py" not in said, "it stands there, not in a source file"
+
+
+def test_a_context_past_the_models_own_is_refused_before_anything_is_summed_up(gguf: Path, tmp_path: Path) -> None:
+    file = described(tmp_path, f"gguf: {gguf}")
+    file.write_text(file.read_text().replace("n_ctx: 1024", "n_ctx: 100000"))
+    done = run(file, "--check")
+    assert done.exit_code == 1
+    assert "n_ctx: 100,000 is more than tiny was trained for, 4,096 tokens" in done.stderr
+
+
+def test_sizes_of_another_file_than_the_lists_are_refused(gguf: Path, tmp_path: Path) -> None:
+    file = described(tmp_path, f"gguf: {gguf}")
+    file.write_text(file.read_text().replace("model: tiny", "model: smollm2-135m-instruct-q4_1"))
+    done = run(file, "--check")
+    assert done.exit_code == 1
+    assert "is of another model than smollm2-135m-instruct-q4_1" in done.stderr
+
+
+def test_a_model_that_workers_would_refuse_is_noted_before_anything_else(gguf: Path, tmp_path: Path) -> None:
+    file = described(tmp_path, f"gguf: {gguf}")
+    file.write_text(file.read_text().replace("model: tiny", "model: smollm2-360m-instruct-q4_0"))
+    first, second, *_ = json.loads(run(file, "--check", "--json").stdout)["notes"]
+    assert "has no sha256 in" in first
+    assert "`edge-llm models pin smollm2-360m-instruct-q4_0 --write " in first
+    assert second.startswith("sizes are of random-dense-Q4_0-1.gguf (gguf: ")
+
+
+def test_a_role_that_was_changed_before_is_not_forgotten_by_a_second_rendering(gguf: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    run(boards(tmp_path, gguf, "name: pi-a, role: prefill", "name: pi-b, role: decode"), "-o", target)
+    swapped = boards(tmp_path, gguf, "name: pi-a, role: decode", "name: pi-b, role: prefill")
+    assert "edge-llm cluster role POD prefill" in run(swapped, "-o", target).stdout
+    again = run(swapped, "-o", target)
+    assert "kubectl label node pi-a edge-llm/role=decode" in steps(again), "without --overwrite: kubectl refuses it"
+    assert "`already has a value`" in again.stdout
+    assert "`edge-llm cluster role POD ROLE --kubeconfig FILE`" in again.stdout
+
+
+def test_an_own_list_of_models_is_the_one_of_this_machine(gguf: Path, tmp_path: Path) -> None:
+    file = described(tmp_path, f"gguf: {gguf}\ncomponents: [model-download, network-policy, own-models-yaml]")
+    done = run(file)
+    (made,) = [
+        item
+        for item in yaml.safe_load_all(done.stdout)
+        if item and item["kind"] == "ConfigMap" and item["metadata"]["name"].startswith("edge-llm-models")
+    ]
+    assert "smollm2-360m-instruct-q4_0" in made["data"]["models.yaml"]

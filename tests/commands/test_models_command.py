@@ -137,11 +137,21 @@ def test_a_pin_can_be_written_into_the_catalogue_itself(desk: Desk) -> None:
     assert not (desk.folder / "XDG_DATA_HOME").exists()
 
 
+def test_what_was_pinned_here_first_can_still_be_written_into_the_catalogue(desk: Desk) -> None:
+    """`cluster render` needs a pin here, and the boards then need it in the list."""
+    desk.ok("pin", "open")
+    desk.ok("pin", "open", "--write", str(desk.catalogue))
+    written = yaml.safe_load(desk.catalogue.read_text())["models"]["open"]
+    assert (written["size"], written["sha256"]) == (desk.source.stat().st_size, desk.digest)
+    assert "has a sha256 already" in desk.refusal("pin", "open", "--write", str(desk.catalogue))
+
+
 def test_show_says_what_the_header_says_of_a_name_and_of_a_path(desk: Desk) -> None:
     facts = json.loads(desk.ok("show", "good", "--json"))
     assert (facts["file"], facts["architecture"], facts["layers"], facts["context"]) == ("good.gguf", "llama", 2, 512)
     other = json.loads(desk.ok("show", str(desk.source), "--json"))
     assert other == facts | {"file": "source.gguf"}
+    assert facts["sha256"] == desk.digest
     assert "architecture           llama" in desk.ok("show", "good").splitlines()
 
 

@@ -13,10 +13,12 @@ import pytest
 import edge_llm
 from edge_llm.catalogue.gguf import read_card
 from edge_llm.config import DEFAULT_MODEL, CatalogueConfig, GatewayConfig, WorkerConfig, load_settings
-from edge_llm.plan.fit import Board, Settings, fitted
+from edge_llm.plan.boards import Board, Settings
+from edge_llm.plan.fit import fitted
 from edge_llm.plan.sizes import from_card
 from tests.manifests.reachability import selects
 from tests.manifests.rendering import (
+    FOLDER,
     OVERLAYS,
     SOURCES,
     Manifest,
@@ -48,6 +50,12 @@ SEEN: Final = {
     "metadata.name": "edge-llm-decode-0",
     "metadata.namespace": "edge-llm",
     "metadata.labels['edge-llm/role']": "decode",
+}
+# Where comments say the sum of a worker.
+SUMS_SAID: Final = {
+    "prefill": "workers/prefill/kustomization.yaml",
+    "decode": "workers/any/worker.yaml",
+    "mixed": "workers/any/worker.yaml",
 }
 BYTES: Final = {"Mi": MIB, "Gi": 1 << 30}
 
@@ -333,6 +341,8 @@ def test_memory_is_what_cluster_render_computes_for_raspberry_pi_5_of_8_gb(
         containers = containers_of(workers[group.role])
         limits = {one["name"]: bytes_of(one["resources"]["limits"]["memory"]) for one in containers}
         assert (limits["worker"], limits["verify"]) == (group.limit_bytes, group.verify_limit_bytes)
+        said = (FOLDER / SUMS_SAID[group.role]).read_text()
+        assert f"{group.sum.total_bytes / MIB:,.0f} MiB" in said, "what the comment says is what is computed"
 
 
 def test_prometheus_looks_for_services_and_ports_that_are_there() -> None:

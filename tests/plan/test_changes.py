@@ -41,10 +41,17 @@ def test_a_change_is_made_by_replacing_the_worker_and_why_is_said() -> None:
     (command,) = moves([change], Earlier({"pi-a": "prefill", "pi-b": "decode"}), "my-cluster")
     assert command.startswith("edge-llm cluster role POD prefill --kubeconfig FILE ")
     assert command.endswith("# POD: the edge-llm-decode-N on pi-b")
-    (why,) = remarks([change])
+    (why,) = remarks([change], is_labelled=False)
     assert "pi-b (decode -> prefill). A label alone would move nobody" in why
     assert "kubectl label node --overwrite pi-b edge-llm/role=prefill" in why
-    assert list(remarks([])) == []
+    assert list(remarks([], is_labelled=False)) == []
+
+
+def test_a_label_that_is_refused_is_explained_whenever_labels_are_given() -> None:
+    """An order that was printed once may not have been followed: the second rendering does not know of it."""
+    (why,) = remarks([], is_labelled=True)
+    assert "`already has a value`" in why
+    assert "edge-llm cluster role POD ROLE" in why
 
 
 def test_a_role_that_nobody_had_gets_a_workload_without_pods_to_move_to() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from edge_llm.config import WorkerConfig
 from edge_llm.errors import ConfigError
-from edge_llm.plan.description import bytes_of, parse_description, read_description
+from edge_llm.plan.description import bytes_of, keys, parse_description, read_description
 
 WHOLE = """
 model: m
@@ -80,7 +80,22 @@ def test_sizes_are_read_as_they_are_sold_and_as_kubernetes_writes_them(text: obj
         ("{model: m, boards: [{name: 'a\\nb', ram: 8GB}]}", "name: must be a node's name"),
         ("{model: m, boards: [{name: on, ram: 8GB}]}", "board number 1: name: must be text; .* need quotes"),
         ("{model: m, boards: [{name: a, ram: 8GB, disk: 1}]}", "board a: disk: is not known; the keys are name, ram"),
-        ("{model: m, boards: [{name: a, ram: 8GB}], slot: 3}", "yaml: slot: is not known; the keys are model, gguf"),
+        (
+            "{model: m, boards: [{name: a, ram: 8GB}], slot: 3}",
+            r"yaml: slot: is not known \(did you mean slots\?\); the keys are model, gguf",
+        ),
+        (
+            "{modell: m, boards: [{name: a, ram: 8GB}]}",
+            r"yaml: modell: is not known \(did you mean model\?\); the keys",
+        ),
+        ("{Model: m, boards: []}", r"yaml: Model: is not known \(did you mean model\?\); the keys"),
+        ("{colour: m}", "yaml: colour: is not known, and model and boards are missing; the keys are model"),
+        (
+            "{model: m, boards: [{nmae: a, speed: 3}]}",
+            r"board number 1: nmae: is not known \(did you mean name\?\), and ram is missing; the keys are name, ram",
+        ),
+        ("{model: m, boards: [{name: a, ram: 8GB, cpu: Cortex-A72}]}", "board a: cpu: cortex-a72 has no dotprod"),
+        ("{model: m, boards: [{name: a, ram: 8GB, cpu: pi4}]}", "a: cpu: cortex-a72 has .* Leave the board out"),
         ("{model: m, boards: [{name: a, ram: 8GB}], slots: 65}", "slots: must be less than or equal to 64"),
         ("{model: m, boards: [{name: a, ram: 8GB}], chunk_tokens: 2048}", "chunk_tokens: must be less .* 1024"),
         ("{model: m, boards: [{name: a, ram: 8GB}, {name: a, ram: 4GB}]}", "a is there twice"),
@@ -98,6 +113,31 @@ def test_sizes_are_read_as_they_are_sold_and_as_kubernetes_writes_them(text: obj
 def test_what_is_wrong_is_named_with_its_place(text: str, complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
         parse_description(text, "cluster.yaml")
+
+
+@pytest.mark.parametrize("word", ["Cortex-A76", "cortex-a76", "CORTEX A76", "a76", "Pi5", "Raspberry Pi 5", "BCM2712"])
+def test_one_core_has_one_name_however_it_is_written(word: str) -> None:
+    found = parse_description(f"{{model: m, boards: [{{name: a, ram: 8GB, cpu: {word}}}]}}", "x")
+    assert found.boards[0].cpu == "cortex-a76"
+
+
+@pytest.mark.parametrize("word", ["n100", "ryzen 7", "graviton3"])
+def test_a_processor_that_is_not_known_is_taken_as_it_is(word: str) -> None:
+    found = parse_description(f"{{model: m, boards: [{{name: a, ram: 8GB, arch: amd64, cpu: {word}}}]}}", "x")
+    assert found.boards[0].cpu == word.replace(" ", "-")
+
+
+def test_every_key_says_in_a_line_what_it_means() -> None:
+    meanings = dict(keys())
+    assert {"model", "boards", "n_ctx", "boards.name", "boards.cpu"} <= meanings.keys()
+    assert all(20 < len(f"{key} {meaning}") < 120 and "\n" not in meaning for key, meaning in meanings.items())
+    assert meanings["slots"].startswith(f"[{WorkerConfig().slots}] ")
+    assert [key for key, meaning in meanings.items() if meaning.startswith("Needed. ")] == [
+        "model",
+        "boards",
+        "boards.name",
+        "boards.ram",
+    ]
 
 
 def test_paths_are_relative_to_the_description(tmp_path: Path) -> None:

@@ -17,15 +17,17 @@ import edge_llm
 from edge_llm.catalogue.memory import ModelSizes
 from edge_llm.commands.kubectl import rendered
 from edge_llm.errors import ConfigError
+from edge_llm.plan.boards import MIB
 from edge_llm.plan.changes import Earlier, earlier_of
 from edge_llm.plan.description import Description, parse_description
-from edge_llm.plan.fit import MIB, Fitted, fitted
+from edge_llm.plan.fit import Fitted, fitted
 from edge_llm.plan.manifests import manifests_folder, read_earlier, read_shipped, write_overlay
-from edge_llm.plan.overlay import Shipped, kustomization, labels, settings, volume_notes
+from edge_llm.plan.overlay import Shipped, component_notes, files, kustomization, labels, settings, volume_notes
 
 # About Llama 3.2 1B in Q4_0.
 SIZES = ModelSizes(740 * MIB, 530 * MIB, 32 << 10, 128_256, 32, 2048, 8192)
 FILE_BYTES = 750 * MIB
+MODELS = "models: {}\n"
 FOUR = """
 model: llama-3.2-1b-instruct-q4_0
 boards:
@@ -53,7 +55,7 @@ def fit(described: Description, shipped: Shipped) -> Fitted:
 def applied(text: str, shipped: Shipped, target: Path, file_bytes: int = FILE_BYTES) -> list[dict[str, Any]]:
     """What `kubectl apply -k` would send for a description."""
     described = parse_description(text, "test")
-    overlay = kustomization(described, fit(described, shipped), shipped, file_bytes)
+    overlay = files(described, fit(described, shipped), shipped, file_bytes, MODELS)
     write_overlay(target, overlay, manifests_folder())
     return [item for item in yaml.safe_load_all(rendered(target)) if item]
 
@@ -206,6 +208,48 @@ def test_components_can_be_chosen_and_what_is_not_shipped_is_refused(shipped: Sh
 def test_volumes_that_are_for_labelled_boards_only_make_the_one_board_need_its_label(shipped: Shipped) -> None:
     on_board = ONE.replace("}], slots", "}], components: [model-on-board], slots")
     assert labels_of(on_board, shipped) == ["kubectl label node pi edge-llm/role=mixed"]
+
+
+@pytest.mark.parametrize(("boards", "volumes"), [(2, 6), (6, 6), (7, 7), (12, 12)])
+def test_every_worker_has_a_folder_on_its_board_however_many_there_are(
+    boards: int, volumes: int, shipped: Shipped, tmp_path: Path
+) -> None:
+    listed = "".join(f"  - {{name: pi-{number}, ram: 8GB}}\n" for number in range(boards))
+    text = f"model: m\nboards:\n{listed}slots: 2\nn_ctx: 2048\ncomponents: [network-policy, model-on-board]\n"
+    items = applied(text, shipped, tmp_path)
+    found = [item for item in items if item["kind"] == "PersistentVolume"]
+    assert {item["metadata"]["name"] for item in found} == {f"edge-llm-on-board-{n + 1}" for n in range(volumes)}
+    assert len({json.dumps([item["spec"], item["metadata"]["labels"]], sort_keys=True) for item in found}) == 1
+    for item in found:
+        kubernetes_validate.validate(item, kubernetes_validate.latest_version(), strict=True)
+
+
+def test_volumes_that_are_not_needed_any_more_are_gone(shipped: Shipped, tmp_path: Path) -> None:
+    listed = ", ".join(f"{{name: pi-{number}, ram: 8GB}}" for number in range(7))
+    applied(f"{{model: m, boards: [{listed}], components: [model-on-board], slots: 2}}", shipped, tmp_path)
+    applied(ONE, shipped, tmp_path)
+    assert sorted(path.name for path in tmp_path.rglob("volumes.yaml")) == ["volumes.yaml"], "the shipped one"
+
+
+def test_a_list_of_ones_own_is_that_of_this_machine(shipped: Shipped, tmp_path: Path) -> None:
+    items = applied(FOUR + "components: [model-download, own-models-yaml]\n", shipped, tmp_path)
+    assert one(items, "ConfigMap", "edge-llm-models")["data"]["models.yaml"] == MODELS
+
+
+def test_what_is_lost_by_naming_components_is_said(shipped: Shipped) -> None:
+    def notes(components: str) -> list[str]:
+        described = parse_description(f"{FOUR}components: {components}\n", "x")
+        return list(component_notes(described, fit(described, shipped), shipped))
+
+    (note,) = notes("[model-on-board]")
+    assert "without network-policy (default deny: " in note
+    assert "pi5" in note
+    assert "high-availability" in note
+    assert "model-download" not in note, "the model comes from the boards"
+    assert notes("[network-policy, model-on-board, pi5, high-availability]") == []
+    assert "model-download" in notes("[ingress]")[0]
+    described = parse_description(FOUR, "x")
+    assert list(component_notes(described, fit(described, shipped), shipped)) == []
 
 
 @pytest.mark.parametrize(
