@@ -13,6 +13,7 @@ from typing import Any, Final
 import click
 
 from edge_llm.commands.cluster_places import check, subjects
+from edge_llm.commands.endpoint import Address
 from edge_llm.commands.in_cluster import InCluster
 from edge_llm.commands.measuring import (
     command_line,
@@ -48,7 +49,7 @@ class _Names(click.ParamType[tuple[str, ...]]):
 @click.option(
     "--placement", "placements", type=_Names(), default=(), metavar="NAMES", help="Default: mixed,split,auto."
 )
-@click.option("--url", help="A gateway that runs already, instead of clusters started here.")
+@click.option("--url", type=Address(), help="A gateway that runs already, instead of clusters started here.")
 @click.option("--workers-file", type=click.Path(path_type=Path), help="Workers that run already: the gateway's file.")
 @click.option("--key-file", type=click.Path(path_type=Path), help="Their cluster key: a gateway for them starts here.")
 @click.option("--api-key-file", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="A key for --url.")

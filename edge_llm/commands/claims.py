@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import click
 
+from edge_llm.commands.endpoint import Address
 from edge_llm.commands.measuring import (
     THRESHOLD_FAILED,
     check_option,
@@ -47,7 +48,9 @@ _FILE: Final = click.Path(path_type=Path, exists=True, dir_okay=False)
 @click.option("--resume", type=_FILE, help="Lines (.cases.jsonl) of a run that was cut: go on from there.")
 @click.option("--model", help=f"Name in models.yaml or path of a .gguf file.  [default: {DEFAULT_MODEL}]")
 @click.option(
-    "--url", help="A gateway that runs: the theorem and the paper's table are of it, not of clusters started here."
+    "--url",
+    type=Address(),
+    help="A gateway that runs: the theorem and the paper's table are of it, the rest is of this machine.",
 )
 @click.option("--api-key-file", type=_FILE, help="A key for --url.")
 @click.option("--boards", is_flag=True, help="Watch the boards of the workers that --url knows, for the paper's table.")
