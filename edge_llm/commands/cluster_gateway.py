@@ -74,7 +74,8 @@ class Gateway:
             with open_url(request, timeout_s) as reply:
                 found = json.loads(reply.read(MAX_BYTES))
         except urllib.error.HTTPError as error:
-            raise _refused(self.url, error) from error
+            with error:
+                raise _refused(self.url, error) from error
         except (OSError, ValueError, http.client.HTTPException) as error:
             why = getattr(error, "reason", None) or error
             raise WorkerUnreachable(f"no answer from a gateway at {self.url}: {why}") from error
