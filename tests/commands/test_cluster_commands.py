@@ -105,6 +105,24 @@ def test_status_as_json_is_the_gateways_overview_and_a_verdict(cluster: Running)
     assert len(found["nodes"]) == 3
 
 
+@pytest.mark.parametrize("columns", [80, 100, 200])
+def test_status_fits_the_terminal_and_cuts_nothing_off(cluster: Running, columns: int) -> None:
+    shown = on_terminal(cluster.command("status"), {**cluster.environment, "TERM": "dumb", "COLUMNS": str(columns)})
+    nodes = shown[1 : next(number for number, line in enumerate(shown) if "exchange KV" in line)]
+    assert all(len(line) <= columns for line in nodes)
+    text = " ".join(nodes)
+    assert "…" not in text
+    for word in ("prefill-1", "decode-1", "decode-2", "ready", "exact", "simulated", "0/8"):
+        assert word in text
+
+
+def test_status_in_a_file_is_one_table_however_narrow_the_terminal(cluster: Running) -> None:
+    narrow = Running(cluster.port, {**cluster.environment, "COLUMNS": "40"})
+    lines = narrow.run("status").stdout.splitlines()
+    assert [line.split()[0] for line in lines[1:5]] == ["node", "decode-1", "decode-2", "prefill-1"]
+    assert "…" not in "".join(lines)
+
+
 def test_a_gateway_that_is_not_there_is_one_line_and_exit_code_1(cluster: Running) -> None:
     nobody = Running(free_port(), cluster.environment)
     for words in (["status"], ["top"], ["drain", "x"], ["role", "x", "decode"]):
@@ -216,6 +234,25 @@ def test_top_on_a_terminal_ends_with_q(cluster: Running) -> None:
         assert process.wait(DEADLINE_S) == 0
     os.close(master)
     assert b"tokens/s out" in seen
+
+
+def on_terminal(command: list[str], environment: dict[str, str]) -> list[str]:
+    """The lines that a command writes to a terminal."""
+    master, slave = pty.openpty()
+    with subprocess.Popen(command, env=environment, stdin=slave, stdout=slave, stderr=slave) as process:
+        os.close(slave)
+        seen = b""
+        while True:
+            try:
+                more = os.read(master, 1 << 16)
+            except OSError:  # the other end is closed
+                break
+            seen += more
+            if not more:
+                break
+        process.wait(DEADLINE_S)
+    os.close(master)
+    return seen.decode().splitlines()
 
 
 def read_until(terminal: int, wanted: bytes) -> bytes:
