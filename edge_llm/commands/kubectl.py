@@ -1,11 +1,13 @@
 """kubectl where it is needed: to render a folder as kubectl would apply it, and to move a workload for good.
 
-Owns finding it (K3s brings its own), running it, and its words when it fails. Refuses to know what it is asked for.
+Owns finding it (K3s brings its own), running it, its words when it fails, and whether a file is a kubeconfig at all.
+Refuses to know what it is asked for.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,10 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import yaml
+
 from edge_llm.errors import ConfigError
 
 RENDER_S: Final = 120.0
 CALL_S: Final = 60.0
+# Its log, which says once per try what its last line says for people.
+_LOGGED: Final = re.compile(r"[IWEF]\d{4} \d\d:\d\d:\d\d\.")
 
 
 def rendered(folder: Path) -> str:
@@ -30,14 +36,31 @@ class Kubectl:
     """One cluster's, by a kubeconfig, in one namespace."""
 
     def __init__(self, kubeconfig: Path, namespace: str) -> None:
-        self._kubeconfig, self._namespace = kubeconfig, namespace
+        """Raises ConfigError when the file is no kubeconfig."""
+        _check(kubeconfig)
+        self.kubeconfig, self.namespace = kubeconfig, namespace
 
     def get(self, *what: str) -> Any:
         return json.loads(self.run("get", *what, "-o", "json"))
 
     def run(self, *words: str) -> str:
         """Raises ConfigError with what kubectl says."""
-        return _run([*_kubectl(), "--kubeconfig", str(self._kubeconfig), "-n", self._namespace, *words], CALL_S)
+        return _run([*_kubectl(), "--kubeconfig", str(self.kubeconfig), "-n", self.namespace, *words], CALL_S)
+
+
+def _check(kubeconfig: Path) -> None:
+    """kubectl would ask a server on this machine when a file names none."""
+    try:
+        found = yaml.safe_load(kubeconfig.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read the kubeconfig {kubeconfig}: {error.strerror}") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{kubeconfig} is no kubeconfig: it is no YAML") from error
+    if not isinstance(found, dict) or not found.get("clusters") or not found.get("current-context"):
+        raise ConfigError(
+            f"{kubeconfig} is no kubeconfig: it has no clusters, or no current-context; give the file that kubectl "
+            "uses (on a server of K3s: /etc/rancher/k3s/k3s.yaml)"
+        )
 
 
 def _kubectl() -> list[str]:
@@ -54,8 +77,16 @@ def _run(command: Sequence[str], timeout_s: float) -> str:
         done = subprocess.run(
             command, capture_output=True, text=True, check=False, timeout=timeout_s, stdin=subprocess.DEVNULL
         )
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except subprocess.TimeoutExpired as error:
+        raise ConfigError(f"`{words}` did not end within {timeout_s:.0f} s: does its server answer?") from error
+    except OSError as error:
         raise ConfigError(f"`{words}` did not end well: {error}") from error
     if done.returncode:
-        raise ConfigError(f"`{words}` failed: {done.stderr.strip()[-2000:] or f'exit code {done.returncode}'}")
+        raise ConfigError(f"`{words}` failed: {_said(done.stderr) or f'exit code {done.returncode}'}")
     return done.stdout
+
+
+def _said(errors: str) -> str:
+    """What it says to people; its log where it says nothing else."""
+    lines = errors.strip().splitlines()
+    return "\n".join([line for line in lines if not _LOGGED.match(line)] or lines[-1:])[-2000:]

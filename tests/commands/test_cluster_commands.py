@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -201,6 +203,32 @@ def test_a_role_moves_at_once_and_what_is_missing_is_said(cluster: Running) -> N
     assert body["decode_node"] in ("prefill-1", "decode-2")
     for name, role in (("prefill-1", "prefill"), ("decode-1", "decode")):
         assert cluster.run("role", name, role).returncode == 0
+
+
+def test_a_role_that_a_worker_has_already_changes_nothing_and_says_so(cluster: Running) -> None:
+    done = cluster.run("role", "prefill-1", "prefill")
+    assert (done.returncode, done.stdout) == (0, "prefill-1 has role prefill already: nothing was changed\n")
+
+
+def test_the_last_one_whose_role_is_to_decode_keeps_it_without_force(cluster: Running) -> None:
+    assert cluster.run("role", "decode-1", "prefill").returncode == 0
+    refused = cluster.run("role", "decode-2", "prefill")
+    assert refused.returncode == 1
+    assert "without decode-2 no ready worker of simulated has role decode or mixed" in refused.stderr
+    assert "--force" in refused.stderr
+    assert cluster.node("decode-2")["role"] == "decode"
+    forced = cluster.run("role", "decode-2", "prefill", "--force")
+    assert forced.returncode == 0, forced.stderr
+    assert "no worker of simulated has role decode or mixed now" in forced.stdout
+    for name in ("decode-1", "decode-2"):
+        assert cluster.run("role", name, "decode").returncode == 0
+
+
+def test_what_takes_an_order_back_can_be_pasted(cluster: Running) -> None:
+    done = cluster.run("drain", "decode-1")
+    (shown,) = re.findall(r"`edge-llm cluster (.+)` takes it back", done.stdout)
+    again = cluster.run(*shlex.split(shown))
+    assert (again.returncode, again.stdout) == (0, "decode-1 takes work again\n")
 
 
 def test_top_once_has_paces_of_work_that_runs(cluster: Running) -> None:
