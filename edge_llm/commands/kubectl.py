@@ -1,6 +1,6 @@
 """kubectl where it is needed: to render a folder as kubectl would apply it, and to move a workload for good.
 
-Owns finding it (K3s brings its own), running it, its words when it fails, and whether a file is a kubeconfig at all.
+Owns finding it (K3s brings its own), running it, its words when it fails, and what it thinks of a kubeconfig.
 Refuses to know what it is asked for.
 """
 
@@ -14,8 +14,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
-
-import yaml
 
 from edge_llm.errors import ConfigError
 
@@ -36,9 +34,13 @@ class Kubectl:
     """One cluster's, by a kubeconfig, in one namespace."""
 
     def __init__(self, kubeconfig: Path, namespace: str) -> None:
-        """Raises ConfigError when the file is no kubeconfig."""
-        _check(kubeconfig)
+        """Raises ConfigError when the file names no cluster: kubectl would ask a server on this machine then."""
         self.kubeconfig, self.namespace = kubeconfig, namespace
+        _kubectl()  # one that is missing is not the file's fault
+        try:
+            self.run("config", "view", "--minify", "-o", "json")
+        except ConfigError as error:
+            raise ConfigError(f"{kubeconfig} is no kubeconfig that leads to a cluster: {error.message}") from error
 
     def get(self, *what: str) -> Any:
         return json.loads(self.run("get", *what, "-o", "json"))
@@ -46,21 +48,6 @@ class Kubectl:
     def run(self, *words: str) -> str:
         """Raises ConfigError with what kubectl says."""
         return _run([*_kubectl(), "--kubeconfig", str(self.kubeconfig), "-n", self.namespace, *words], CALL_S)
-
-
-def _check(kubeconfig: Path) -> None:
-    """kubectl would ask a server on this machine when a file names none."""
-    try:
-        found = yaml.safe_load(kubeconfig.read_text())
-    except OSError as error:
-        raise ConfigError(f"cannot read the kubeconfig {kubeconfig}: {error.strerror}") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{kubeconfig} is no kubeconfig: it is no YAML") from error
-    if not isinstance(found, dict) or not found.get("clusters") or not found.get("current-context"):
-        raise ConfigError(
-            f"{kubeconfig} is no kubeconfig: it has no clusters, or no current-context; give the file that kubectl "
-            "uses (on a server of K3s: /etc/rancher/k3s/k3s.yaml)"
-        )
 
 
 def _kubectl() -> list[str]:

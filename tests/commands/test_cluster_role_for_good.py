@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -58,7 +57,7 @@ class Kubernetes:
         )
         (self.folder / "kubectl").write_text(text)
         (self.folder / "kubectl").chmod(0o755)
-        self.config.write_text("{clusters: [{name: x}], current-context: x}")
+        self.config.write_text("")
 
     @property
     def config(self) -> Path:
@@ -71,7 +70,7 @@ class Kubernetes:
     def told(self) -> list[str]:
         """What changes something."""
         lines = self.log.read_text().splitlines() if self.log.exists() else []
-        return [line for line in lines if not line.startswith("get ")]
+        return [line for line in lines if not line.startswith(("get ", "config view "))]
 
     async def role(self, gateway: Service | BusyGateway, *words: str) -> tuple[int, str]:
         """Exit code, and standard error."""
@@ -244,15 +243,13 @@ users: [{name: x, user: {token: t}}]
 async def test_a_file_that_is_no_kubeconfig_is_said_before_the_gateway_is_asked(
     nobody: BusyGateway, kubernetes: Kubernetes, text: str
 ) -> None:
-    kubernetes.with_decoders(2)
     kubernetes.config.write_text(text)
     code, said = await kubernetes.role(nobody, "edge-llm-decode-1", "prefill")
     assert code == 1
     (line,) = said.splitlines()
-    assert line.startswith(f"edge-llm: {kubernetes.config} is no kubeconfig: ")
+    assert line.startswith(f"edge-llm: {kubernetes.config} is no kubeconfig that leads to a cluster: ")
 
 
-@pytest.mark.skipif(shutil.which("kubectl") is None, reason="asks a server that is not there by kubectl itself")
 async def test_an_api_server_that_does_not_answer_is_one_line_before_the_gateway_is_asked(
     nobody: BusyGateway, kubernetes: Kubernetes
 ) -> None:
