@@ -93,7 +93,7 @@ def judged(claim: Claim, evidence: Sequence[Evidence], reason: str = "") -> Verd
         if any(figure.keeps is False for figure in first):
             return _verdict(claim, MISSED, "", said, first)
     if chosen is None:
-        return _verdict(claim, UNTESTED, f"its run is no evidence: {reason or cut[0].partial}", cut[0])
+        return _verdict(claim, UNTESTED, reason or f"its run is no evidence: {cut[0].partial}", cut[0])
     return _decided(claim, *_with_occasion(claim, step.parts, chosen))
 
 

@@ -147,7 +147,7 @@ def planned(
 ) -> list[Planned]:
     """The steps of these names, in order. `is_quick`: all of them small."""
     steps = [step for step in STEPS.values() if step.name in wanted]
-    reasons = {step.name: _cannot(step, machine) for step in steps}
+    reasons = {step.name: cannot(step, machine) for step in steps}
     able = [step for step in steps if not reasons[step.name]]
     if budget_minutes is None:
         small, whole = {step.name for step in able}, set() if is_quick else {step.name for step in able}
@@ -173,7 +173,8 @@ def fitted(one: Planned, later: Sequence[Planned], left_minutes: float, pace: fl
     return replace(one, why_not=f"left out: {max(0.0, left_minutes):.1f} minutes of the budget were left")
 
 
-def _cannot(step: Step, machine: Machine) -> str:
+def cannot(step: Step, machine: Machine) -> str:
+    """Why this machine cannot run it; empty: it can."""
     if machine.cores < step.cores:
         return f"it needs {step.cores} cores, and this process may use {machine.cores}"
     if step.without_tools is None and not machine.has_tools:

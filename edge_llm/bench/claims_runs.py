@@ -29,7 +29,7 @@ import msgspec
 from edge_llm.bench.cases import lines_of
 from edge_llm.bench.claims import Claim
 from edge_llm.bench.claims_judged import Evidence, Verdict, board_words, counts, judged
-from edge_llm.bench.claims_plan import Machine, Planned, fitted
+from edge_llm.bench.claims_plan import STEPS, Machine, Planned, fitted
 from edge_llm.bench.record import BadRecord, ModelFacts, load, node_of, write
 from edge_llm.bench.run import Run
 from edge_llm.errors import ConfigError
@@ -42,15 +42,19 @@ _DONE_OF: Final = re.compile(r"(.*): (\d+) of (\d+)( MiB)?")
 # What edge-llm and click say before the reason.
 _TOLD: Final = re.compile(r"^(?:edge-llm|Error): ")
 _VERIFY: Final = "verify"
+_CUT: Final = "cut off: the time of --budget-minutes was over"
+_INTERRUPTED: Final = "interrupted"
 Progress = Callable[[str, int, int], None]
 PROGRAM: Final = (sys.executable, "-m", "edge_llm")
 
 
 class StepRun(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of a command. `record`: the file it left. `error`: why it measured nothing, or not all."""
+    """What became of a command. `measures`: which cluster, by its address or file; empty: one of this machine.
+    `record`: the file it left. `error`: why it measured nothing, or not all."""
 
     step: str
     arguments: list[str]
+    measures: str = ""
     exit_code: int | None = None
     took_s: float = 0.0
     record: str | None = None
@@ -75,17 +79,21 @@ def schema() -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """`where`: arguments of a step that say on which cluster it runs. `model_facts`: of the model, for what leaves no
-    record of its own. `end_s`: of the budget, on the clock."""
+    """`where`: arguments of a step that say on which cluster it runs; `there`: that cluster, for people. `model_facts`:
+    of the model, for what leaves no record of its own."""
 
     folder: Path
     machine: Machine
     model: str | None = None
     where: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    there: str = ""
     model_facts: ModelFacts | None = None
     budget_minutes: float | None = None
     program: Sequence[str] = PROGRAM
     clock: Callable[[], float] = time.monotonic
+
+    def measures(self, step: str) -> str:
+        return self.there if step in self.where else ""
 
 
 @dataclass(slots=True)
@@ -106,7 +114,8 @@ class Found:
             self.run.models += [model for model in record.models if model not in self.run.models]
         self.run.case({"case": done.step, **{k: v for k, v in msgspec.to_builtins(done).items() if k != "step"}})
         if done.error:
-            self.reasons[done.step] = done.error
+            failed = "" if done.error in (_CUT, _INTERRUPTED) else f"`{STEPS[done.step].command_words}` failed: "
+            self.reasons[done.step] = f"{failed}{done.error}"
 
     def figures(self) -> ClaimsFigures:
         verdicts = [judged(claim, self.evidence, self.reasons.get(claim.step, "")) for claim in self.claims]
@@ -138,7 +147,9 @@ def measure(
             continue
         at_s = settings.clock()
         head = f"{number}/{len(plan)} {one.step.name}"
-        report(f"{head}, about {one.minutes:g} minutes", 0, 0)
+        measures = settings.measures(one.step.name)
+        of = f" of {measures}" if measures else ""
+        report(f"{head}{of}, about {one.minutes:g} minutes", 0, 0)
         if left_s is not None:  # one that takes far longer than planned must not use up the time of all others
             kept_s = 60 * sum(later.step.small_minutes for later in plan[number:] if not later.why_not)
             left_s = max(left_s - kept_s, min(left_s, 60 * one.minutes))
@@ -173,13 +184,14 @@ def _one(
     elif not makes_record and answer is not None:
         shadow.models += [settings.model_facts] if settings.model_facts else []
         record = write(shadow.record(answer, is_complete=True), settings.folder).name
-    error = _error(ended, record)
+    error = _error(ended, record) or _not_measured(settings.folder, record)
     if error and not ended.is_interrupted and not ended.is_cut and ended.exit_code != 3:
         found.run.fail(name, error)
     found.add(
         StepRun(
             step=name,
             arguments=list(arguments),
+            measures=settings.measures(name),
             exit_code=ended.exit_code,
             took_s=round(settings.clock() - began_s, 1),
             record=record,
@@ -194,12 +206,18 @@ def _one(
 def _error(ended: _Ended, record: str | None) -> str:
     """Why it is not what was asked for; empty when it is. A bar that was missed (3) is."""
     if ended.is_cut:
-        return "cut off: the time of --budget-minutes was over"
+        return _CUT
     if ended.is_interrupted:
-        return "interrupted"
+        return _INTERRUPTED
     if record is not None and ended.exit_code in (0, 1, 3):
-        return ""  # what could not be measured is in its record
+        return ""
     return next((_TOLD.sub("", line) for line in reversed(ended.last_lines) if line.strip()), "it said nothing")
+
+
+def _not_measured(folder: Path, record: str | None) -> str:
+    """What a bench says in its record that it could not measure: its first failure."""
+    failures = load(folder / record).failures if record is not None else ()
+    return f"{failures[0].what}: {failures[0].why}" if failures else ""
 
 
 def _answer(output: bytes) -> dict[str, Any] | None:

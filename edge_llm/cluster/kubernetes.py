@@ -17,6 +17,7 @@ anew, as tokens and certificates are replaced.
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -31,6 +32,7 @@ import structlog
 from kubernetes.aio import config as loading
 from kubernetes.aio.client import ApiClient, ApiException, Configuration, DiscoveryV1Api
 from kubernetes.aio.config.incluster_config import InClusterConfigLoader
+from kubernetes.aio.config.kube_config import KUBE_CONFIG_DEFAULT_LOCATION
 
 from edge_llm.cluster.discovery import Discovery, Heard, OnNews
 from edge_llm.cluster.endpoint_slices import (
@@ -113,7 +115,7 @@ class _Bookmark(msgspec.Struct, frozen=True):
 async def client_of(kubeconfig: Path | None, account: Path = SERVICE_ACCOUNT) -> ApiClient:
     """A client by the file where one is named; else by the service account of the pod; else as kubectl finds its
     cluster (KUBECONFIG, ~/.kube/config). Raises ConfigError."""
-    found, tried = Configuration(), str(kubeconfig)
+    found, tried = Configuration(), ""
     try:
         if kubeconfig is None:
             try:
@@ -121,13 +123,30 @@ async def client_of(kubeconfig: Path | None, account: Path = SERVICE_ACCOUNT) ->
                 in_pod(str(account / "token"), str(account / "ca.crt")).load_and_set(found)
                 return ApiClient(found)
             except loading.ConfigException as error:
-                tried = f"no service account of a pod ({error}); KUBECONFIG or ~/.kube/config"
+                tried = f"no service account of a pod ({error}); "
+        tried += _kubeconfig(kubeconfig)
         file = str(kubeconfig) if kubeconfig else None
         load: Callable[..., Awaitable[object]] = loading.load_kube_config
         await load(file, client_configuration=found, persist_config=False)
         return ApiClient(found)
+    except ConfigError:
+        raise
     except Exception as error:  # a file of others, read by a library that says of no error that it may come
         raise ConfigError(f"no way to a Kubernetes API server: {tried}: {error}") from error
+
+
+def _kubeconfig(given: Path | None) -> str:
+    """Which file will be read, or files (KUBECONFIG may name several). Raises ConfigError where there is none: the
+    library would go on with an empty one, and complain of that."""
+    usual = os.path.expanduser(KUBE_CONFIG_DEFAULT_LOCATION)
+    files = [given] if given is not None else [Path(name) for name in usual.split(os.pathsep) if name]
+    if not any(file.exists() for file in files):
+        names = " or ".join(map(str, files)) or "that KUBECONFIG names"
+        raise ConfigError(
+            f"no way to a Kubernetes API server: there is no file {names}: say where your kubeconfig is, by "
+            "`export KUBECONFIG=FILE` or --kubeconfig FILE (on a server of K3s: /etc/rancher/k3s/k3s.yaml)"
+        )
+    return os.pathsep.join(map(str, files))
 
 
 class Kubernetes(Discovery):

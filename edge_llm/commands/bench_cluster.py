@@ -13,6 +13,7 @@ from typing import Any, Final
 import click
 
 from edge_llm.commands.cluster_places import check, subjects
+from edge_llm.commands.endpoint import Address
 from edge_llm.commands.in_cluster import InCluster
 from edge_llm.commands.measuring import (
     command_line,
@@ -40,7 +41,19 @@ class _Names(click.ParamType[tuple[str, ...]]):
         return tuple(name.strip() for name in str(value).split(",") if name.strip())
 
 
-@click.command("cluster", cls=InCluster, context_settings={"max_content_width": 120})
+def _check(given: Mapping[str, Any]) -> None:
+    """Raises UsageError before anything starts."""
+    if given["as_json"] and given["output_format"]:
+        raise click.UsageError("--json prints the whole run as one object: leave out -o")
+    check(given)
+
+
+def _check_inside(given: Mapping[str, Any]) -> None:
+    """The Job is told where the gateway beside it is."""
+    _check({**given, "url": "http://edge-llm:8080"})
+
+
+@click.command("cluster", cls=InCluster, check_inside=_check_inside, context_settings={"max_content_width": 120})
 @click.option(
     "--models", type=_Names(), default=(), help="Names in models.yaml or paths of .gguf files, commas between."
 )
@@ -48,7 +61,7 @@ class _Names(click.ParamType[tuple[str, ...]]):
 @click.option(
     "--placement", "placements", type=_Names(), default=(), metavar="NAMES", help="Default: mixed,split,auto."
 )
-@click.option("--url", help="A gateway that runs already, instead of clusters started here.")
+@click.option("--url", type=Address(), help="A gateway that runs already, instead of clusters started here.")
 @click.option("--workers-file", type=click.Path(path_type=Path), help="Workers that run already: the gateway's file.")
 @click.option("--key-file", type=click.Path(path_type=Path), help="Their cluster key: a gateway for them starts here.")
 @click.option("--api-key-file", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="A key for --url.")
@@ -86,9 +99,7 @@ def cluster(output: Path, output_format: str | None, as_json: bool, **given: Any
     from edge_llm.bench.cluster_runs import Children, Found, facts_of, measure
     from edge_llm.bench.run import Run
 
-    if as_json and output_format:
-        raise click.UsageError("--json prints the whole run as one object: leave out -o")
-    check(given)
+    _check({**given, "as_json": as_json, "output_format": output_format})
     plan, files = _plan(given)
     run = Run("cluster", command_line(), _config(given), folder=output)
     found = Found(run)

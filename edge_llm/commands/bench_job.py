@@ -18,12 +18,14 @@ from typing import Final
 
 import click
 
+from edge_llm.commands.endpoint import Address
+
 # Lines of requests may be large: those stay on the volume.
 MAX_LINES_BYTES: Final = 32 << 20
 
 
 @click.command("job", context_settings={"ignore_unknown_options": True})
-@click.option("--url", help="The gateway, for benches that are not told another one.")
+@click.option("--url", type=Address(), help="The gateway, for benches that are not told another one.")
 @click.option("--api-key-file", type=click.Path(path_type=Path, dir_okay=False), help="A key for it.")
 @click.option("--output", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder on the volume.")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, required=True, metavar="-- BENCH [OPTIONS]...")

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import click
 
+from edge_llm.commands.endpoint import Address, address_of
 from edge_llm.commands.in_cluster import InCluster
 from edge_llm.commands.measuring import (
     check_option,
@@ -70,7 +71,7 @@ class _Json(click.ParamType[Mapping[str, Any]]):
 
 
 @click.command("serve", cls=InCluster)
-@click.option("--url", "urls", multiple=True, help="Server to ask; several: the least busy one is asked.")
+@click.option("--url", "urls", type=Address(), multiple=True, help="Server to ask; several: the least busy is asked.")
 @click.option("--beside", multiple=True, metavar="NAME=URL[,URL]", help="Another server under the same load, by turns.")
 @click.option("--mode", "modes", metavar="auto,split,local", help="Of our gateway; several: the same load on each.")
 @click.option(
@@ -189,31 +190,28 @@ def _missed(tally: Any) -> list[str]:
 
 def _contenders(urls: Sequence[str], modes: str | None, beside: Sequence[str], key_file: Path | None) -> list[Any]:
     from edge_llm.bench.serve.experiment import Contender
-    from edge_llm.bench.serve.target import base_url
 
     named = [mode.strip() for mode in modes.split(",")] if modes else []
     if unknown := set(named) - set(_MODES):
         raise click.UsageError(f"--mode has no {', '.join(sorted(unknown))}: it has {', '.join(_MODES)}")
     if named and not urls:
         raise click.UsageError("--mode is for the server at --url")
-    ours = tuple(base_url(url) for url in urls)
     key = {"authorization": f"Bearer {key_file.read_text().strip()}"} if key_file else {}
-    found = [Contender(mode, ours, {"edge_llm": {"mode": mode}}, key) for mode in named]
+    found = [Contender(mode, tuple(urls), {"edge_llm": {"mode": mode}}, key) for mode in named]
     if urls and not named:
-        found.append(Contender("server", ours, headers=key))
+        found.append(Contender("server", tuple(urls), headers=key))
     for other in beside:
         name, _, rest = other.partition("=")
         if not name or not rest:
             raise click.UsageError(f"--beside {other}: write NAME=URL, or NAME=URL,URL")
-        found.append(Contender(name, tuple(base_url(url) for url in rest.split(","))))
+        try:
+            found.append(Contender(name, tuple(address_of(url) for url in rest.split(","))))
+        except ValueError as error:
+            raise click.UsageError(f"--beside {other}: {error}") from error
     if not found:
         raise click.UsageError("give the server to ask: --url http://HOST:PORT")
     if len({one.name for one in found}) < len(found):
         raise click.UsageError("each contender needs a name of its own")
-    for one in found:
-        for url in one.urls:
-            if not url.startswith(("http://", "https://")):
-                raise click.UsageError(f"{url} is no address of a server: write http://HOST:PORT")
     return found
 
 

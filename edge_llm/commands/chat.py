@@ -15,7 +15,7 @@ from typing import Any, Final
 import click
 
 from edge_llm.commands.cluster_state import url_of_the_only_one
-from edge_llm.commands.endpoint import open_url
+from edge_llm.commands.endpoint import Address, open_url
 from edge_llm.errors import WorkerUnreachable
 from edge_llm.reasons import reason_of
 
@@ -23,7 +23,11 @@ _HELP: Final = "/reset forgets what was said, /quit leaves; Ctrl-C ends an answe
 
 
 @click.command()
-@click.option("--url", help="The endpoint (default: that of the only cluster of `up`, or http://127.0.0.1:8080).")
+@click.option(
+    "--url",
+    type=Address(),
+    help="The endpoint (default: that of the only cluster of `up`, or http://127.0.0.1:8080).",
+)
 @click.option(
     "--api-key-file", type=click.Path(path_type=Path, dir_okay=False, exists=True), help="File with your API key alone."
 )

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import click
 
+from edge_llm.commands.endpoint import Address
 from edge_llm.commands.measuring import (
     THRESHOLD_FAILED,
     check_option,
@@ -27,6 +28,7 @@ from edge_llm.commands.measuring import (
 from edge_llm.config import DEFAULT_MODEL
 
 FORMATS: Final = ("list", "md")
+_HERE: Final = "this machine"
 _FILE: Final = click.Path(path_type=Path, exists=True, dir_okay=False)
 
 
@@ -47,7 +49,9 @@ _FILE: Final = click.Path(path_type=Path, exists=True, dir_okay=False)
 @click.option("--resume", type=_FILE, help="Lines (.cases.jsonl) of a run that was cut: go on from there.")
 @click.option("--model", help=f"Name in models.yaml or path of a .gguf file.  [default: {DEFAULT_MODEL}]")
 @click.option(
-    "--url", help="A gateway that runs: the theorem and the paper's table are of it, not of clusters started here."
+    "--url",
+    type=Address(),
+    help="A gateway that runs: the theorem and the paper's table are of it, the rest is of this machine.",
 )
 @click.option("--api-key-file", type=_FILE, help="A key for --url.")
 @click.option("--boards", is_flag=True, help="Watch the boards of the workers that --url knows, for the paper's table.")
@@ -73,7 +77,10 @@ def claims(
 
     Runs the project's own benches one after another (hours; --plan says how many), each with a record of its own;
     `verify` among them records the level that workers publish. --check exits with 3 when a claim does not hold. Ctrl-C
-    keeps what is done; --resume goes on.
+    keeps what is done; --resume goes on. Exit code 1: something that was asked for could not be measured.
+
+    Of a Kubernetes cluster: `bench theorem --cluster` and `bench cluster --cluster --boards` measure inside and leave
+    their records here; then `bench claims --from bench_results` judges them.
     """
     chosen = _chosen(given["only"])
     if sources:
@@ -83,8 +90,9 @@ def claims(
     _check(given)
     plan, machine = _plan(chosen, given)
     if is_plan:
-        _show_plan(plan, chosen, as_json)
+        _show_plan(plan, chosen, given, as_json)
         return
+    _check_gateway(plan, given)
     _run(chosen, plan, machine, given, output, output_format or "list", as_json, check)
 
 
@@ -104,6 +112,15 @@ def _check(given: Mapping[str, Any]) -> None:
         raise click.UsageError("workers ask for a ticket: add --key-file, or ask their gateway with --url")
     if given["key_file"] and (given["url"] or not given["workers_file"]):
         raise click.UsageError("--key-file is for workers of --workers-file, without --url")
+
+
+def _check_gateway(plan: Sequence[Any], given: Mapping[str, Any]) -> None:
+    """Before any step: whether the gateway is there and takes the key. Raises WorkerUnreachable, InvalidRequest."""
+    from edge_llm.commands.cluster_gateway import Gateway
+
+    where = _where(given)
+    if given["url"] and any(one.step.name in where and not one.why_not for one in plan):
+        Gateway.of(given["url"], given["api_key_file"]).overview()
 
 
 def _chosen(names: str | None) -> list[Any]:
@@ -170,13 +187,15 @@ def _plan(chosen: Sequence[Any], given: Mapping[str, Any]) -> tuple[Any, Any]:
     return planned({claim.step for claim in chosen}, machine, given["budget_minutes"], given["quick"]), machine
 
 
-def _show_plan(plan: Sequence[Any], chosen: Sequence[Any], as_json: bool) -> None:
+def _show_plan(plan: Sequence[Any], chosen: Sequence[Any], given: Mapping[str, Any], as_json: bool) -> None:
+    where, there = _where(given), _there(given)
     rows = [
         {
             "step": one.step.name,
             "command": " ".join((one.step.command_words, *(one.step.small if one.is_small else ()))),
             "minutes": one.minutes,
             "why_not": one.why_not,
+            "measures": there if one.step.name in where else "",
             "claims": [claim.id for claim in chosen if claim.step == one.step.name],
         }
         for one in plan
@@ -186,7 +205,8 @@ def _show_plan(plan: Sequence[Any], chosen: Sequence[Any], as_json: bool) -> Non
         return
     for row in rows:
         time = row["why_not"] or f"{row['minutes']:g} minutes"
-        click.echo(f"{row['command']}  ({time}): {', '.join(row['claims'])}")
+        of = f", of {row['measures'] or _HERE}" if there else ""
+        click.echo(f"{row['command']}  ({time}{of}): {', '.join(row['claims'])}")
     click.echo(f"together about {sum(row['minutes'] for row in rows):g} minutes on two cores of a small server")
 
 
@@ -202,6 +222,7 @@ def _run(
 ) -> None:
     import msgspec
 
+    from edge_llm.bench.claims_plan import cannot
     from edge_llm.bench.claims_runs import Found, Settings, finished, measure
     from edge_llm.bench.claims_text import missed_lines
     from edge_llm.bench.models import local_model
@@ -215,6 +236,9 @@ def _run(
         tree.pop("record", None)
         return tree
 
+    for one in plan if given["only"] else ():  # asked for by name: not to be passed over in silence
+        if reason := cannot(one.step, machine):
+            run.fail(one.step.name, reason)
     with steps() as report:
         known = finished(given["resume"], run, output) if given["resume"] else {}
 
@@ -227,6 +251,7 @@ def _run(
                 machine=machine,
                 model=given["model"],
                 where=_where(given),
+                there=_there(given),
                 model_facts=model.facts if model else None,
                 budget_minutes=given["budget_minutes"],
             )
@@ -257,6 +282,11 @@ def _where(given: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     return {name: one for name, one in {**there, "theorem": gateway}.items() if one}
 
 
+def _there(given: Mapping[str, Any]) -> str:
+    """The cluster that is there, for people; empty: none was named."""
+    return str(given["url"] or given["workers_file"] or "")
+
+
 def _show(tree: Mapping[str, Any], kind: str) -> None:
     import msgspec
 
@@ -269,6 +299,11 @@ def _show(tree: Mapping[str, Any], kind: str) -> None:
         return
     for line in listed(verdicts):
         click.echo(line)
+    places: dict[str, list[str]] = {}
+    for one in tree["steps"]:
+        places.setdefault(one.get("measures") or _HERE, []).append(one["step"])
+    if places.keys() - {_HERE}:
+        click.echo("measured: " + "; ".join(f"{place}: {', '.join(names)}" for place, names in places.items()))
     counted = tree["counts"]
     click.echo(
         f"{tree['board']}: " + ", ".join(f"{number} {word.replace('_', ' ')}" for word, number in counted.items())

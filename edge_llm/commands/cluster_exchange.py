@@ -1,9 +1,10 @@
 """Who can exchange KV with whom, and why others cannot: what `cluster status` reads out of GET /cluster.
 
 Pure. Owns the words. KV goes between workers that decode it and read prompts for others, of one model whose KV means
-the same on both sides (model file, cache types, geometry: `compatibility`). Within an exactness class the answer is the
-same token for token; across classes it is used where that is faster (the gateway's cross_class) and promises nothing.
-Builds of different versions, while a cluster is being upgraded, are told by what they are.
+the same on both sides (model file, cache types, geometry: `compatibility`). Within an exactness class an answer is what
+the level of the worker that decodes it promises: the same token for token at `exact`, nothing while nobody measured.
+Across classes KV is used where that is faster (the gateway's cross_class) and promises nothing. Builds of different
+versions, while a cluster is being upgraded, are told by what they are.
 """
 
 from __future__ import annotations
@@ -14,6 +15,12 @@ from typing import Any, Final
 
 Node = Mapping[str, Any]
 SHORT: Final = 8
+_PROMISES: Final = {
+    "exact": "token for token",
+    "same-plan": "token for token for the same chunk borders and batch width (level same-plan)",
+    "none": "with level none: nothing is promised",
+    "unverified": "with level unverified: nothing is promised until it is measured",
+}
 
 
 def serves(nodes: Iterable[Node]) -> bool:
@@ -59,11 +66,12 @@ def _of_set(one: Mapping[str, Any], nodes: Mapping[str, Node]) -> Iterable[str]:
         return
     classes = one["classes"]
     if len(classes) == 1:
-        yield f"{_names(one['workers'])} exchange KV of {one['model']}, token for token (class {_short(classes[0])})"
+        promised = _promised(one["workers"], nodes)
+        yield f"{_names(one['workers'])} exchange KV of {one['model']}, {promised} (class {_short(classes[0])})"
         return
     yield f"{_names(one['workers'])} exchange KV of {one['model']}, in {len(classes)} exactness classes:"
     for group in classes:
-        words = "token for token among themselves, " if len(group["workers"]) > 1 else ""
+        words = f"among themselves {_promised(group['workers'], nodes)}, " if len(group["workers"]) > 1 else ""
         yield f"  {_names(group['workers'])}: {words}class {_short(group)}"
     for first, second in combinations(classes, 2):
         why = _classes_apart(nodes[first["workers"][0]], nodes[second["workers"][0]])
@@ -71,6 +79,17 @@ def _of_set(one: Mapping[str, Any], nodes: Mapping[str, Node]) -> Iterable[str]:
             f"  {_short(first)} and {_short(second)}: only where that is faster, and the answer then has level none; "
             f"they differ: {why}"
         )
+
+
+def _promised(workers: Sequence[str], nodes: Mapping[str, Node]) -> str:
+    """What holds for an answer that goes on among them: that of who decodes it."""
+    levels: dict[str, list[str]] = {}
+    for worker in workers:
+        levels.setdefault(nodes[worker]["level"], []).append(worker)
+    words = {level: _PROMISES.get(level, f"with level {level}") for level in levels}
+    if len(levels) == 1:
+        return next(iter(words.values()))
+    return "; ".join(f"where {' or '.join(members)} decodes {words[level]}" for level, members in levels.items())
 
 
 def _classes(members: Iterable[Node]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""How the cluster commands talk to a gateway: its address, the API key, and what can go wrong, in words.
+"""How commands talk to a gateway of ours: its address, the API key, and what can go wrong, in words.
 
 Owns the options and the translation of errors. Refuses to know what is asked.
 """
@@ -7,23 +7,25 @@ from __future__ import annotations
 
 import http.client
 import json
+import shlex
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import click
 
-from edge_llm.commands.endpoint import open_url
+from edge_llm.commands.endpoint import Address, open_url
 from edge_llm.errors import ConfigError, EdgeLLMError, InvalidRequest, WorkerUnreachable
 
 ASK_S: Final = 10.0
 # An order is passed on to a worker, which may be slow to answer while it computes.
 ORDER_S: Final = 40.0
 MAX_BYTES: Final = 64 << 20
+_USUAL: Final = "http://127.0.0.1:8080"
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -34,20 +36,27 @@ def gateway_options(command: Function) -> Function:
         type=click.Path(path_type=Path, dir_okay=False, exists=True),
         help="File with your API key alone.",
     )(command)
-    return click.option("--url", default="http://127.0.0.1:8080", show_default=True, help="The gateway.")(command)
+    return click.option("--url", type=Address(), default=_USUAL, show_default=True, help="The gateway.")(command)
 
 
 @dataclass(frozen=True, slots=True)
 class Gateway:
-    """One gateway, asked as whoever the key says."""
+    """One gateway, asked as whoever the key says. `options`: those of a command that asks it the same way."""
 
     url: str
     headers: Mapping[str, str]
+    options: Sequence[str] = ()
 
     @classmethod
     def of(cls, url: str, api_key_file: Path | None) -> Gateway:
-        """Raises ConfigError for an address or a key that cannot be used."""
-        return cls(_base(url), _headers(api_key_file))
+        """Raises ConfigError for a key that cannot be used."""
+        place = () if url == _USUAL else ("--url", url)
+        key = ("--api-key-file", str(api_key_file)) if api_key_file is not None else ()
+        return cls(url, _headers(api_key_file), (*place, *key))
+
+    def command(self, *words: str) -> str:
+        """`edge-llm cluster WORDS` for this gateway with this key, as a shell takes it."""
+        return shlex.join(["edge-llm", "cluster", *words, *self.options])
 
     def overview(self) -> dict[str, Any]:
         """GET /cluster."""
@@ -65,25 +74,14 @@ class Gateway:
             with open_url(request, timeout_s) as reply:
                 found = json.loads(reply.read(MAX_BYTES))
         except urllib.error.HTTPError as error:
-            raise _refused(self.url, error) from error
+            with error:
+                raise _refused(self.url, error) from error
         except (OSError, ValueError, http.client.HTTPException) as error:
             why = getattr(error, "reason", None) or error
             raise WorkerUnreachable(f"no answer from a gateway at {self.url}: {why}") from error
         if not isinstance(found, dict):
             raise WorkerUnreachable(f"{self.url} gives no answer of ours; is it the gateway?")
         return found
-
-
-def _base(url: str) -> str:
-    """Without the /v1 that OpenAI's clients want, and `edge-llm up` shows."""
-    try:
-        parts = urlsplit(url)
-        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # half an IPv6 address, a port that is none
-        is_address = False
-    if not is_address or not url.isascii() or not url.isprintable() or " " in url:
-        raise ConfigError(f"--url is an address like http://10.0.0.10:8080, not {url!r}")
-    return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
 def _headers(api_key_file: Path | None) -> dict[str, str]:

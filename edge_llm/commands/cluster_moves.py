@@ -18,7 +18,7 @@ from typing import Final
 
 from edge_llm.errors import ConfigError
 
-_POD: Final = re.compile(r"edge-llm-(prefill|decode|mixed)-([0-9]+)")
+POD: Final = re.compile(r"edge-llm-(prefill|decode|mixed)-([0-9]+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +31,16 @@ class Moves:
     replicas: Mapping[str, int]
 
 
-def commands(steps: Iterable[tuple[str, ...]], kubeconfig: Path, namespace: str) -> list[str]:
+def commands(steps: Iterable[tuple[str, ...]], kubeconfig: Path | None, namespace: str) -> list[str]:
     """Steps as a shell takes them."""
-    return [shlex.join(["kubectl", "--kubeconfig", str(kubeconfig), "-n", namespace, *words]) for words in steps]
+    file = ["--kubeconfig", str(kubeconfig)] if kubeconfig else []
+    return [shlex.join(["kubectl", *file, "-n", namespace, *words]) for words in steps]
 
 
 def moves(pod: str, role: str, board: str, replicas: Mapping[str, int], *, is_bound: bool = True) -> Moves:
     """`replicas`: of each StatefulSet now. `is_bound`: whether the pod's volume is on this board alone. Raises
     ConfigError for what is no worker's pod of these manifests, or stands in the role already."""
-    matched = _POD.fullmatch(pod)
+    matched = POD.fullmatch(pod)
     if matched is None:
         raise ConfigError(f"{pod} is no pod of edge-llm's manifests (edge-llm-ROLE-NUMBER): move it as it was made")
     was, ordinal = matched[1], int(matched[2])

@@ -16,13 +16,16 @@ import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from edge_llm.commands.cluster_gateway import Gateway, gateway_options
-from edge_llm.errors import ClientError, ConfigError, EdgeLLMError, WorkerUnreachable
+from edge_llm.errors import ClientError, ConfigError, EdgeLLMError, Forbidden, WorkerUnreachable
 from edge_llm.words import counted
+
+if TYPE_CHECKING:
+    from edge_llm.commands.kubectl import Kubectl
 
 POLL_S: Final = 0.5
 # A gateway asks its workers how they are about once a second, and gives up a question after 1.5 s.
@@ -53,18 +56,19 @@ def drain(
 ) -> None:
     """Take worker NODE out: it takes nothing new and hands what runs, KV and all, to other workers."""
     gateway = Gateway.of(url, api_key_file)
-    now = found(gateway.overview(), node)
+    before = _overview(gateway)
+    found(before, node)
     if undo:
         now = _ordered(gateway, node, "drain", "is_draining", False)
         _tell(now, as_json, f"{node} takes work again")
         return
     if not force:
-        _refuse_to_strand(gateway.overview(), [node])
+        _refuse_to_strand(before, [node])
     now = _ordered(gateway, node, "drain", "is_draining", True)
     if wait:
         now = _drained(gateway, now, timeout_s)
     left = left_of(now)
-    back = f"`edge-llm cluster drain --undo {node}` takes it back"
+    back = _takes_back(gateway, node)
     _tell(now, as_json, f"{node} takes nothing new, {left} left there; {back}" if left else f"{node} is empty; {back}")
     if wait and left:
         sys.exit(1)
@@ -102,16 +106,34 @@ def role(
 ) -> None:
     """Let worker NODE stand for another ROLE: at once and without a restart, until it starts again."""
     gateway = Gateway.of(url, api_key_file)
-    before = gateway.overview()
-    was = found(before, node)
     if kubeconfig is not None:
-        moved = _move(gateway, before, node, role, kubeconfig, namespace, timeout_s, force)
+        moved = _move(gateway, node, role, _kubectl(kubeconfig, namespace), timeout_s, force)
         _tell(moved, as_json, _moved_words(moved))
         return
+    before = _overview(gateway)
+    was = found(before, node)
+    if was["role"] == role:
+        _tell(was, as_json, f"{node} has role {role} already: nothing was changed")
+        return
+    if not force:
+        _refuse_to_leave_to_helpers(before, was, role)
     now = _ordered(gateway, node, "role", "role", role)
     lines = [f"{node}: {was['role']} -> {now['role']}, until it starts again"]
     lines += remarks({**before, "nodes": [*_others(before, node), now]}, now)
     _tell(now, as_json, "\n".join(lines))
+
+
+def _overview(gateway: Gateway) -> dict[str, Any]:
+    """GET /cluster for somebody who is going to change it. Raises Forbidden for a key that may not (a gateway of an
+    older version says so only when it gets the order)."""
+    overview = gateway.overview()
+    caller = overview.get("caller") or {}
+    if not caller.get("is_operator", True):
+        raise Forbidden(
+            f"the API key {caller['id']} may not change workers: its entry needs `operator: true` "
+            "(`edge-llm serve api-key --operator` makes one)"
+        )
+    return overview
 
 
 def found(overview: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -171,6 +193,20 @@ def _refuse_to_strand(overview: Mapping[str, Any], names: Collection[str]) -> No
         )
 
 
+def _refuse_to_leave_to_helpers(overview: Mapping[str, Any], node: Mapping[str, Any], role: str) -> None:
+    """Raises ConfigError for the last worker whose role is to decode: after that only helpers would."""
+    decoders = {
+        other["worker"]
+        for other in overview["nodes"]
+        if other["model"] == node["model"] and other["is_ready"] and other["slots"] and other["role"] != "prefill"
+    }
+    if role == "prefill" and decoders == {node["worker"]}:
+        raise ConfigError(
+            f"without {node['worker']} no ready worker of {node['model']} has role decode or mixed: answers would be "
+            "left to the spare slots of those who read prompts; --force does it all the same"
+        )
+
+
 def _ordered(gateway: Gateway, name: str, what: str, key: str, value: object) -> dict[str, Any]:
     """Order it, and wait a moment until the gateway sees it: the next command goes by what the gateway shows. How the
     worker is then; a worker that says goodbye to its sequences may be out of sight for longer."""
@@ -198,7 +234,7 @@ def _drained(gateway: Gateway, now: dict[str, Any], timeout_s: float, ordered: C
             now = _later(gateway.overview(), now)
     except KeyboardInterrupt:
         for one in names:
-            click.echo(f"{one} goes on draining; `edge-llm cluster drain --undo {one}` takes it back", err=True)
+            click.echo(f"{one} goes on draining; {_takes_back(gateway, one)}", err=True)
         sys.exit(INTERRUPTED)
     return now
 
@@ -212,39 +248,38 @@ def _later(overview: Mapping[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     return dict(node) if node is not None and node["is_draining"] else now
 
 
-def _move(
-    gateway: Gateway,
-    overview: Mapping[str, Any],
-    name: str,
-    role: str,
-    kubeconfig: Path,
-    namespace: str,
-    timeout_s: float,
-    force: bool,
-) -> dict[str, Any]:
-    """Replace a worker by one of another role on the same board, after everything that stops has been handed over."""
-    from edge_llm.commands.cluster_moves import commands, moves
+def _kubectl(kubeconfig: Path, namespace: str) -> Kubectl:
     from edge_llm.commands.kubectl import Kubectl
 
-    kubectl = Kubectl(kubeconfig, namespace)
-    board = str(kubectl.get("pod", name)["spec"]["nodeName"])
+    return Kubectl(kubeconfig, namespace)
+
+
+def _move(gateway: Gateway, name: str, role: str, kubectl: Kubectl, timeout_s: float, force: bool) -> dict[str, Any]:
+    """Replace a worker by one of another role on the same board, after everything that stops has been handed over."""
+    from edge_llm.commands.cluster_moves import commands, moves
+
+    # first, so that a kubeconfig that leads nowhere is said before anything of the gateway
     workloads = {one["metadata"]["name"]: one["spec"] for one in kubectl.get("statefulset")["items"]}
+    overview = _overview(gateway)
+    was = found(overview, name)
+    board = str(kubectl.get("pod", name)["spec"]["nodeName"])
     replicas = {workload: int(spec["replicas"]) for workload, spec in workloads.items()}
     # the manifests give a claim back with its pod where it binds the pod to a board
     kept = workloads.get(name.rpartition("-")[0], {}).get("persistentVolumeClaimRetentionPolicy", {})
     plan = moves(name, role, board, replicas, is_bound=kept.get("whenScaled") == "Delete")
     if not force:
         _refuse_to_strand(overview, plan.stopped)
+        _refuse_to_leave_to_helpers(overview, was, role)
     _emptied(gateway, plan.stopped, timeout_s, force)
     for number, step in enumerate(plan.steps):
-        click.echo(f"kubectl -n {namespace} {' '.join(step)}", err=True)
+        click.echo(f"kubectl -n {kubectl.namespace} {' '.join(step)}", err=True)
         try:
             kubectl.run(*step)
         except ConfigError as error:
-            rest = commands(plan.steps[number:], kubeconfig, namespace)
+            rest = commands(plan.steps[number:], kubectl.kubeconfig, kubectl.namespace)
             raise ConfigError(f"{error.message}\n{_half_moved(gateway, rest, plan.stopped)}") from error
         except KeyboardInterrupt:
-            rest = commands(plan.steps[number:], kubeconfig, namespace)
+            rest = commands(plan.steps[number:], kubectl.kubeconfig, kubectl.namespace)
             click.echo(_half_moved(gateway, rest, plan.stopped), err=True)
             sys.exit(INTERRUPTED)
     return {"board": board, "role": role, "stopped": list(plan.stopped), "replicas": dict(plan.replicas)}
@@ -288,8 +323,12 @@ def _half_moved(gateway: Gateway, rest: Sequence[str], stopped: Sequence[str]) -
 
 
 def _serve_again(gateway: Gateway, names: Sequence[str]) -> str:
-    lines = [f"  edge-llm cluster drain {name} --undo --url {gateway.url}" for name in names]
+    lines = [f"  {gateway.command('drain', name, '--undo')}" for name in names]
     return "\n".join(["until they are stopped, drained workers serve again with", *lines])
+
+
+def _takes_back(gateway: Gateway, name: str) -> str:
+    return f"`{gateway.command('drain', name, '--undo')}` takes it back"
 
 
 def _moved_words(moved: Mapping[str, Any]) -> str:

@@ -45,8 +45,6 @@ def check(given: Mapping[str, Any]) -> None:
     known = MODES if given["url"] else (ALONE, *MODES) if is_elsewhere else tuple(HERE)
     if unknown := [name for name in given["placements"] if name not in known]:
         raise click.UsageError(f"--placement has no {', '.join(unknown)} there: it has {', '.join(known)}")
-    if given["url"] and not str(given["url"]).startswith(("http://", "https://")):
-        raise click.UsageError(f"{given['url']} is no address of a server: write http://HOST:PORT")
     if given["workers_file"] and not given["url"] and not given["key_file"]:
         raise click.UsageError("workers ask for a ticket: add --key-file, or ask their gateway with --url")
     if given["key_file"] and (given["url"] or not given["workers_file"]):
@@ -119,7 +117,6 @@ def _elsewhere(given: Mapping[str, Any], report: Report) -> Any:
     from edge_llm.bench.cluster_runs import Placement, Subject
     from edge_llm.bench.layout import Started
     from edge_llm.bench.models import local_model
-    from edge_llm.bench.serve.target import base_url
     from edge_llm.cluster.static import StaticFile
 
     file = local_model(given["models"][0], report) if given["models"] else None
@@ -127,7 +124,7 @@ def _elsewhere(given: Mapping[str, Any], report: Report) -> Any:
     nodes = {name: f"http://{address}/metrics" for name, address in workers.items()}
     found = []
     if given["url"]:
-        url = base_url(given["url"])
+        url = given["url"]
         keys = {"authorization": f"Bearer {given['api_key_file'].read_text().strip()}"} if given["api_key_file"] else {}
         nodes = _boards(url, keys) if given["watches_boards"] else nodes
         for mode in dict.fromkeys(given["placements"] or ("auto",)):

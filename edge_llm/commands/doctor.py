@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -77,10 +78,7 @@ def doctor(
         return
     _check_ignored(ignore, (*AREAS, "cluster"))
     if of_cluster:
-        from edge_llm.commands.kubectl import Kubectl
-        from edge_llm.doctor.cluster import check_cluster
-
-        findings, is_complete = check_cluster(Kubectl(kubeconfig, namespace).get, namespace), True
+        findings, is_complete = _of_cluster(kubeconfig, namespace), True
     else:
         if kubeconfig is not None:
             raise click.UsageError("--kubeconfig is for --cluster")
@@ -102,6 +100,18 @@ def doctor(
     else:
         _print(report, problems)
     sys.exit(exit_code(report) if is_complete else INTERRUPTED)
+
+
+def _of_cluster(kubeconfig: Path | None, namespace: str) -> list[Any]:
+    """A cluster that is not found is the first finding."""
+    from edge_llm.commands.kubectl import Kubectl
+    from edge_llm.doctor.cluster import check_cluster
+
+    @cache
+    def kubectl() -> Kubectl:
+        return Kubectl(kubeconfig, namespace)
+
+    return check_cluster(lambda *what: kubectl().get(*what), namespace)
 
 
 def _examined(examination: Any, ignored: tuple[str, ...]) -> tuple[list[Any], bool]:

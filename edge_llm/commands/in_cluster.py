@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -36,8 +36,12 @@ _OWN: Final = ("in_cluster", "namespace", "kubeconfig", "job")
 class InCluster(click.Command):
     """A bench that asks a server at --url: with --cluster it runs beside that server."""
 
-    def __init__(self, *arguments: Any, **named: Any) -> None:
+    def __init__(
+        self, *arguments: Any, check_inside: Callable[[Mapping[str, Any]], None] | None = None, **named: Any
+    ) -> None:
+        """`check_inside`: raises UsageError for what the bench would refuse in the cluster."""
         super().__init__(*arguments, **named)
+        self._check_inside = check_inside
         self.params += [
             click.Option(
                 ["--cluster", "in_cluster"],
@@ -64,6 +68,11 @@ class InCluster(click.Command):
                 if own[name] is not None:
                     raise click.UsageError(f"--{name} is for --cluster")
             return super().invoke(ctx)
+        if ctx.params.get("url"):  # `bench serve` may be sent to another server: it says `urls`
+            raise click.UsageError(
+                "--cluster measures the gateway beside its Job, --url another one from this machine: leave out one of "
+                "them (another cluster: --namespace, --kubeconfig)"
+            )
         asked = Asked(
             arguments=(self.name or "", *_forwarded(self, ctx)),
             namespace=own["namespace"],
@@ -71,6 +80,8 @@ class InCluster(click.Command):
             job=own["job"],
             output=ctx.params["output"],
         )
+        if self._check_inside is not None:
+            self._check_inside(ctx.params)
         return _run(asked, ctx.params)
 
 

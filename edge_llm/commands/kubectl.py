@@ -1,11 +1,13 @@
 """kubectl where it is needed: to render a folder as kubectl would apply it, and to move a workload for good.
 
-Owns finding it (K3s brings its own), running it, and its words when it fails. Refuses to know what it is asked for.
+Owns finding it (K3s brings its own), running it, its words when it fails, and what it thinks of a kubeconfig.
+Refuses to know what it is asked for.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +19,8 @@ from edge_llm.errors import ConfigError
 
 RENDER_S: Final = 120.0
 CALL_S: Final = 60.0
+# Its log, which says once per try what its last line says for people.
+_LOGGED: Final = re.compile(r"[IWEF]\d{4} \d\d:\d\d:\d\d\.")
 
 
 def rendered(folder: Path) -> str:
@@ -30,7 +34,15 @@ class Kubectl:
     """One cluster's, by a kubeconfig (None: the one that kubectl finds), in one namespace."""
 
     def __init__(self, kubeconfig: Path | None, namespace: str) -> None:
+        """Raises ConfigError when the file names no cluster: kubectl would ask a server on this machine then."""
+        self.kubeconfig, self.namespace = kubeconfig, namespace
         self._where = ["-n", namespace, *(["--kubeconfig", str(kubeconfig)] if kubeconfig else [])]
+        _kubectl()  # one that is missing is not the file's fault
+        try:
+            self.run("config", "view", "--minify", "-o", "json")
+        except ConfigError as error:
+            what = f"{kubeconfig} is" if kubeconfig else "there is"
+            raise ConfigError(f"{what} no kubeconfig that leads to a cluster: {error.message}") from error
 
     def get(self, *what: str) -> Any:
         """None: nothing, where `--ignore-not-found` was asked for."""
@@ -56,8 +68,16 @@ def _run(command: Sequence[str], timeout_s: float) -> str:
         done = subprocess.run(
             command, capture_output=True, text=True, check=False, timeout=timeout_s, stdin=subprocess.DEVNULL
         )
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except subprocess.TimeoutExpired as error:
+        raise ConfigError(f"`{words}` did not end within {timeout_s:.0f} s: does its server answer?") from error
+    except OSError as error:
         raise ConfigError(f"`{words}` did not end well: {error}") from error
     if done.returncode:
-        raise ConfigError(f"`{words}` failed: {done.stderr.strip()[-2000:] or f'exit code {done.returncode}'}")
+        raise ConfigError(f"`{words}` failed: {_said(done.stderr) or f'exit code {done.returncode}'}")
     return done.stdout
+
+
+def _said(errors: str) -> str:
+    """What it says to people; its log where it says nothing else."""
+    lines = errors.strip().splitlines()
+    return "\n".join([line for line in lines if not _LOGGED.match(line)] or lines[-1:])[-2000:]

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from edge_llm.commands.endpoint import Address
 from edge_llm.commands.in_cluster import InCluster
 from edge_llm.commands.measuring import command_line, finish, json_option, output_option, steps, until_interrupted
 from edge_llm.config import DEFAULT_MODEL
@@ -19,7 +20,7 @@ from edge_llm.config import DEFAULT_MODEL
 @click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Name in models.yaml or path of a .gguf file.")
 @click.option("--prompts", type=click.IntRange(1, 10_000), default=200, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True, help="Another seed, other prompts.")
-@click.option("--url", help="Prove it on this cluster instead of a local one started for it.")
+@click.option("--url", type=Address(), help="Prove it on this cluster instead of a local one started for it.")
 @click.option("--api-key-file", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="A key for --url.")
 @output_option
 @json_option

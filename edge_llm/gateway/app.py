@@ -228,6 +228,7 @@ def _say_how_it_is(app: FastAPI, gateway: Gateway) -> None:
             planner.decisions(None if key.is_operator else key.tenant),
             planner.pool_events,
             gateway.discovery(),
+            {"id": key.id, "is_operator": key.is_operator},
         )
         return Response(body, media_type="application/json")
 

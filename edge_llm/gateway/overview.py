@@ -30,10 +30,11 @@ def overview(
     decisions: Sequence[object] = (),
     pool_events: Sequence[object] = (),
     discovery: Mapping[str, object] | None = None,
+    caller: Mapping[str, object] | None = None,
 ) -> bytes:
     """The JSON. `booked`: the work that this gateway believes each worker to have; `now_s` on the clock of
     `Node.seen_s`; `pools`: for which phase a worker stands now, where that is not what its role says; `decisions`:
-    those that the caller may see; `discovery`: `found_by`."""
+    those that the caller may see; `discovery`: `found_by`; `caller`: who asks, and whether it may change workers."""
     return msgspec.json.encode(
         {
             "gateway": gateway,
@@ -46,6 +47,7 @@ def overview(
             "decisions": decisions,
             "pool_events": pool_events,
             "discovery": discovery,
+            "caller": caller,
         }
     )
 

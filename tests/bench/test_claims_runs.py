@@ -47,7 +47,8 @@ STAND_IN: Final = """
         print(script.get("error", ""), file=sys.stderr)
         sys.exit(script.get("exit", 0))
     run = Run(kind, ["edge-llm", *arguments], script.get("config", {}), idle_s=0.0)
-    run.models.append(ModelFacts("tiny", "tiny.gguf", "0" * 64, 1, "Q4_0"))
+    if script.get("models", True):
+        run.models.append(ModelFacts("tiny", "tiny.gguf", "0" * 64, 1, "Q4_0"))
     for what in script.get("failures", []):
         run.fail(what, "because")
     print("working: 1 of 2", file=sys.stderr, flush=True)
@@ -159,8 +160,10 @@ def test_a_step_that_cannot_run_is_a_failure_with_its_own_words_and_the_others_g
     assert words(found)["turns.ttft"] == UNTESTED
     assert words(found)["gateway.cpu"] == HOLDS
     reason = next(verdict.reason for verdict in found.figures().claims if verdict.id == "turns.ttft")
-    assert reason == "the model needs 9.1 GB, this board has 4 GB"
-    assert [(failure.what, failure.why) for failure in found.run.failures] == [("turns", reason)]
+    assert reason == "`edge-llm bench turns` failed: the model needs 9.1 GB, this board has 4 GB"
+    assert [(failure.what, failure.why) for failure in found.run.failures] == [
+        ("turns", "the model needs 9.1 GB, this board has 4 GB")
+    ]
 
 
 def test_a_step_that_could_not_measure_all_confirms_nothing_and_says_why(stage: Stage) -> None:
@@ -168,7 +171,24 @@ def test_a_step_that_could_not_measure_all_confirms_nothing_and_says_why(stage: 
     found = stage.run("gateway")
     (verdict, *_) = found.figures().claims
     assert verdict.verdict == UNTESTED
-    assert "the third probe: because" in verdict.reason
+    assert verdict.reason == "`edge-llm bench gateway` failed: the third probe: because"
+    assert [(failure.what, failure.why) for failure in found.run.failures] == [("gateway", "the third probe: because")]
+
+
+def test_a_step_that_measured_nothing_and_knows_no_model_says_why_and_not_that_no_record_is_there(stage: Stage) -> None:
+    stage.script(theorem={"figures": {"holds": False}, "failures": ["theorem"], "models": False, "exit": 1})
+    found = stage.run("theorem")
+    (verdict,) = found.figures().claims
+    assert (verdict.verdict, verdict.reason) == (UNTESTED, "`edge-llm bench theorem` failed: theorem: because")
+    assert found.run.failures, "so that the run ends with exit code 1"
+
+
+def test_steps_that_are_told_a_cluster_say_so_and_the_others_do_not(stage: Stage) -> None:
+    stage.script(theorem={"figures": {}}, gateway={"figures": GATEWAY})
+    found = stage.run("theorem", "gateway", where={"theorem": ("--url", "http://pi-a:8080")}, there="http://pi-a:8080")
+    assert [(step.step, step.measures) for step in found.steps] == [("theorem", "http://pi-a:8080"), ("gateway", "")]
+    heads = [what for what, _, _ in stage.said if "about" in what]
+    assert [head.partition(",")[0] for head in heads] == ["1/2 theorem of http://pi-a:8080", "2/2 gateway"]
 
 
 def test_what_says_nothing_that_can_be_read_is_a_failure(stage: Stage) -> None:

@@ -7,6 +7,7 @@ import json
 import shutil
 import ssl
 import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
@@ -420,13 +421,39 @@ async def test_a_kubeconfig_that_cannot_be_used_is_an_error_that_names_it(tmp_pa
         await client_of(tmp_path / "nowhere")
 
 
-async def test_where_there_is_neither_pod_nor_kubeconfig_the_error_says_what_was_tried(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("named", [None, "", "nowhere", "nowhere:elsewhere"])
+def test_where_there_is_neither_pod_nor_kubeconfig_one_line_says_what_to_type(
+    tmp_path: Path, named: str | None
 ) -> None:
-    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(ConfigError, match=r"no service account of a pod .*KUBECONFIG"):
-        await client_of(None, tmp_path)
+    """In a process of its own: the library looks at KUBECONFIG once."""
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    if named is not None:
+        environment["KUBECONFIG"] = named
+    for words in (
+        ("bench", "cluster", "--cluster"),
+        ("serve", "gateway", "--kubernetes-namespace", "edge-llm", "--no-auth", "--key-file", str(tmp_path / "key")),
+    ):
+        (tmp_path / "key").write_text(f"k1:{'ab' * 32}\n")
+        (tmp_path / "key").chmod(0o600)
+        done = subprocess.run(
+            [sys.executable, "-m", "edge_llm", *words],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        assert done.returncode == 1
+        (line,) = done.stderr.splitlines()
+        where = " or ".join((named or "").split(":")) if named else str(tmp_path / ".kube/config")
+        assert (where if named != "" else "that KUBECONFIG names") in line
+        assert "`export KUBECONFIG=FILE` or --kubeconfig FILE" in line
+
+
+async def test_what_is_wrong_with_a_kubeconfig_that_is_there_is_said_of_that_file(tmp_path: Path) -> None:
+    (tmp_path / "config").write_text("{}")
+    with pytest.raises(ConfigError, match=rf"{tmp_path}/config: Invalid kube-config file"):
+        await client_of(tmp_path / "config")
 
 
 def self_signed(folder: Path, name: str) -> tuple[Path, Path]:

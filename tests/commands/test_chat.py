@@ -288,8 +288,8 @@ def test_an_empty_delta_and_comments_are_no_text() -> None:
 @pytest.mark.parametrize("url", ["nonsense", "localhost:1", "http://[::1", "http://127.0.0.1:x"])
 def test_an_impossible_address_is_said_in_words(url: str) -> None:
     done = talk(url, "Hello\n")
-    assert done.returncode == 1
-    assert url in done.stderr
+    assert done.returncode == 2
+    assert f"{url!r} is no address of a server" in done.stderr
 
 
 def test_bytes_that_are_no_text_do_not_end_the_conversation() -> None:

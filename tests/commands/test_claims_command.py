@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,6 +21,7 @@ from edge_llm.bench.claims_judged import MISSED, UNTESTED
 from edge_llm.bench.claims_runs import ClaimsFigures
 from edge_llm.bench.record import encode, load
 from edge_llm.commands.claims import claims
+from edge_llm.errors import InvalidRequest, WorkerUnreachable
 from tests.report.conftest import MODEL, a_record
 
 ROOT: Final = Path(__file__).parents[2]
@@ -106,9 +109,67 @@ def test_a_plan_says_what_would_run_and_runs_nothing(tmp_path: Path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_plan_for_a_cluster_that_runs_says_what_is_of_it_and_what_of_this_machine() -> None:
+    where = ("--plan", "--url", "http://127.0.0.1:1", "--only", "exact.theorem,faults,cluster")
+    steps = json.loads(run(*where, "--json").stdout)["steps"]
+    assert {row["step"]: row["measures"] for row in steps} == {
+        **{"theorem": "http://127.0.0.1:1", "cluster": "http://127.0.0.1:1"},
+        "faults": "",
+    }
+    lines = run(*where).stdout.splitlines()
+    assert any("bench theorem" in line and "of http://127.0.0.1:1" in line for line in lines)
+    assert any("bench faults" in line and "of this machine" in line for line in lines)
+    assert "of this machine" not in run("--plan").stdout, "where no cluster is named everything is"
+
+
+def test_a_gateway_that_does_not_answer_is_an_error_before_any_step(tmp_path: Path) -> None:
+    where = ("--url", "http://127.0.0.1:1", "--quick", "--output", str(tmp_path / "out"))
+    done = run(*where, "--only", "exact.theorem")
+    assert isinstance(done.exception, WorkerUnreachable)
+    assert "no answer from a gateway at http://127.0.0.1:1" in done.exception.message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_key_that_the_gateway_does_not_take_is_an_error_before_any_step(tmp_path: Path) -> None:
+    class Refusing(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(401)
+            self.end_headers()
+            self.wfile.write(b'{"error": {"message": "no API key"}}')
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Not into the output of tests."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        done = run("--url", url, "--only", "exact.theorem", "--quick", "--output", str(tmp_path / "out"))
+        server.shutdown()
+    assert isinstance(done.exception, InvalidRequest)
+    assert "--api-key-file" in done.exception.message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_step_that_was_asked_for_and_cannot_run_here_is_exit_code_1_with_its_reason(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    """Without llama.cpp's tools in this cache."""
+    done = subprocess.run(
+        command("--only", "engine", "--output", str(tmp_path / "out")),
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=DEADLINE_S,
+    )
+    assert done.returncode == 1, done.stdout
+    assert "not measured: engine: llama.cpp's own tools are not built here" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (("--url", "nonsense"), "no address of a server"),
         (("--only", "exact.everything"), "exact.theorem"),
         (("--api-key-file", __file__), "--url"),
         (("--boards",), "--url"),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -105,6 +107,24 @@ def test_status_as_json_is_the_gateways_overview_and_a_verdict(cluster: Running)
     assert len(found["nodes"]) == 3
 
 
+@pytest.mark.parametrize("columns", [80, 100, 200])
+def test_status_fits_the_terminal_and_cuts_nothing_off(cluster: Running, columns: int) -> None:
+    shown = on_terminal(cluster.command("status"), {**cluster.environment, "TERM": "dumb", "COLUMNS": str(columns)})
+    nodes = shown[1 : next(number for number, line in enumerate(shown) if "exchange KV" in line)]
+    assert all(len(line) <= columns for line in nodes)
+    text = " ".join(nodes)
+    assert "…" not in text
+    for word in ("prefill-1", "decode-1", "decode-2", "ready", "exact", "simulated", "0/8"):
+        assert word in text
+
+
+def test_status_in_a_file_is_one_table_however_narrow_the_terminal(cluster: Running) -> None:
+    narrow = Running(cluster.port, {**cluster.environment, "COLUMNS": "40"})
+    lines = narrow.run("status").stdout.splitlines()
+    assert [line.split()[0] for line in lines[1:5]] == ["node", "decode-1", "decode-2", "prefill-1"]
+    assert "…" not in "".join(lines)
+
+
 def test_a_gateway_that_is_not_there_is_one_line_and_exit_code_1(cluster: Running) -> None:
     nobody = Running(free_port(), cluster.environment)
     for words in (["status"], ["top"], ["drain", "x"], ["role", "x", "decode"]):
@@ -118,8 +138,8 @@ def test_a_gateway_that_is_not_there_is_one_line_and_exit_code_1(cluster: Runnin
 )
 def test_what_is_no_address_is_called_that(cluster: Running, url: str) -> None:
     done = cluster.run("status", "--url", url)
-    assert done.returncode == 1
-    assert done.stderr == f"edge-llm: --url is an address like http://10.0.0.10:8080, not {url!r}\n"
+    assert done.returncode == 2
+    assert f"{url!r} is no address of a server: write http://HOST:PORT" in done.stderr
 
 
 def test_the_address_that_clients_are_told_will_do(cluster: Running) -> None:
@@ -185,6 +205,32 @@ def test_a_role_moves_at_once_and_what_is_missing_is_said(cluster: Running) -> N
         assert cluster.run("role", name, role).returncode == 0
 
 
+def test_a_role_that_a_worker_has_already_changes_nothing_and_says_so(cluster: Running) -> None:
+    done = cluster.run("role", "prefill-1", "prefill")
+    assert (done.returncode, done.stdout) == (0, "prefill-1 has role prefill already: nothing was changed\n")
+
+
+def test_the_last_one_whose_role_is_to_decode_keeps_it_without_force(cluster: Running) -> None:
+    assert cluster.run("role", "decode-1", "prefill").returncode == 0
+    refused = cluster.run("role", "decode-2", "prefill")
+    assert refused.returncode == 1
+    assert "without decode-2 no ready worker of simulated has role decode or mixed" in refused.stderr
+    assert "--force" in refused.stderr
+    assert cluster.node("decode-2")["role"] == "decode"
+    forced = cluster.run("role", "decode-2", "prefill", "--force")
+    assert forced.returncode == 0, forced.stderr
+    assert "no worker of simulated has role decode or mixed now" in forced.stdout
+    for name in ("decode-1", "decode-2"):
+        assert cluster.run("role", name, "decode").returncode == 0
+
+
+def test_what_takes_an_order_back_can_be_pasted(cluster: Running) -> None:
+    done = cluster.run("drain", "decode-1")
+    (shown,) = re.findall(r"`edge-llm cluster (.+)` takes it back", done.stdout)
+    again = cluster.run(*shlex.split(shown))
+    assert (again.returncode, again.stdout) == (0, "decode-1 takes work again\n")
+
+
 def test_top_once_has_paces_of_work_that_runs(cluster: Running) -> None:
     asking = threading.Thread(target=cluster.answer, args=(200,))
     asking.start()
@@ -216,6 +262,25 @@ def test_top_on_a_terminal_ends_with_q(cluster: Running) -> None:
         assert process.wait(DEADLINE_S) == 0
     os.close(master)
     assert b"tokens/s out" in seen
+
+
+def on_terminal(command: list[str], environment: dict[str, str]) -> list[str]:
+    """The lines that a command writes to a terminal."""
+    master, slave = pty.openpty()
+    with subprocess.Popen(command, env=environment, stdin=slave, stdout=slave, stderr=slave) as process:
+        os.close(slave)
+        seen = b""
+        while True:
+            try:
+                more = os.read(master, 1 << 16)
+            except OSError:  # the other end is closed
+                break
+            seen += more
+            if not more:
+                break
+        process.wait(DEADLINE_S)
+    os.close(master)
+    return seen.decode().splitlines()
 
 
 def read_until(terminal: int, wanted: bytes) -> bytes:

@@ -33,6 +33,27 @@ def test_workers_of_one_class_exchange_kv_token_for_token() -> None:
     ]
 
 
+def test_a_level_that_nobody_measured_promises_nothing() -> None:
+    nodes = shown(node_of("p1", "prefill", level="unverified"), node_of("d1", "decode", level="unverified"))
+    (line,) = sentences(nodes)
+    assert line == (
+        "p1, d1 exchange KV of m, with level unverified: nothing is promised until it is measured (class bbbbbbbb)"
+    )
+    other = shown(
+        *(node_of(name, "decode", level="unverified") for name in ("d1", "d2")),
+        node_of("p1", "prefill", exactness_class="c" * 64),
+    )
+    assert not any("token for token" in line for line in sentences(other))
+
+
+def test_where_levels_differ_what_is_promised_is_that_of_who_decodes() -> None:
+    nodes = shown(
+        node_of("p1", "prefill"), node_of("d1", "decode"), node_of("d2", "decode", level="none", level_reason="rows")
+    )
+    (line,) = sentences(nodes)
+    assert "where p1 or d1 decodes token for token; where d2 decodes with level none: nothing is promised" in line
+
+
 def test_an_upgrade_that_changes_the_class_says_which_build_is_where_and_what_is_promised() -> None:
     nodes = shown(
         node_of("p1", "prefill", build=OLD, version="0.1.0"),
@@ -41,7 +62,7 @@ def test_an_upgrade_that_changes_the_class_says_which_build_is_where_and_what_is
     )
     lines = sentences(nodes)
     assert lines[0] == "p1, d1, d2 exchange KV of m, in 2 exactness classes:"
-    assert "  p1, d1: token for token among themselves, class bbbbbbbb" in lines
+    assert "  p1, d1: among themselves token for token, class bbbbbbbb" in lines
     assert "  d2: class cccccccc" in lines
     (between,) = [line for line in lines if "only where that is faster" in line]
     assert "level none" in between

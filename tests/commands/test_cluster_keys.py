@@ -61,6 +61,25 @@ async def test_every_key_may_look_and_only_an_operators_may_change(service: Serv
     assert node.worker.status().role == "decode"
 
 
+async def test_a_key_that_may_not_is_said_before_what_else_is_wrong(service: Service, tmp_path: Path) -> None:
+    await service.start("mixed", "m1")
+    for words in (("drain", "nobody"), ("drain", "nobody", "--undo"), ("role", "nobody", "decode"), ("drain", "m1")):
+        code, said = await run(service, tmp_path, "sk-guest\n", *words)
+        assert code == 1
+        assert "the API key guest may not change workers: its entry needs `operator: true`" in said
+    code, said = await run(service, tmp_path, "sk-boss\n", "drain", "nobody")
+    assert "the gateway knows no worker nobody" in said
+
+
+async def test_what_takes_an_order_back_names_the_gateway_and_the_key(service: Service, tmp_path: Path) -> None:
+    for name in ("m1", "m2"):
+        await service.start("mixed", name)
+    code, said = await run(service, tmp_path, "sk-boss\n", "drain", "m1")
+    assert code == 0, said
+    key = tmp_path / "key"
+    assert f"`edge-llm cluster drain m1 --undo --url {service.url} --api-key-file {key}` takes it back" in said
+
+
 @pytest.mark.parametrize("content", ["", "two words", "two\nlines", "schlüssel"])
 async def test_a_file_that_holds_no_key_alone_is_said_to(service: Service, tmp_path: Path, content: str) -> None:
     code, said = await run(service, tmp_path, content, "status")

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from edge_llm.commands.kubectl import _said as said_by_kubectl
 from edge_llm.engine.simulated import SimulatedSettings
 from tests.gateway.conftest import COMPLETIONS, Service, asking, serving
 from tests.loopback import CHUNK, prompt_of, running_cluster, undisturbed
@@ -69,7 +70,7 @@ class Kubernetes:
     def told(self) -> list[str]:
         """What changes something."""
         lines = self.log.read_text().splitlines() if self.log.exists() else []
-        return [line for line in lines if not line.startswith("get ")]
+        return [line for line in lines if not line.startswith(("get ", "config view "))]
 
     async def role(self, gateway: Service | BusyGateway, *words: str) -> tuple[int, str]:
         """Exit code, and standard error."""
@@ -141,6 +142,14 @@ def busy() -> Iterator[BusyGateway]:
         finally:
             server.shutdown()
             answering.join()
+
+
+@pytest.fixture
+def nobody() -> BusyGateway:
+    """Where no gateway is."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
+    server.server_close()
+    return BusyGateway(server, [])
 
 
 @pytest.fixture
@@ -218,6 +227,47 @@ async def test_a_worker_that_these_manifests_did_not_make_is_left_alone(
     assert (code, kubernetes.told()) == (1, [])
     assert "no pod of edge-llm's manifests" in said
     assert not node.worker.is_draining
+
+
+NOWHERE = """\
+apiVersion: v1
+kind: Config
+current-context: x
+clusters: [{name: x, cluster: {server: "https://127.0.0.1:1"}}]
+contexts: [{name: x, context: {cluster: x, user: x}}]
+users: [{name: x, user: {token: t}}]
+"""
+
+
+@pytest.mark.parametrize("text", ["nonsense", "{}", "- a\n", "a: [", "clusters: []\ncurrent-context: x\n"])
+async def test_a_file_that_is_no_kubeconfig_is_said_before_the_gateway_is_asked(
+    nobody: BusyGateway, kubernetes: Kubernetes, text: str
+) -> None:
+    kubernetes.config.write_text(text)
+    code, said = await kubernetes.role(nobody, "edge-llm-decode-1", "prefill")
+    assert code == 1
+    (line,) = said.splitlines()
+    assert line.startswith(f"edge-llm: {kubernetes.config} is no kubeconfig that leads to a cluster: ")
+
+
+async def test_an_api_server_that_does_not_answer_is_one_line_before_the_gateway_is_asked(
+    nobody: BusyGateway, kubernetes: Kubernetes
+) -> None:
+    kubernetes.config.write_text(NOWHERE)
+    code, said = await kubernetes.role(nobody, "edge-llm-decode-1", "prefill")
+    assert code == 1
+    (line,) = said.splitlines()
+    assert "`kubectl --kubeconfig" in line
+    assert line.endswith(
+        "The connection to the server 127.0.0.1:1 was refused - did you specify the right host or port?"
+    )
+
+
+async def test_what_kubectl_logs_for_itself_is_left_out_unless_it_says_nothing_else() -> None:
+    logged = 'E1129 08:35:54.9 1140 memcache.go:265] "Unhandled Error" err="refused"'
+    assert said_by_kubectl(f"{logged}\n{logged}\nThe server is away\n") == "The server is away"
+    assert said_by_kubectl(f"{logged}\n{logged}\n") == logged
+    assert said_by_kubectl("") == ""
 
 
 async def test_nothing_moves_while_something_still_runs_there(busy: BusyGateway, kubernetes: Kubernetes) -> None:

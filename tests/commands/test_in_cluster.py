@@ -167,6 +167,10 @@ def test_a_job_that_was_left_can_be_followed_again_without_starting_another(tmp_
         (("--kubeconfig", __file__), "--cluster"),
         (("--job", "x"), "--cluster"),
         (("--cluster", "--requests", "none"), "--requests"),
+        (("--cluster", "--url", "http://x:1"), "--cluster measures the gateway beside its Job, --url another one"),
+        (("--cluster", "--json", "-o", "csv"), "leave out -o"),
+        (("--cluster", "--placement", "mixed"), "it has auto, split, local"),
+        (("--cluster", "--models", "a,b"), "has one model"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_before_a_job_is_made(arguments: tuple[str, ...], words: str) -> None:

@@ -109,3 +109,13 @@ async def test_only_operators_may_change_workers(guarded: Service) -> None:
     assert node.worker.is_draining
     with pytest.raises(InvalidApiKey):
         TwoKeys().identify("sk-nobody", 0.0)
+
+
+async def test_everybody_is_told_whether_their_key_may_change_workers(guarded: Service, service: Service) -> None:
+    async def caller(of: Service, **headers: str) -> Any:
+        async with of.client.get("/cluster", headers=headers) as reply:
+            return (await reply.json())["caller"]
+
+    assert await caller(guarded, authorization="Bearer sk-guest") == {"id": "guest", "is_operator": False}
+    assert await caller(guarded, authorization="Bearer sk-boss") == {"id": "boss", "is_operator": True}
+    assert (await caller(service))["is_operator"], "without keys everybody on this machine may"

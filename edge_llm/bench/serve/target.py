@@ -73,11 +73,6 @@ class _Models(msgspec.Struct, frozen=True):
     data: list[_Model]
 
 
-def base_url(url: str) -> str:
-    """Without a path that requests bring themselves."""
-    return url.strip().rstrip("/").removesuffix("/v1").rstrip("/")
-
-
 async def learn(
     session: aiohttp.ClientSession,
     name: str,
