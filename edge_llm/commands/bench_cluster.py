@@ -25,7 +25,7 @@ from edge_llm.commands.measuring import (
 )
 from edge_llm.config import cache_dir
 
-FORMATS: Final = ("md", "csv", "json")
+FORMATS: Final = ("md", "csv", "json", "jsonl")
 _TASKS: Final = (("arc_easy", "own_choice"), ("wikitext", "own_prose"))
 
 
@@ -119,6 +119,10 @@ def show(figures: Mapping[str, Any], kind: str) -> None:
 
     if kind == "json":
         click.echo(json.dumps(figures["rows"]))
+        return
+    if kind == "jsonl":
+        for row in figures["rows"]:
+            click.echo(json.dumps(row))
         return
     rows = msgspec.convert(figures["rows"], list[Row])
     if kind == "csv":
