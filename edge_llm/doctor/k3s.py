@@ -42,8 +42,8 @@ _INSTALL: Final[dict[Role, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class K3sFacts:
-    """`can_be_told`: files of this board can be read at all. `role` None: installed, but no service is set up. `version`
-    None: not known. `config_error`: what is wrong with its files, empty when nothing is."""
+    """`can_be_told`: files of this board can be read at all. `role` None: installed, but no service is set up.
+    `version` None: not known. `config_error`: what is wrong with its files, empty when nothing is."""
 
     is_installed: bool
     can_be_told: bool
