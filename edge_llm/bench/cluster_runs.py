@@ -27,6 +27,7 @@ import msgspec
 
 from edge_llm.bench.accuracy import measure as scoring
 from edge_llm.bench.accuracy.figures import figures as accuracy_figures
+from edge_llm.bench.accuracy.table import sentences_of
 from edge_llm.bench.edge_board import GATEWAY, Board, board_of
 from edge_llm.bench.edge_table import ClusterFigures, Row, Trial, rows_of, samples_of
 from edge_llm.bench.edge_table_text import DEFINITIONS, sentences
@@ -138,7 +139,9 @@ class Found:
         rows = [row for trial in self.trials for row in self._rows(trial)]
         board = self.run.before.board or self.run.before.cpu
         models = accuracy_figures(self.scores.cases)["models"]
-        return ClusterFigures(definitions=dict(DEFINITIONS), rows=rows, models=models, sentences=sentences(rows, board))
+        own = sentences_of(dict.fromkeys(task for tasks in models.values() for task in tasks))
+        said = [*sentences(rows, board), *own]
+        return ClusterFigures(definitions=dict(DEFINITIONS), rows=rows, models=models, sentences=said)
 
     def _rows(self, trial: Trial) -> list[Row]:
         return rows_of(trial, [case for case in self.scores.cases if case["model"] == trial.model.name])

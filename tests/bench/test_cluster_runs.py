@@ -271,6 +271,7 @@ def test_accuracy_is_measured_once_for_all_placements_of_a_file() -> None:
     assert [row.perplexity for row in figures.rows] == [pytest.approx(20.0855, abs=1e-3)] * 2
     assert all(row.chance is not None and row.differs_from_chance is not None for row in figures.rows)
     assert figures.models["one"]["own_choice"]["n"] == 4
+    assert any("own_choice, own_prose: small sets of our own" in line for line in figures.sentences)
     assert [model.name for model in found.run.models] == ["one"]
 
 

@@ -221,6 +221,8 @@ def test_the_boards_of_a_gateway_are_watched_where_it_says_they_are(
         (["-o", "xml"], "xml"),
         (["--answer-tokens", "many"], "--answer-tokens"),
         (["--requests", "0"], "--requests"),
+        (["--requantize", "Q4_0,Q9"], "unknown quantization 'Q9'"),
+        (["--data", "/nosuch"], "does not exist"),
     ],
 )
 def test_what_cannot_be_done_is_a_usage_error_before_anything_starts(
