@@ -153,7 +153,7 @@ def _facts(record: Record) -> list[tuple[str, str]]:
     facts += [(f"process {p.name}", _process(p.cores, p.cpu_s, p.wall_s, p.rss_peak_bytes)) for p in record.processes]
     for watched in record.resources:
         cost = watched.sampler
-        share = f"{cost.cpu_s / cost.wall_s:.2%} of a core" if cost.wall_s else "time not known"
+        share = f"{cost.cpu_s / cost.wall_s:.2%} of a core" if cost.wall_s else "an unknown share of a core"
         facts.append(
             (f"sampled {watched.node}, {watched.part}", f"{cost.samples} times, {cost.gaps} left out; took {share}")
         )
