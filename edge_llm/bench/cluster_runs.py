@@ -7,7 +7,8 @@ samples), each placement with its requests, and accuracy at the end. Refuses to 
 Rules: requests come one after another, the same for all placements of a model. A model that cannot be loaded, a
 placement that cannot be started or answers nothing is a failure of the run, and the next one follows. Boards are
 sampled during the requests that count only; idle is what they were before the first cluster was started here, or, where
-one runs already, before its first request. A row is there as soon as its placement is measured.
+one runs already, before its first request. A row is there as soon as its placement is measured, and where it is
+interrupted as far as it came: with the requests that were answered, and how many there were to be.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ import msgspec
 
 from edge_llm.bench.accuracy import measure as scoring
 from edge_llm.bench.accuracy.figures import figures as accuracy_figures
-from edge_llm.bench.edge_table import GATEWAY, Board, ClusterFigures, Row, Trial, board_of, rows_of, samples_of
+from edge_llm.bench.accuracy.table import sentences_of
+from edge_llm.bench.edge_board import GATEWAY, Board, board_of
+from edge_llm.bench.edge_table import ClusterFigures, Row, Trial, rows_of, samples_of
 from edge_llm.bench.edge_table_text import DEFINITIONS, sentences
 from edge_llm.bench.engine import BenchModel
 from edge_llm.bench.layout import LocalProcess, Started
@@ -36,7 +39,7 @@ from edge_llm.bench.processes import MeasureFailed, Measurer
 from edge_llm.bench.record import ModelFacts, Process
 from edge_llm.bench.resources import LOCAL
 from edge_llm.bench.run import Run
-from edge_llm.bench.serve.answers import Answer, Call
+from edge_llm.bench.serve.answers import UNFINISHED, Answer, Call
 from edge_llm.bench.serve.driver import circulate, sending
 from edge_llm.bench.serve.experiment import case_of
 from edge_llm.bench.serve.lengths import Lengths
@@ -54,6 +57,7 @@ _DRAWS: Final = 30
 _SAMPLER_S: Final = 120.0
 _METRICS_S: Final = 5.0
 _ROUND: Final = 6
+_SAID_EVERY_S: Final = 5.0
 # What a worker counts of each phase: tokens, and seconds of its engine.
 _PHASES: Final = {
     "prompt": ("edge_llm_prompt_tokens_total", "edge_llm_prompt_seconds_total"),
@@ -135,7 +139,9 @@ class Found:
         rows = [row for trial in self.trials for row in self._rows(trial)]
         board = self.run.before.board or self.run.before.cpu
         models = accuracy_figures(self.scores.cases)["models"]
-        return ClusterFigures(definitions=dict(DEFINITIONS), rows=rows, models=models, sentences=sentences(rows, board))
+        own = sentences_of(dict.fromkeys(task for tasks in models.values() for task in tasks))
+        said = [*sentences(rows, board), *own]
+        return ClusterFigures(definitions=dict(DEFINITIONS), rows=rows, models=models, sentences=said)
 
     def _rows(self, trial: Trial) -> list[Row]:
         return rows_of(trial, [case for case in self.scores.cases if case["model"] == trial.model.name])
@@ -229,23 +235,31 @@ async def _trial(
         workers = [process for process in started.processes if process.name != GATEWAY]
         metrics = _metrics(started, workers, placement)
         before, parts = await _counted(metrics), len(found.run.resources)
-        with found.run.watching({one.name: one.pid for one in started.processes}, nodes=placement.nodes, part=label):
-            answers = await _answered(plan, target, session, label, found, progress)
-        after = await _counted(metrics)
-        used = {process.name: _used(process, *at_rest[process.name]) for process in started.processes}
-        for name, process in used.items():
-            found.run.used(msgspec.structs.replace(process, name=f"{label}: {name}"))
-        found.add(
-            Trial(
-                model=model,
-                placement=placement.name,
-                answers=tuple(answers),
-                boards=_boards(found.run, parts, placement, used if workers else None),
-                load_s=max((one.ready_s for one in workers if one.ready_s is not None), default=None),
-                sampling=sampling,
-                engine=rates_of(before, after),
-            )
-        )
+        answers: list[Answer] = []
+        after, is_whole = None, False
+        try:
+            pids = {one.name: one.pid for one in started.processes}
+            with found.run.watching(pids, nodes=placement.nodes, part=label):
+                await _asked(plan, target, session, label, found, progress, answers)
+            after = await _counted(metrics)
+            is_whole = True
+        finally:
+            used = {process.name: _used(process, *at_rest[process.name]) for process in started.processes}
+            for name, process in used.items():
+                found.run.used(msgspec.structs.replace(process, name=f"{label}: {name}"))
+            if _has_samples(label, answers, found.run):
+                found.add(
+                    Trial(
+                        model=model,
+                        placement=placement.name,
+                        answers=tuple(answers),
+                        boards=_boards(found.run, parts, placement, used if workers else None),
+                        load_s=max((one.ready_s for one in workers if one.ready_s is not None), default=None),
+                        sampling=sampling,
+                        engine=rates_of(before, after),
+                        planned=None if is_whole else plan.requests,
+                    )
+                )
 
 
 def _label(model: ModelFacts, placement: str) -> str:
@@ -281,32 +295,66 @@ async def _warmed_up(
     await circulate(calls, 1, session, servers, path=target.options.path, timeout_s=plan.timeout_s)
 
 
-async def _answered(
-    plan: Plan, target: Target, session: aiohttp.ClientSession, label: str, found: Found, progress: Progress
-) -> list[Answer]:
+async def _asked(
+    plan: Plan,
+    target: Target,
+    session: aiohttp.ClientSession,
+    label: str,
+    found: Found,
+    progress: Progress,
+    answers: list[Answer],
+) -> None:
+    """Fills `answers` with what ends. Raises MeasureFailed when no request was answered."""
     began_at = round(time.time(), _ROUND)
+    say = Counted(label, plan.requests, progress)
 
     def keep(answer: Answer) -> None:
         found.run.case({"case": label, "began_at_s": began_at, **case_of(answer)})
+        if answer.kind != UNFINISHED:
+            answers.append(answer)
+            say(len(answers))
 
-    answers = await circulate(
+    say(0)
+    await circulate(
         _calls(plan, target, "requests", plan.requests),
         1,
         session,
         LeastBusy(target.urls),
-        on_sent=lambda sent: progress(label, sent - 1, plan.requests),
         path=target.options.path,
         on_end=keep,
         timeout_s=plan.timeout_s,
     )
-    done = [answer for answer in answers if answer.is_complete]
-    if not done:
+    if not any(answer.is_complete for answer in answers):
         why = next((answer.error for answer in answers if answer.error), "answers had too few tokens")
         raise MeasureFailed(f"none of {len(answers)} requests was answered: {why}")
+
+
+@dataclass(slots=True)
+class Counted:
+    """Says how many requests of a row are over, the first ones, the last ones, and in between every few seconds: hours
+    of a slow board need a count, and a log no line for each request. The count is in the name of the work, since
+    progress that is no terminal says only fifths of it."""
+
+    label: str
+    total: int
+    progress: Progress
+    clock: Callable[[], float] = time.monotonic
+    _said_s: float | None = None
+
+    def __call__(self, done: int) -> None:
+        now_s = self.clock()
+        if self._said_s is None or done >= self.total or now_s - self._said_s >= _SAID_EVERY_S:
+            self._said_s = now_s
+            self.progress(f"{self.label}: {done} of {self.total}", 0, 0)
+
+
+def _has_samples(label: str, answers: Sequence[Answer], run: Run) -> bool:
+    """Whether anything was answered; what was is in the record's samples then."""
+    done = [answer for answer in answers if answer.is_complete]
     for name, values in samples_of(done).items():
         for value in values:
-            found.run.add(f"{label}: {name}", round(value, _ROUND))
-    return answers
+            run.add(f"{label}: {name}", round(value, _ROUND))
+    return bool(done)
 
 
 def _calls(plan: Plan, target: Target, what: str, count: int) -> list[Call]:

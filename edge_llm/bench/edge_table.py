@@ -10,7 +10,6 @@ could not be read is null, and no verdict is made of it.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,44 +18,22 @@ from typing import Any, Final
 import msgspec
 
 from edge_llm.bench.accuracy.figures import SIGNIFICANT, binomial_p, perplexity, share
+from edge_llm.bench.edge_board import GATEWAY, Board, WorkerUse
 from edge_llm.bench.edge_claim import Claim, Load, claim_of
-from edge_llm.bench.record import ModelFacts, Process
-from edge_llm.bench.resources import SeriesSummary, Watched
+from edge_llm.bench.record import ModelFacts
 from edge_llm.bench.serve.answers import Answer
 from edge_llm.bench.stats import bootstrap, mean, median
 
 NOT_WATCHED: Final = "not watched"
-GATEWAY: Final = "gateway"
-_CORE: Final = re.compile(r"cpu\d+_share")
 
 
 # -- what was measured
 
 
 @dataclass(frozen=True, slots=True)
-class Board:
-    """A board during the requests; shares of all cores and of all memory. `workers`: by name. `mapped_share`: what they
-    have in memory of mapped files. `kind`: what another node says that it is. None: not read."""
-
-    node: str
-    cpu_share: float | None = None
-    above_idle_cpu_share: float | None = None
-    ram_share: float | None = None
-    above_idle_ram_share: float | None = None
-    temperature_c: float | None = None
-    throttled: tuple[str, ...] | None = None
-    power_w: float | None = None
-    above_idle_power_w: float | None = None
-    workers: Mapping[str, WorkerUse] = field(default_factory=dict)
-    mapped_share: float | None = None
-    above_idle_mapped_share: float | None = None
-    kind: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Trial:
     """One model under one placement. `load_s`: of the slowest worker. `sampling`, `engine`: tokens per second by
-    setting and by phase."""
+    setting and by phase. `planned`: how many requests there were to be, where the run was interrupted."""
 
     model: ModelFacts
     placement: str
@@ -65,14 +42,7 @@ class Trial:
     load_s: float | None = None
     sampling: Mapping[str, float] = field(default_factory=dict)
     engine: Mapping[str, float] = field(default_factory=dict)
-
-
-class WorkerUse(msgspec.Struct, frozen=True):
-    """One process: its share of all cores of its board, and its memory at its most; `idle_rss_bytes`: when ready."""
-
-    cpu_share: float | None = None
-    peak_rss_bytes: int | None = None
-    idle_rss_bytes: int | None = None
+    planned: int | None = None
 
 
 # -- the figures
@@ -87,8 +57,9 @@ class Interval(msgspec.Struct, frozen=True):
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """A line of the table. Medians; null is what could not be read. `roles`: who this is in the placement. What has a
-    default is not in older records."""
+    """A line of the table. Medians; null is what could not be read. `roles`: who this is in the placement.
+    `cpu_samples`: readings that `cpu_share` is the mean of. `planned`: requests that there were to be, where the row
+    was cut short. What has a default is not in older records."""
 
     model: str
     quantization: str
@@ -112,6 +83,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     decode_ms: float | None
     cpu_share: float | None
     above_idle_cpu_share: float | None
+    cpu_samples: int | None = None
     ram_share: float | None
     above_idle_ram_share: float | None
     mapped_share: float | None = None
@@ -130,6 +102,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     perplexity: float | None
     perplexity_stderr: float | None
     requests: int
+    planned: int | None = None
     completed: int
     failed: dict[str, int]
     modes: dict[str, int]
@@ -152,97 +125,6 @@ class ClusterFigures(msgspec.Struct, frozen=True, kw_only=True):
 def schema() -> dict[str, Any]:
     """JSON schema of what `edge-llm bench cluster --json` prints."""
     return msgspec.json.schema(ClusterFigures)
-
-
-# -- boards
-
-
-def board_of(
-    watched: Watched,
-    processes: Mapping[str, Process] | None = None,
-    at_rest: Mapping[str, SeriesSummary] | None = None,
-) -> Board:
-    """`processes`: the placement's, where they run on this board; else the node has one worker, and `at_rest` is what
-    it was before the first request."""
-    found = watched.summaries
-    cores = sum(1 for name in found if _CORE.fullmatch(name))
-    if processes is None:
-        peak, (idle_rss, idle_mapped) = found.get("worker/rss_bytes", _UNREAD).maximum, _idle_bytes(at_rest or {})
-        workers = {watched.node: WorkerUse(_of_cores(found, "worker", cores), _whole(peak), _whole(idle_rss))}
-        mapped = _mapped_share(watched, ("worker",))
-        above_idle_mapped = _less(mapped, _of_memory(watched, idle_mapped))
-    else:
-        workers = {
-            name: WorkerUse(_of_cores(found, name, cores), one.rss_peak_bytes, one.rss_before_bytes)
-            for name, one in processes.items()
-        }
-        # at rest none of them was there
-        mapped = above_idle_mapped = _mapped_share(watched, [name for name in processes if name != GATEWAY])
-    cpu, ram, power = (found.get(name, _UNREAD) for name in ("cpu_share", "ram_share", "power_w"))
-    return Board(
-        node=watched.node,
-        cpu_share=cpu.mean,
-        above_idle_cpu_share=cpu.above_idle,
-        ram_share=ram.maximum,
-        above_idle_ram_share=_less(ram.maximum, ram.idle),
-        temperature_c=found.get("temperature_c", _UNREAD).maximum,
-        throttled=_throttled(watched),
-        power_w=power.mean,
-        above_idle_power_w=power.above_idle,
-        workers=workers,
-        mapped_share=mapped,
-        above_idle_mapped_share=above_idle_mapped,
-        kind=watched.facts.get("board") or watched.facts.get("cpu"),
-    )
-
-
-_UNREAD: Final = SeriesSummary(0, 0)
-
-
-def _throttled(watched: Watched) -> tuple[str, ...] | None:
-    """What was seen, and what the board remembers of the time between two samples: bits that stay, newly set."""
-    name = "throttled/"
-    seen = {key.removeprefix(name): one for key, one in watched.summaries.items() if key.startswith(name) and one.n}
-    kinds = [kind for kind, one in seen.items() if one.maximum]
-    before, after = (watched.facts.get(f"throttled_since_boot_{when}") for when in ("before", "after"))
-    if before is None or after is None:
-        return tuple(kinds) if seen else None
-    known = {*before.split(", "), "nothing"}
-    return tuple(dict.fromkeys([*kinds, *(kind for kind in after.split(", ") if kind not in known)]))
-
-
-def _mapped_share(watched: Watched, names: Sequence[str]) -> float | None:
-    """At its most, of all memory: file pages that these processes map. The kernel counts them as available."""
-    parts = [_most_apart(watched, f"{name}/pss_bytes", f"{name}/anonymous_bytes") for name in names]
-    known = [one for one in parts if one is not None]
-    if len(known) == len(parts):
-        return _of_memory(watched, sum(known) if known else None)
-    # Without PSS: workers of one board map the same file, so the largest has what all have together.
-    parts = [_most_apart(watched, f"{name}/rss_bytes", f"{name}/anonymous_bytes") for name in names]
-    known = [one for one in parts if one is not None]
-    return _of_memory(watched, max(known) if len(known) == len(parts) else None)
-
-
-def _most_apart(watched: Watched, name: str, other: str) -> float | None:
-    """The most that the first series is above the other one at any time."""
-    pairs = zip(watched.series.get(name, ()), watched.series.get(other, ()), strict=False)
-    return max((max(0.0, one - two) for one, two in pairs if one is not None and two is not None), default=None)
-
-
-def _of_memory(watched: Watched, size: float | None) -> float | None:
-    used, ram_share = (watched.summaries.get(name, _UNREAD).maximum for name in ("ram_used_bytes", "ram_share"))
-    return size * ram_share / used if size is not None and used and ram_share else None
-
-
-def _idle_bytes(at_rest: Mapping[str, SeriesSummary]) -> tuple[float | None, float | None]:
-    """Of the one worker of a node: resident, and mapped."""
-    rss, anonymous = (at_rest.get(f"worker/{name}_bytes", _UNREAD).idle for name in ("rss", "anonymous"))
-    return rss, _less(rss, anonymous)
-
-
-def _of_cores(found: Mapping[str, SeriesSummary], name: str, cores: int) -> float | None:
-    busy = found.get(f"{name}/cpu_cores", _UNREAD).mean
-    return busy / cores if busy is not None and cores else None
 
 
 # -- rows
@@ -274,6 +156,7 @@ def rows_of(trial: Trial, cases: Sequence[Mapping[str, Any]] = ()) -> list[Row]:
             load_s=trial.load_s,
             cpu_share=board.cpu_share,
             above_idle_cpu_share=board.above_idle_cpu_share,
+            cpu_samples=board.cpu_samples,
             ram_share=board.ram_share,
             above_idle_ram_share=board.above_idle_ram_share,
             mapped_share=board.mapped_share,
@@ -292,6 +175,7 @@ def rows_of(trial: Trial, cases: Sequence[Mapping[str, Any]] = ()) -> list[Row]:
             perplexity=scores.perplexity,
             perplexity_stderr=scores.perplexity_stderr,
             requests=len(trial.answers),
+            planned=trial.planned,
             completed=len(done),
             failed=_failed(trial.answers),
             modes=dict(Counter(str(answer.own["mode"]) for answer in done if answer.own.get("mode"))),
@@ -299,7 +183,7 @@ def rows_of(trial: Trial, cases: Sequence[Mapping[str, Any]] = ()) -> list[Row]:
             workers=dict(board.workers),
             claim=claim_of(
                 medians["generation_tokens_per_s"],
-                Load(board.cpu_share, board.above_idle_cpu_share),
+                Load(board.cpu_share, board.above_idle_cpu_share, samples=board.cpu_samples),
                 _memory(board),
                 board.throttled or (),
             ),
@@ -439,11 +323,3 @@ def scores_of(cases: Sequence[Mapping[str, Any]]) -> Scores:
         perplexity=text.get("perplexity"),
         perplexity_stderr=text.get("perplexity_stderr"),
     )
-
-
-def _less(value: float | None, base: float | None) -> float | None:
-    return None if value is None or base is None else value - base
-
-
-def _whole(value: float | None) -> int | None:
-    return None if value is None else round(value)

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import msgspec
 
-from edge_llm.bench.edge_claim import CLAIMED_BOARD, CLAIMED_TOKENS_PER_S
+from edge_llm.bench.edge_claim import CLAIMED_BOARD, CLAIMED_TOKENS_PER_S, LEAST_SAMPLES
 from edge_llm.bench.edge_table import NOT_WATCHED, Interval, Row
 from edge_llm.bench.resources import LOCAL
 
@@ -43,7 +43,8 @@ DEFINITIONS: Final[Mapping[str, str]] = {
     "total": "from sending the request to the last event with text",
     "parts": "of the total, by our gateway's report: in its queue / prefill (until the prompt's KV was computed, "
     "waiting for the worker too) / transfer (what handing the KV over adds after that) / decode (from then to the end)",
-    "CPU": "of all cores of the board, mean over the requests, sampled once a second; above idle: less the mean before",
+    "CPU": "of all cores of the board, mean over the requests, sampled once a second, n times; above idle: less the "
+    "mean before. What the sampling itself takes is in it, and in the record (`resources`, `sampler`)",
     "RAM": "of the board's memory, what is not available, the highest sample; above idle: less the mean before. Before "
     "is, for clusters started here, the board without any; for one that runs already, that cluster at rest. Pages of "
     "mapped files are available to the kernel, so a mapped model is not in it",
@@ -61,7 +62,8 @@ DEFINITIONS: Final[Mapping[str, str]] = {
     "above idle: less the power before. What is measured differs by board, and it is less than at the plug",
     "claim": "holds: at least 5 generated tokens per second (more than 12 is more than claimed), and less than 50 % of "
     "CPU and of RAM with what is mapped, raw; `holds_above_idle`: with both above idle. No verdict where the board was "
-    "held back, or where less than half was read and what is mapped was not",
+    "held back, where less than half was read and what is mapped was not, or where CPU was read fewer than "
+    f"{LEAST_SAMPLES} times and nothing else refuses it: ask more --requests or longer --answer-tokens then",
 }
 
 
@@ -73,6 +75,8 @@ def sentences(rows: Sequence[Row], board: str | None) -> list[str]:
     found = [f"{row.model}, {_where(row)}: the paper's claim {row.claim.words}" for row in rows]
     found += list(dict.fromkeys(chance_words(row) for row in rows if row.accuracy is not None))
     for row in {(row.model, row.placement): row for row in rows}.values():
+        if row.planned is not None:
+            found.append(f"{row.model}, {row.placement}: cut short after {row.requests} of {row.planned} requests")
         if row.failed:
             kinds = ", ".join(f"{count} {kind}" for kind, count in row.failed.items())
             count = f"{row.requests - row.completed} of {row.requests}"
@@ -141,7 +145,7 @@ _COLUMNS: Final[Sequence[tuple[str, bool, _Cell]]] = (
     ("file MiB", False, lambda row: _mib(row.file_bytes)),
     ("placement", True, lambda row: row.placement),
     ("node", True, lambda row: f"{row.node} ({row.roles})" if row.roles else row.node),
-    ("n", False, lambda row: f"{row.completed}/{row.requests}" if row.failed else f"{row.completed}"),
+    ("n", False, lambda row: _count(row)),
     ("prompt t/s", False, lambda row: _number(row.prompt_tokens_per_s)),
     ("generation t/s", False, lambda row: _number(row.generation_tokens_per_s)),
     ("sampling t/s", False, lambda row: _number(row.sampling_tokens_per_s)),
@@ -150,7 +154,7 @@ _COLUMNS: Final[Sequence[tuple[str, bool, _Cell]]] = (
     ("TPOT ms", False, lambda row: _number(row.tpot_ms)),
     ("total s", False, lambda row: _number(row.total_s)),
     ("queue / prefill / transfer / decode ms", False, lambda row: _parts(row)),
-    ("CPU % (above idle)", False, lambda row: _percents(row.cpu_share, row.above_idle_cpu_share)),
+    ("CPU % (above idle)", False, lambda row: _cpu(row)),
     ("RAM % (above idle)", False, lambda row: _percents(row.ram_share, row.above_idle_ram_share)),
     ("mapped %", False, lambda row: _percents(row.mapped_share, None)),
     ("peak RSS MiB (above idle)", False, lambda row: _rss(row)),
@@ -188,6 +192,18 @@ def markdown(rows: Sequence[Row]) -> str:
 
     rules = ("-" * width if is_text else f"{'-' * (width - 1)}:" for width, is_text in zip(widths, texts, strict=True))
     return "\n".join([line(cells[0]), f"| {' | '.join(rules)} |", *map(line, cells[1:])])
+
+
+def _count(row: Row) -> str:
+    """Complete ones, of how many where that is not all of them."""
+    count = f"{row.completed}/{row.requests}" if row.failed else f"{row.completed}"
+    return count if row.planned is None else f"{count} of {row.planned}, cut short"
+
+
+def _cpu(row: Row) -> str:
+    """A mean of few readings must not look like one of many."""
+    count = f", n {row.cpu_samples}" if row.cpu_samples is not None and row.cpu_share is not None else ""
+    return _percents(row.cpu_share, row.above_idle_cpu_share) + count
 
 
 def _parts(row: Row) -> str:

@@ -10,13 +10,14 @@ from collections.abc import Callable
 from typing import Final
 
 from edge_llm.bench.engine import BenchModel
-from edge_llm.bench.processes import run_tool
+from edge_llm.bench.processes import MeasureFailed, run_tool
 from edge_llm.bench.record import ModelFacts
 from edge_llm.bench.reference_tools import package_version
 from edge_llm.catalogue.fetch import sha256_of
-from edge_llm.catalogue.gguf import ModelCard, read_card
+from edge_llm.catalogue.gguf import ModelCard, file_type, read_card
 from edge_llm.catalogue.resolve import resolve
 from edge_llm.config import cache_dir
+from edge_llm.errors import CatalogueError
 
 Progress = Callable[[str, int, int], None]
 _DEADLINE_S: Final = 3600.0
@@ -29,7 +30,8 @@ def local_model(name_or_path: str, progress: Progress) -> BenchModel:
 
 
 def requantized(model: BenchModel, kind: str, progress: Progress) -> BenchModel:
-    """`model` in another quantization, made once and kept in the cache."""
+    """`model` in another quantization, made once and kept in the cache. Raises CatalogueError."""
+    file_type(kind)  # before a process is started that could only say the same
     folder = cache_dir() / "requantized"
     path = folder / f"{model.path.stem}-{kind}-{model.facts.sha256[:12]}-{package_version()}.gguf"
     if not path.exists():
@@ -37,7 +39,10 @@ def requantized(model: BenchModel, kind: str, progress: Progress) -> BenchModel:
         folder.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
         command = [sys.executable, "-m", "edge_llm.engine.quantize", str(model.path), str(part), kind]
-        run_tool(command, {}, [], _DEADLINE_S)
+        try:
+            run_tool(command, {}, [], _DEADLINE_S)
+        except MeasureFailed as error:
+            raise CatalogueError(f"{model.facts.name} was not requantized to {kind}: {error.message}") from error
         part.rename(path)
     return BenchModel(path, _facts(f"{model.facts.name}-as-{kind.lower()}", read_card(path), sha256_of(path)))
 

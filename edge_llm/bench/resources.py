@@ -70,7 +70,8 @@ class SeriesSummary(msgspec.Struct, frozen=True):
 
 
 class SamplerCost(msgspec.Struct, frozen=True):
-    """What the sampling itself took. `gaps`: samples that fell out because the one before took too long."""
+    """What the sampling itself took: CPU, out of the time since it began, before the first sample too; 0 s of time:
+    not known. `gaps`: samples that fell out because the one before took too long."""
 
     cpu_s: float
     wall_s: float
@@ -112,7 +113,7 @@ class Span:
 @dataclass(slots=True)
 class Sampler:
     """One node's samples: when (monotonic), and what was read. One thread calls `prime` and `sample`. `idle`: how many
-    of the first are from before the load."""
+    of the first are from before the load. `began_s`: when it was primed."""
 
     node: str
     read: Read
@@ -121,9 +122,11 @@ class Sampler:
     cpu_s: float = 0.0
     gaps: int = 0
     trouble: str = ""
+    began_s: float | None = None
 
     def prime(self, now_s: float) -> None:
-        """Rates begin here."""
+        """Rates begin here, and what the sampling costs."""
+        self.began_s = now_s
         self._read(now_s)
 
     def sample(self, now_s: float) -> None:
@@ -249,13 +252,20 @@ def watched(
         },
         sampler=SamplerCost(
             cpu_s=round(sampler.cpu_s, 6),
-            wall_s=round(max(0.0, span.end_s - (rows[0][0] if rows else span.end_s)), 3),
+            wall_s=round(_wall_s(sampler, span, rows), 3),
             samples=len(rows),
             gaps=sampler.gaps,
         ),
         samples_per_point=step,
         facts={**facts, **({"trouble": sampler.trouble} if sampler.trouble else {})},
     )
+
+
+def _wall_s(sampler: Sampler, span: Span, rows: Sequence[tuple[float, Row]]) -> float:
+    """From when it was primed to its last reading: one that was taken once, at the end, has a cost, too."""
+    if sampler.began_s is None:
+        return 0.0
+    return max(0.0, max([span.end_s, *(at for at, _ in rows[-1:])]) - sampler.began_s)
 
 
 def summary_of(load: Sequence[float | None], idle: Sequence[float | None]) -> SeriesSummary:

@@ -128,8 +128,8 @@ class Share(msgspec.Struct, frozen=True, kw_only=True):
 
 class TaskFigures(msgspec.Struct, frozen=True, kw_only=True):
     """Of one model and one task; what the task has no figure for is left out. n: items without failures. acc_norm: by
-    log-likelihood per byte; acc_flexible, acc_loose: with looser extraction of the answer; mc2: TruthfulQA's mass on
-    true answers. kl and its kin: from the reference model, llama-perplexity's definitions."""
+    log-likelihood per character; acc_flexible, acc_loose: with looser extraction of the answer; mc2: TruthfulQA's mass
+    on true answers. kl and its kin: from the reference model, llama-perplexity's definitions."""
 
     n: int
     failed: int
@@ -191,10 +191,28 @@ class Beside(msgspec.Struct, frozen=True, kw_only=True):
     definitions: dict[str, str]
 
 
+class AskedTask(msgspec.Struct, frozen=True, kw_only=True):
+    """How a task was asked. is_own_set: a small set of ours, which ranks nothing. window: tokens of a text's windows.
+    shots: examples before each item. seed: of drawing items and examples. prompt: by kind of module the beginning of
+    the sha256 of its text, which `workload` of the record has whole."""
+
+    kind: str
+    is_own_set: bool
+    note: str
+    window: int | UnsetType = UNSET
+    shots: int | UnsetType = UNSET
+    seed: int | UnsetType = UNSET
+    prompt: dict[str, str] | UnsetType = UNSET
+
+
 class AccuracyFigures(_Figures, frozen=True, kw_only=True):
-    """models: by name and task. reference: the model that others are compared with."""
+    """models: by name and task. reference: the model that others are compared with. definitions: of the measures in
+    the printed table. sentences: what must not be overlooked. What older records do not have is left out there."""
 
     models: dict[str, dict[str, TaskFigures]]
+    definitions: dict[str, str] | UnsetType = UNSET
+    tasks: dict[str, AskedTask] | UnsetType = UNSET
+    sentences: list[str] | UnsetType = UNSET
     reference: str | UnsetType = UNSET
     against_reference: dict[str, dict[str, Against]] | UnsetType = UNSET
     against_llama_perplexity: Beside | UnsetType = UNSET

@@ -102,6 +102,15 @@ class ModelCard:
         return int(sum(heads * (self.head_size_k * k + self.head_size_v * v) for heads in self.n_head_kv))
 
 
+def file_type(name: str) -> int:
+    """llama.cpp's number of a quantization such as Q4_0 or Q4_K_M. Raises CatalogueError with the known names."""
+    for prefix in ("MOSTLY_", "ALL_"):
+        if f"{prefix}{name}" in LlamaFileType.__members__:
+            return int(LlamaFileType[f"{prefix}{name}"])
+    known = ", ".join(sorted(kind.removeprefix("MOSTLY_") for kind in LlamaFileType.__members__ if kind != "GUESSED"))
+    raise CatalogueError(f"unknown quantization {name!r}: known are {known}")
+
+
 def read_card(path: Path) -> ModelCard:
     """Read and check a header. Raises CatalogueError that says what is wrong with the file."""
     try:

@@ -22,6 +22,10 @@ PYTHON_BYTES: Final = 160 << 20
 # Of a hand-off, beside a snapshot: two that are not sent yet and one that is being exported; one that is put away, the
 # next one that is coming in, and what a first hand-off touches. `bench handoff` holds both ends to it.
 CHUNKS_ON_THEIR_WAY: Final = 3
+WORKER_ADVICE: Final = (
+    "Lower --n-ctx, --slots or prefix_cache_bytes, use a smaller quantization, or run role prefill and decode on "
+    "different boards."
+)
 # Formats whose repacked kernels round a row the same way whatever batch it is in (blueprint section 4, measured
 # per machine kind by `edge-llm verify`). Anything else is loaded plain.
 EXACT_WHEN_REPACKED: Final = {
@@ -119,12 +123,11 @@ def plan_memory(
     )
 
 
-def check_fits(plan: MemoryPlan, available_bytes: int, what: str) -> None:
-    """Raise ConfigError with the sum when `plan` does not fit; the message says what to change."""
+def check_fits(plan: MemoryPlan, available_bytes: int, what: str, advice: str = WORKER_ADVICE) -> None:
+    """Raise ConfigError with the sum when `plan` does not fit. `advice`: what to change, in the options of whoever
+    asks."""
     if plan.total_bytes > available_bytes:
         raise ConfigError(
             f"{what} does not fit: it needs {plan.total_bytes >> 20:,} MiB, this board has "
-            f"{available_bytes >> 20:,} MiB free for it.\n{plan.table()}\n"
-            "Lower --n-ctx, --slots or prefix_cache_bytes, use a smaller quantization, or run role prefill and decode "
-            "on different boards."
+            f"{available_bytes >> 20:,} MiB free for it.\n{plan.table()}\n{advice}"
         )

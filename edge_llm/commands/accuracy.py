@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 import click
 
+from edge_llm.commands.formats import check_formats
 from edge_llm.commands.measuring import (
     Report,
     check_option,
@@ -49,7 +50,12 @@ _QUICK_WINDOWS: Final = 2
     "--module", "swaps", multiple=True, metavar="TASK.KIND=FILE", help="A text for a part of a task's prompt."
 )
 @click.option("--chat/--no-chat", default=True, help="Answers by the model's chat template, if it has one.")
-@click.option("--drift", is_flag=True, help="Compare answers in meaning (fetches all-MiniLM-L6-v2, 107 MB once).")
+@click.option(
+    "--drift",
+    is_flag=True,
+    help="Compare answers in meaning (fetches all-MiniLM-L6-v2, 107 MB once): of two models or formats, on tasks that "
+    "write answers.",
+)
 @click.option("--resume", type=click.Path(path_type=Path, dir_okay=False), help="Lines (.cases.jsonl) to take over.")
 @click.option("--policy", type=click.Choice(["exact", "fast"]), default="exact", show_default=True)
 @click.option("--k-type", type=click.Choice(["f16", "f32", "bf16", "q8_0", "q4_0"]), default="f16", show_default=True)
@@ -99,7 +105,10 @@ def accuracy(
     if fetch is not None:
         _fetch(_names(fetch), folder)
         return
+    check_formats(kinds)
+    _check_data_folder(options["data"], folder, options["tasks"])
     plan = _plan(folder, swaps, **options)
+    _check_drift(drift, plan, {*(models or (DEFAULT_MODEL,)), *((reference,) if reference else ())}, kinds)
     beside = _beside(plan, is_beside, check)
     files = check_data(plan)
     known = finished(resume) if resume else {}
@@ -121,8 +130,47 @@ def accuracy(
         finally:
             _remove(work)
     figures |= beside.figures() if beside is not None else {}
+    figures |= _described(figures, plan, run)
     _conclude(run, found)
     finish(run, figures, is_complete, output, as_json, missed(figures) if check else [], show)
+
+
+def _described(figures: Mapping[str, Any], plan: Any, run: Any) -> dict[str, Any]:
+    """How the tasks were asked, what the measures mean, and what must not be overlooked."""
+    from edge_llm.bench.accuracy.table import asked_of, definitions_of, rows_of, sentences_of
+
+    tasks = asked_of(plan)
+    sentences = sentences_of(tasks)
+    run.notes += sentences
+    return {"definitions": definitions_of(rows_of(figures)), "tasks": tasks, "sentences": sentences}
+
+
+def _check_data_folder(given: Path | None, folder: Path, tasks: str | None) -> None:
+    """Raises UsageError: who names a folder of data is not content with our own small set."""
+    if given is None:
+        return
+    if not folder.is_dir():
+        raise click.UsageError(f"--data {folder}: there is no such folder; --fetch NAMES --data {folder} makes it")
+    if tasks is None and not _with_data(folder):
+        raise click.UsageError(
+            f"--data {folder} has the data of no task: `edge-llm bench accuracy --list --data {folder}` shows the file "
+            "that each needs; without --data a small set of our own is asked"
+        )
+
+
+def _check_drift(drift: bool, plan: Any, models: Collection[str], kinds: Sequence[str]) -> None:
+    """Raises UsageError where there would be nothing to compare."""
+    if not drift:
+        return
+    if len(models) + len(set(kinds)) < 2:
+        raise click.UsageError(
+            "--drift compares the answers of two models: add --requantize FORMAT, or a second --model (or --reference)"
+        )
+    if not any(task.is_generated for task in plan.tasks):
+        from edge_llm.bench.accuracy.tasks import TASKS
+
+        written = ", ".join(name for name, task in TASKS.items() if task.is_generated)
+        raise click.UsageError(f"--drift compares answers that are written: name a task with answers ({written})")
 
 
 def _beside(plan: Any, is_beside: bool, check: bool) -> Any | None:
@@ -139,83 +187,18 @@ def _beside(plan: Any, is_beside: bool, check: bool) -> Any | None:
 
 
 def show(figures: Mapping[str, Any]) -> None:
-    """A row for each model, task and measure."""
-    rows = [("model", "task", "measure", "value", "+-", "95 %", "n", "against chance")]
-    for model, tasks in figures["models"].items():
-        for task, found in tasks.items():
-            rows += [(model, task, *row) for row in _rows(found)]
-    for model, tasks in figures.get("against_reference", {}).items():
-        for task, found in tasks.items():
-            rows += [(model, task, *row) for row in _compared(found)]
-    for model, tasks in figures.get("against_llama_perplexity", {}).get("models", {}).items():
-        for task, found in tasks.items():
-            rows += [(model, task, *row) for row in _beside_rows(found)]
-    _table(rows)
+    """A row for each model, task and measure; how each task was asked, and what the measures mean."""
+    from edge_llm.bench.accuracy.table import HEAD, definitions_of, lines_of, rows_of
 
-
-def _rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Of one task."""
-    verdict = _verdict(found)
-    rows: list[tuple[str, ...]] = [
-        (key, *_share(value), verdict if key == "acc" else "")
-        for key, value in found.items()
-        if isinstance(value, dict)
-    ]
-    if "perplexity" in found:
-        tokens = f"{found['tokens']:,}"
-        rows.append(("perplexity", f"{found['perplexity']:.4f}", f"{found['perplexity_stderr']:.4f}", "", tokens, ""))
-    if "kl" in found:
-        tokens, top = f"{found['tokens']:,}", f"{100 * found['same_top']:.2f} %"
-        rows.append(("KL from reference", f"{found['kl']:.6f}", f"{found['kl_stderr']:.6f}", "", tokens, ""))
-        rows.append(("same likeliest token", top, f"{100 * found['same_top_stderr']:.2f} %", "", tokens, ""))
-    if "word_perplexity" in found:
-        rows.append(("perplexity of words", f"{found['word_perplexity']:.3f}", "", "", str(found["n"]), ""))
-    if found["failed"]:
-        rows.append(("failed", str(found["failed"]), "", "", "", ""))
-    return rows
-
-
-def _beside_rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Ours over llama-perplexity's."""
-    return [
-        (
-            f"{name} / llama-perplexity's",
-            f"{pair['ratio']:.5f}" if pair["ratio"] is not None else "-",
-            "",
-            "",
-            f"{found['windows']} windows",
-            f"{pair['ours']:.6g} for {pair['llama_perplexity']:.6g}",
-        )
-        for name, pair in found.items()
-        if isinstance(pair, Mapping)
-    ]
-
-
-def _share(value: Mapping[str, Any]) -> tuple[str, str, str, str]:
-    error = f"{100 * value['stderr']:.1f}" if value["stderr"] is not None else "-"
-    interval = f"{100 * value['low']:.1f} to {100 * value['high']:.1f}"
-    return f"{100 * value['value']:.1f} %", error, interval, str(value["n"])
-
-
-def _verdict(found: Mapping[str, Any]) -> str:
-    if "chance" not in found:
-        return ""
-    word = "differs" if found["differs_from_chance"] else "does not differ"
-    return f"{word} from {100 * found['chance']:.1f} % (p {found['p_value']:.2g})"
-
-
-def _compared(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    n = str(found["n"])
-    words = f"{found['gained']} gained, {found['lost']} lost (p {found['p_value']:.2g})"
-    same = f"{100 * found['same_answer']:.1f} %" if "same_answer" in found else "-"
-    rows: list[tuple[str, ...]] = [("same as reference", same, "", "", n, words)]
-    if "same_text" in found:
-        rows.append(("same text", f"{100 * found['same_text']:.1f} %", "", "", n, ""))
-    if "drift" in found:
-        near = found["drift"]
-        words = f"{100 * near['share_near']:.0f} % say nearly the same; drift, not truth"
-        rows.append(("similarity", f"{near['similarity_mean']:.3f}", "", "", n, words))
-    return rows
+    rows = rows_of(figures)
+    _table([HEAD, *rows])
+    for lines in (lines_of(figures), figures.get("sentences", ())):
+        if lines:
+            click.echo("")
+            click.echo("\n".join(lines))
+    click.echo("")
+    for name, meaning in definitions_of(rows).items():
+        click.echo(f"{name}: {meaning}")
 
 
 def _table(rows: Sequence[Sequence[str]]) -> None:
@@ -258,14 +241,19 @@ def _tasks(names: str | None, folder: Path, swaps: Sequence[str], shots: int) ->
 
 
 def _available(folder: Path, shots: int) -> list[str]:
+    from edge_llm.bench.accuracy.tasks import OWN, TASKS
+
+    names = _with_data(folder) or list(OWN)  # where there is real data, ours would only look like more of it
+    return [name for name in names if not (shots and TASKS[name].kind == "instructions")]
+
+
+def _with_data(folder: Path) -> list[str]:
+    """Tasks whose data is in this folder."""
     from edge_llm.bench.accuracy.datasets import SOURCES, TEXTS
     from edge_llm.bench.accuracy.tasks import OWN, TASKS
 
     files = {**TEXTS, **{name: source.file for name, source in SOURCES.items()}}
-    names = [name for name in TASKS if name in OWN or (folder / files[name]).is_file()]
-    if len(names) > len(OWN):  # there is real data: ours would only look like more of it
-        names = [name for name in names if name not in OWN]
-    return [name for name in names if not (shots and TASKS[name].kind == "instructions")]
+    return [name for name in TASKS if name not in OWN and (folder / files[name]).is_file()]
 
 
 def _module(swap: str) -> tuple[str, Any]:

@@ -26,7 +26,7 @@ from edge_llm.commands.measuring import (
 )
 from edge_llm.config import cache_dir
 
-FORMATS: Final = ("md", "csv", "json")
+FORMATS: Final = ("md", "csv", "json", "jsonl")
 _TASKS: Final = (("arc_easy", "own_choice"), ("wikitext", "own_prose"))
 
 
@@ -72,7 +72,7 @@ def _check_inside(given: Mapping[str, Any]) -> None:
 @click.option("--prompt-tokens", help="128 (default), uniform:64-256, normal:128,32, lognormal:128,1.")
 @click.option("--answer-tokens", help="The same for answers (default 64, quick 16).")
 @click.option("--tasks", type=_Names(), help="Of accuracy; `none`: none (default: arc_easy, wikitext, or our own).")
-@click.option("--data", type=click.Path(path_type=Path, file_okay=False), help="Folder of data sets.")
+@click.option("--data", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Folder of data sets.")
 @click.option("--limit", type=click.IntRange(0), help="Items of each task; 0: all (default 100, quick 10).")
 @click.option("--windows", type=click.IntRange(0), help="Windows of a text; 0: all (default 8, quick 1).")
 @click.option(
@@ -130,6 +130,10 @@ def show(figures: Mapping[str, Any], kind: str) -> None:
 
     if kind == "json":
         click.echo(json.dumps(figures["rows"]))
+        return
+    if kind == "jsonl":
+        for row in figures["rows"]:
+            click.echo(json.dumps(row))
         return
     rows = msgspec.convert(figures["rows"], list[Row])
     if kind == "csv":

@@ -20,6 +20,7 @@ from urllib.request import Request
 
 import click
 
+from edge_llm.commands.formats import check_formats
 from edge_llm.commands.measuring import Report
 from edge_llm.config import DEFAULT_MODEL
 from edge_llm.errors import ConfigError, EdgeLLMError, WorkerError
@@ -41,6 +42,7 @@ _DRAIN_S: Final = 3.0
 
 def check(given: Mapping[str, Any]) -> None:
     """Raises UsageError before anything starts."""
+    check_formats(given["kinds"])
     is_elsewhere = bool(given["url"] or given["workers_file"])
     known = MODES if given["url"] else (ALONE, *MODES) if is_elsewhere else tuple(HERE)
     if unknown := [name for name in given["placements"] if name not in known]:

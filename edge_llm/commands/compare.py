@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 
 from edge_llm.commands.measuring import THRESHOLD_FAILED, json_option
+
+_UNTESTED: Final = 2
 
 
 class Share(click.ParamType[float]):
@@ -34,11 +36,15 @@ class Share(click.ParamType[float]):
 @click.option("--fail-over", type=Share(), help="Exit with 3 when B is significantly worse by more than this: 5%.")
 @click.option("--alpha", type=click.FloatRange(1e-6, 0.5), default=0.05, show_default=True, help="Level of the tests.")
 @click.option("--changed", "only_changed", is_flag=True, help="Leave out what did not change or was not tested.")
+@click.option("--all", "shows_all", is_flag=True, help="Show figures that are equal in both, too.")
 @json_option
-def compare(a: Path, b: Path, fail_over: float | None, alpha: float, only_changed: bool, as_json: bool) -> None:
+def compare(
+    a: Path, b: Path, fail_over: float | None, alpha: float, only_changed: bool, shows_all: bool, as_json: bool
+) -> None:
     """Records A (before) and B (after): each figure with its ratio, samples tested against chance.
 
-    Exits with 3 over the limit of --fail-over, with 2 when A and B cannot be compared. Output is Markdown.
+    Exits with 3 over the limit of --fail-over, with 2 when A and B cannot be compared, or when there is a limit and
+    nothing could be tested: too few values are no verdict. Output is Markdown.
     """
     import msgspec
 
@@ -47,6 +53,8 @@ def compare(a: Path, b: Path, fail_over: float | None, alpha: float, only_change
     from edge_llm.report.compare import compare as compared
     from edge_llm.report.verdict import written
 
+    if only_changed and shows_all:
+        raise click.UsageError("--changed leaves out what --all shows: give one of them")
     try:
         found = compared(load(a), load(b), (a.name, b.name), fail_over, alpha)
     except (BadRecord, NotComparable) as error:
@@ -56,8 +64,15 @@ def compare(a: Path, b: Path, fail_over: float | None, alpha: float, only_change
     if as_json:
         click.echo(msgspec.json.encode(found).decode())
     else:
-        click.echo(written(found, only_changed=only_changed), nl=False)
+        click.echo(written(found, only_changed=only_changed, shows_all=shows_all), nl=False)
     if fail_over is not None and found.regressions:
         for line in found.regressions:
             click.echo(f"regression: {line}", err=True)
         sys.exit(THRESHOLD_FAILED)
+    if fail_over is not None and not found.is_tested:
+        click.echo(
+            f"NOT TESTED: nothing here has enough values to tell whether B is worse by more than {fail_over:.1%}: "
+            "measure both again with more repetitions or requests",
+            err=True,
+        )
+        sys.exit(_UNTESTED)

@@ -164,7 +164,8 @@ def _printers(
     from edge_llm.bench.reference_tools import package_version
 
     varying = _varying(tests, plan)
-    shown = {"t/s", "roofline", "peak MiB", "CPU", "level"} | ({"ratio"} if plan.tree else {"power W"})
+    shown = {"t/s", "roofline", "peak MiB", "CPU", "level"}
+    shown |= {title for column, title in (("ratio", "ratio"), ("power_w", "power W")) if column in varying}
     notes = [f"{name}: {text}" for name, text in DEFINITIONS.items() if name in shown]
     notes += ["", f"build: llama-cpp-python {package_version()}"]
     printers = [] if as_json else [_Printer(Table(output_format, varying, notes), sys.stdout, False)]
@@ -234,11 +235,19 @@ def _sweep(options: dict[str, Any]) -> Any:
         type_k=words(options["cache_type_k"], "-ctk", KV_TYPES),
         type_v=words(options["cache_type_v"], "-ctv", KV_TYPES),
         flash_attention=flash_attentions(options["flash_attn"], "-fa"),
-        threads_decode=numbers(options["threads_decode"] or threads, "--threads-decode", least=1),
-        threads_prefill=numbers(options["threads_prefill"] or threads, "--threads-prefill", least=1),
+        threads_decode=_phase_threads(options, "decode", threads),
+        threads_prefill=_phase_threads(options, "prefill", threads),
         policies=policies,
         n_parallel=numbers(options["batch"], "--batch", least=1),
     )
+
+
+def _phase_threads(options: dict[str, Any], phase: str, both: Sequence[str]) -> tuple[int, ...]:
+    """What is wrong is said of the option that was typed."""
+    from edge_llm.bench.node_rows import numbers
+
+    own = options[f"threads_{phase}"]
+    return numbers(own or both, f"--threads-{phase}" if own else "-t", least=1)
 
 
 def _config(options: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:

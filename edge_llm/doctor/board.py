@@ -97,7 +97,9 @@ def check_board(facts: BoardFacts) -> list[Finding]:
 
 def model(facts: BoardFacts) -> Finding:
     if facts.name is None:
-        return unknown("board.model", f"a {facts.architecture} machine that does not say its name")
+        if facts.architecture == "unknown":
+            return unknown("board.model", "neither its name nor its architecture can be read")
+        return unknown("board.model", f"{facts.architecture}; it does not say its name")
     return ok("board.model", f"{facts.name}, {facts.cores} cores, {facts.architecture}")
 
 

@@ -195,15 +195,15 @@ class Examination:
         )
         return [*found, model.check_card(self._model), model.check_memory(memory, self._settings.worker)]
 
-    def _available_bytes(self) -> int:
+    def _available_bytes(self) -> int | None:
         if self._files.is_this_machine:
             return available_memory_bytes()
-        free = size_bytes(self._files.fields("proc/meminfo").get("MemAvailable")) or 0
-        return min(free, self._limits.memory_bytes or free)
+        free = size_bytes(self._files.fields("proc/meminfo").get("MemAvailable"))
+        return None if free is None else min(free, self._limits.memory_bytes or free)
 
     def _worker(self) -> list[Finding]:
-        quota = self._limits.cpu_cores
-        cores = max(1, int(min(quota or self._board.cores, self._board.cores))) if self._board.cores else 1
+        quota, there = self._limits.cpu_cores, self._board.cores
+        cores = max(1, int(min(quota or there, there))) if there else None
         return [model.check_threads(self._settings.worker, cores, is_pi5=self._board.is_pi5)]
 
     def _peers(self) -> list[Finding]:

@@ -42,10 +42,11 @@ _INSTALL: Final[dict[Role, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class K3sFacts:
-    """`role` None: installed, but no service is set up. `version` None: not known. `config_error`: what is wrong with
-    its files, empty when nothing is."""
+    """`can_be_told`: files of this board can be read at all. `role` None: installed, but no service is set up.
+    `version` None: not known. `config_error`: what is wrong with its files, empty when nothing is."""
 
     is_installed: bool
+    can_be_told: bool
     role: Role | None
     version: tuple[int, int] | None
     version_words: str | None
@@ -62,6 +63,7 @@ def read_k3s(files: Files, ask: Ask, listening: frozenset[int] | None) -> K3sFac
     found = re.match(r"v(\d+)\.(\d+)", words or "")
     return K3sFacts(
         is_installed=binary is not None,
+        can_be_told=bool(files.names("etc") or files.names("proc")),
         role=next((role for role, unit in _UNITS.items() if files.exists(f"etc/systemd/system/{unit}.service")), None),
         version=(int(found[1]), int(found[2])) if found else None,
         version_words=words,
@@ -75,6 +77,8 @@ def read_k3s(files: Files, ask: Ask, listening: frozenset[int] | None) -> K3sFac
 
 def check_k3s(facts: K3sFacts, *, ram_bytes: int | None, cores: int) -> list[Finding]:
     """All about K3s, in the order they are shown; one line where there is none."""
+    if not facts.is_installed and not facts.can_be_told:
+        return [unknown("k3s.installed", "neither /etc nor /proc can be read")]
     if not facts.is_installed:
         return [ok("k3s.installed", "not here; it is not needed: boards are joined by a file, or by K3s")]
     found = [

@@ -52,6 +52,7 @@ class KernelFacts:
     numa_nodes: int
     has_nvme: bool
     huge_pages: str | None
+    tells_pages: bool
     swaps: tuple[Swap, ...] | None
 
 
@@ -72,6 +73,7 @@ def read_kernel(files: Files, page_bytes: int | None) -> KernelFacts:
         numa_nodes=sum(re.fullmatch(r"node\d+", name) is not None for name in files.names("sys/devices/system/node")),
         has_nvme=any(name.startswith("nvme") for name in files.names("sys/class/nvme")),
         huge_pages=huge[1] if huge else None,
+        tells_pages=bool(files.names("sys/kernel/mm") or files.names("sys/kernel")),
         swaps=_swaps(files),
     )
 
@@ -227,7 +229,9 @@ def page_size(facts: KernelFacts) -> Finding:
 def huge_pages(facts: KernelFacts) -> Finding:
     check = "kernel.huge_pages"
     if facts.huge_pages is None:
-        return ok(check, "this kernel has none")
+        return (
+            ok(check, "this kernel has none") if facts.tells_pages else unknown(check, "/sys/kernel/mm cannot be read")
+        )
     if facts.huge_pages == "never":
         return warn(
             check,

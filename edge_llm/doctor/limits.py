@@ -11,22 +11,25 @@ from dataclasses import dataclass
 from typing import Final
 
 from edge_llm.doctor.files import Files, gib
-from edge_llm.doctor.finding import Finding, ok, warn
+from edge_llm.doctor.finding import Finding, ok, unknown, warn
 
 _ROOT: Final = "sys/fs/cgroup"
 _UNLIMITED: Final = 1 << 60
 # So many of the quota's periods may end early before it is said.
 _THROTTLED_SHARE: Final = 0.05
+_UNREAD: Final = "neither /proc/self/cgroup nor /sys/fs/cgroup can be read"
 
 
 @dataclass(frozen=True, slots=True)
 class LimitFacts:
-    """None: no limit. `throttled_share`: of the periods with work, how many ended because the quota was used up."""
+    """None: no limit, where `is_known`; else nobody could read any. `throttled_share`: of the periods with work, how
+    many ended because the quota was used up."""
 
     memory_bytes: int | None
     cpu_cores: float | None
     throttled_share: float | None
     killed: int
+    is_known: bool = True
 
 
 def read_limits(files: Files) -> LimitFacts:
@@ -43,6 +46,7 @@ def read_limits(files: Files) -> LimitFacts:
         cpu_cores=min(quotas, default=None),
         throttled_share=max(shares, default=None),
         killed=max((int(event.get("oom_kill", "0") or 0) for event in events), default=0),
+        is_known=bool(files.text("proc/self/cgroup") or files.names(_ROOT)),
     )
 
 
@@ -52,6 +56,8 @@ def check_limits(facts: LimitFacts, cores: int) -> list[Finding]:
 
 def memory_limit(facts: LimitFacts) -> Finding:
     check = "limits.memory"
+    if not facts.is_known:
+        return unknown(check, _UNREAD)
     words = "none" if facts.memory_bytes is None else gib(facts.memory_bytes)
     if facts.killed:
         return warn(
@@ -65,6 +71,8 @@ def memory_limit(facts: LimitFacts) -> Finding:
 
 def cpu_limit(facts: LimitFacts, cores: int) -> Finding:
     check = "limits.cpu"
+    if not facts.is_known:
+        return unknown(check, _UNREAD)
     if facts.cpu_cores is None or (cores and facts.cpu_cores >= cores):
         return ok(check, "none")
     share = facts.throttled_share

@@ -45,12 +45,12 @@ class ModelFacts:
 @dataclass(frozen=True, slots=True)
 class MemoryFacts:
     """Bytes. `whole`: with what is kept to help out in the other role; `own`: without, what a worker falls back to;
-    `most`: what would be available if nothing else ran, None when not known."""
+    `available`: None where nobody says; `most`: what would be available if nothing else ran, None when not known."""
 
     whole_bytes: int
     own_bytes: int
     table: str
-    available_bytes: int
+    available_bytes: int | None
     most_bytes: int | None
     limit_is_set: bool
 
@@ -135,7 +135,7 @@ def check_model(facts: ModelFacts, check: str = "model.file") -> Finding:
 
 
 def read_memory(
-    card: ModelCard, config: WorkerConfig, machine: str, available_bytes: int, most_bytes: int | None
+    card: ModelCard, config: WorkerConfig, machine: str, available_bytes: int | None, most_bytes: int | None
 ) -> MemoryFacts:
     """`machine`: the architecture that the worker would run on, which decides what is repacked."""
     from edge_llm.engine.load import LlamaSettings, model_memory
@@ -171,8 +171,11 @@ def check_memory(facts: MemoryFacts, config: WorkerConfig) -> Finding:
     check = "model.memory"
     words = (
         f"a worker of role {config.role} needs {gib(facts.whole_bytes)} ({counted(config.slots, 'slot')} of "
-        f"{config.n_ctx} tokens), {gib(facts.available_bytes)} are {'allowed' if facts.limit_is_set else 'free'}"
+        f"{config.n_ctx} tokens)"
     )
+    if facts.available_bytes is None:
+        return unknown(check, f"{words}; how much is free cannot be read")
+    words += f", {gib(facts.available_bytes)} are {'allowed' if facts.limit_is_set else 'free'}"
     if facts.whole_bytes <= facts.available_bytes:
         return ok(check, words)
     if facts.own_bytes <= facts.available_bytes:
@@ -200,8 +203,11 @@ def check_memory(facts: MemoryFacts, config: WorkerConfig) -> Finding:
     )
 
 
-def check_threads(config: WorkerConfig, usable_cores: int, *, is_pi5: bool) -> Finding:
+def check_threads(config: WorkerConfig, usable_cores: int | None, *, is_pi5: bool) -> Finding:
+    """`usable_cores`: None where nobody says how many there are."""
     check = "worker.threads"
+    if usable_cores is None:
+        return unknown(check, "how many cores there are cannot be read")
     most = max(config.threads, config.threads_batch)
     decode, prefill = config.threads or usable_cores, config.threads_batch or usable_cores
     words = f"decode {decode}, prefill {prefill}, of {usable_cores} usable cores"

@@ -48,6 +48,10 @@ from edge_llm.machine import available_memory_bytes, cpu_kind, peak_memory_bytes
 Result = dict[str, Any]
 _EXPERTS: Final = ("expert_used_count", "expert_count")
 _CURVE_STEPS: Final = 4
+_ADVICE: Final = (
+    "Ask for fewer tokens (-d, -p, -n, -pg, --memory-curve) or sequences (--batch), smaller types of KV (-ctk, -ctv), "
+    "or another quantization of the model."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +168,7 @@ class NodeBench:
         """`settings`, unless their memory sum is more than the board had free at the start."""
         if settings.available_bytes is not None:
             what = f"{settings.model_name} with {settings.slots} x {settings.n_ctx} cells"
-            check_fits(model_memory(self._card, settings, self._repacked), settings.available_bytes, what)
+            check_fits(model_memory(self._card, settings, self._repacked), settings.available_bytes, what, _ADVICE)
         return settings
 
     def _level(self, settings: LlamaSettings) -> LevelRecord:

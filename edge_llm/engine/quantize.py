@@ -1,7 +1,7 @@
 """Requantizing a GGUF file through llama.cpp itself, with its origin noted beside the result.
 
 Owns the call and the provenance note. `python -m edge_llm.engine.quantize SOURCE TARGET TYPE` does the same in its own
-process, for callers that may not load llama.cpp.
+process, for callers that may not load llama.cpp; what they may read of a failure is its last line.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from gguf.constants import LlamaFileType
-
+from edge_llm.catalogue.gguf import file_type
 from edge_llm.engine.native import build_facts, library
-from edge_llm.errors import CatalogueError
+from edge_llm.errors import CatalogueError, EdgeLLMError
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,15 +28,6 @@ class Provenance:
     quantization: str
     sha256: str
     llama_cpp_python: str
-
-
-def file_type(name: str) -> int:
-    """llama.cpp's number of a quantization such as Q4_0 or Q4_K_M. Raises CatalogueError with the known names."""
-    for prefix in ("MOSTLY_", "ALL_"):
-        if f"{prefix}{name}" in LlamaFileType.__members__:
-            return int(LlamaFileType[f"{prefix}{name}"])
-    known = ", ".join(sorted(kind.removeprefix("MOSTLY_") for kind in LlamaFileType.__members__ if kind != "GUESSED"))
-    raise CatalogueError(f"unknown quantization {name!r}: known are {known}")
 
 
 def quantize(source: Path, target: Path, name: str, threads: int = 0) -> Provenance:
@@ -63,4 +53,7 @@ def _sha256(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    quantize(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    try:
+        quantize(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    except EdgeLLMError as error:
+        sys.exit(error.message)

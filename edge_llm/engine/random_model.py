@@ -20,7 +20,8 @@ from typing import Any, Final
 import gguf
 import numpy as np
 
-from edge_llm.engine.quantize import file_type, quantize
+from edge_llm.catalogue.gguf import file_type
+from edge_llm.engine.quantize import quantize
 from edge_llm.errors import CatalogueError
 
 _SPECIAL: Final = ("<unk>", "<s>", "</s>")

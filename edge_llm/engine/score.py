@@ -41,6 +41,7 @@ Doubles = npt.NDArray[np.float64]
 _BLOCK: Final = 16
 # Rows of logits that llama.cpp keeps of one call: 39 MB for such a vocabulary.
 _OUTPUTS: Final = 64
+_ADVICE: Final = "Lower --n-ctx or --slots, or use a smaller quantization of the model."
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,7 +357,7 @@ def load_scorer(settings: LlamaSettings) -> Scorer:
     card = read_card(settings.model_path)
     repacked = repacked_tensors(card, cpu_kind().split("/")[0]) if settings.policy == "exact" else []
     if settings.available_bytes is not None:
-        check_fits(model_memory(card, settings, repacked), settings.available_bytes, settings.model_name)
+        check_fits(model_memory(card, settings, repacked), settings.available_bytes, settings.model_name, _ADVICE)
     use_tiled_kernels(settings.policy == "fast")
     model = NativeModel(settings.model_path, policy=settings.policy, repacked=repacked)
     outputs = min(settings.rows, _OUTPUTS)

@@ -57,7 +57,7 @@ def _overview_row(one: Evidence) -> tuple[str, ...]:
         record.kind,
         f"{record.started_at:%Y-%m-%d %H:%M}",
         _state(record),
-        _headline(record, kind),
+        _headline(one, kind),
         _few([model.name for model in record.models]) or NOT_READ,
         "; ".join(_machine(node) for node in record.nodes),
         _commit(record),
@@ -76,7 +76,10 @@ def _state(record: Record) -> str:
     return ", ".join(words) or "complete"
 
 
-def _headline(record: Record, kind: Kind) -> str:
+def _headline(one: Evidence, kind: Kind) -> str:
+    record = one.record
+    if _was_killed(one):
+        return f"no figures: killed, {len(one.lines)} finished cases in its lines"
     figures = flat(record.figures)
     known = [(path, figures[path]) for path in kind.headline if path in figures]
     words = [f"{' '.join(map(heading, path))} {shown(path, value)}" for path, value in known]
@@ -150,7 +153,7 @@ def _facts(record: Record) -> list[tuple[str, str]]:
     facts += [(f"process {p.name}", _process(p.cores, p.cpu_s, p.wall_s, p.rss_peak_bytes)) for p in record.processes]
     for watched in record.resources:
         cost = watched.sampler
-        share = f"{cost.cpu_s / cost.wall_s:.2%} of a core" if cost.wall_s else "nothing"
+        share = f"{cost.cpu_s / cost.wall_s:.2%} of a core" if cost.wall_s else "an unknown share of a core"
         facts.append(
             (f"sampled {watched.node}, {watched.part}", f"{cost.samples} times, {cost.gaps} left out; took {share}")
         )
@@ -221,9 +224,15 @@ def _alarms(one: Evidence) -> list[str]:
 def _cut_short(one: Evidence) -> str:
     """A run that was killed left the record that it began with, and its lines."""
     cases = one.record.cases
-    if cases is not None and len(one.lines) > cases.lines:
+    if cases is not None and _was_killed(one):
         return f"killed before it wrote any figure: {len(one.lines)} finished cases are in {cases.file}"
     return "cut short: these are the figures of what was finished"
+
+
+def _was_killed(one: Evidence) -> bool:
+    """There are lines that its record, written when it began, knows nothing of."""
+    cases = one.record.cases
+    return not one.record.is_complete and cases is not None and len(one.lines) > cases.lines
 
 
 def _busy(node: Node) -> str:

@@ -85,7 +85,8 @@ class FigureChange(msgspec.Struct, frozen=True):
 
 class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     """`regressions`: significant and worse by more than `fail_over`, or a promise broken, as lines for people.
-    `by_chance`: how many of the tests alone would find a difference between two runs of the same."""
+    `by_chance`: how many of the tests alone would find a difference between two runs of the same. `is_tested`:
+    something could be judged at all; where it is false, no regression is no verdict."""
 
     kind: str
     a: Side
@@ -100,6 +101,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     tests: int
     by_chance: float
     regressions: list[str]
+    is_tested: bool
 
 
 def compare(a: Record, b: Record, files: tuple[str, str], fail_over: float | None, alpha: float = ALPHA) -> Comparison:
@@ -133,6 +135,7 @@ def compare(a: Record, b: Record, files: tuple[str, str], fail_over: float | Non
         tests=tests,
         by_chance=round(alpha * tests, 1),
         regressions=[*_regressed_samples(samples, limit), *_regressed_figures(figures, limit)],
+        is_tested=tests > 0 if samples else _are_judged(figures),
     )
 
 
@@ -276,6 +279,12 @@ def _figure_verdict(
 def _is_broken(a: float | bool, b: float | bool) -> bool:
     """A claim that holds no more, or more of what there should be none of."""
     return bool(a) and not b if isinstance(a, bool) or isinstance(b, bool) else b > a
+
+
+def _are_judged(figures: Sequence[FigureChange]) -> bool:
+    """Any that differs has a verdict; or nothing differs."""
+    different = [one for one in figures if one.a != one.b]
+    return not different or any(one.verdict not in ("too_few", "untested") for one in different)
 
 
 def _regressed_figures(figures: Sequence[FigureChange], limit: float) -> Iterator[str]:

@@ -20,7 +20,7 @@ _SAID: Final[dict[Verdict, str]] = {
     "better": "better",
     "changed": "changed",
     "same": "same",
-    "too_few": "too few",
+    "too_few": "not testable",
     "untested": "",
 }
 _ORDER: Final[tuple[Verdict, ...]] = ("worse", "better", "changed", "same", "too_few", "untested")
@@ -37,11 +37,14 @@ _JUDGED: Final = (Better.HIGHER.value, Better.LOWER.value)
 _LEANS: Final = 0.01
 
 
-def written(found: Comparison, *, only_changed: bool) -> str:
+def written(found: Comparison, *, only_changed: bool = False, shows_all: bool = False) -> str:
+    """`only_changed`: what is proven to differ. `shows_all`: figures that are equal in both, too: most of a record are
+    settings, and counts of what was asked."""
     lines = [f"# bench {found.kind}", "", *_side("A", found.a), *_side("B", found.b), ""]
+    lines += _same_run(found)
     lines += _warnings(found.differences)
     lines += _samples(found, only_changed=only_changed)
-    lines += _figures(found.figures, only_changed=only_changed)
+    lines += _figures(found.figures, only_changed=only_changed, shows_all=shows_all)
     lines += _only("A", found.only_in_a)
     lines += _only("B", found.only_in_b)
     lines += _conclusion(found)
@@ -51,6 +54,11 @@ def written(found: Comparison, *, only_changed: bool) -> str:
 def _side(name: str, side: Side) -> Iterator[str]:
     commit = side.commit[:10] if side.commit else "unknown"
     yield f"- {name}: {side.file} ({side.started_at[:16].replace('T', ' ')}, commit {commit}, {side.machine})"
+
+
+def _same_run(found: Comparison) -> Iterator[str]:
+    if found.a.run_id == found.b.run_id:
+        yield from ("**A AND B ARE THE SAME RUN (one file, or a copy of it): nothing can differ**", "")
 
 
 def _warnings(differences: Sequence[Difference]) -> Iterator[str]:
@@ -86,9 +94,9 @@ def _samples(found: Comparison, *, only_changed: bool) -> Iterator[str]:
 
 def _sample(one: SampleChange) -> tuple[str, ...]:
     path = of_sample(one.name)
-    ratio = NOT_READ
-    if one.ratio is not None and one.low is not None and one.high is not None:
-        ratio = f"{short(one.ratio)} ({short(one.low)} to {short(one.high)})"
+    ratio = NOT_READ if one.ratio is None else short(one.ratio)
+    if one.verdict != "too_few" and one.low is not None and one.high is not None:  # of few values it is no interval
+        ratio += f" ({short(one.low)} to {short(one.high)})"
     return (
         one.name,
         f"{one.n_a}, {one.n_b}",
@@ -98,12 +106,21 @@ def _sample(one: SampleChange) -> tuple[str, ...]:
         NOT_READ if one.p is None else f"{one.p:.2g}",
         shown(path, one.p95_a),
         shown(path, one.p95_b),
-        _word(one.verdict, one.better),
+        _sample_word(one),
     )
 
 
-def _figures(figures: Sequence[FigureChange], *, only_changed: bool) -> Iterator[str]:
+def _sample_word(one: SampleChange) -> str:
+    word = _word(one.verdict, one.better)
+    return f"{word} {_leaning(one)}".rstrip() if one.verdict == "too_few" else word
+
+
+def _figures(figures: Sequence[FigureChange], *, only_changed: bool, shows_all: bool) -> Iterator[str]:
     kept = [one for one in figures if not only_changed or one.verdict in ("worse", "better", "changed")]
+    if not shows_all and not only_changed:
+        kept = [one for one in kept if one.a != one.b or one.verdict == "too_few"]
+        if hidden := len(figures) - len(kept):
+            yield from (f"{hidden} of {len(figures)} figures are equal in both: --all shows them.", "")
     if not kept:
         return
     kept.sort(key=lambda one: _ORDER.index(one.verdict) if one.verdict in ("worse", "better", "changed") else 3)
@@ -126,7 +143,7 @@ def _word(verdict: Verdict, way: str) -> str:
     return "changed (not ours)" if verdict == "changed" and way == "reference" else _SAID[verdict]
 
 
-def _leaning(one: FigureChange) -> str:
+def _leaning(one: FigureChange | SampleChange) -> str:
     """Of what was not tested: which way it went, if it went anywhere."""
     if one.worse_by is None or abs(one.worse_by) < _LEANS:
         return ""
@@ -142,7 +159,9 @@ def _only(name: str, names: Sequence[str]) -> Iterator[str]:
 def _conclusion(found: Comparison) -> Iterator[str]:
     over = f" by more than {found.fail_over:.1%}" if found.fail_over is not None else ""
     untested = _untested(found)
-    if found.regressions:
+    if not found.is_tested and not found.regressions:
+        yield "**NOTHING COULD BE TESTED: whether B is worse is not known.**"
+    elif found.regressions:
         yield from (f"Significantly worse{over}:", "", *(f"- {line}" for line in found.regressions))
     else:
         what = "Nothing that could be tested" if untested else "Nothing"

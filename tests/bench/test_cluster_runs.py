@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ from aiohttp import web
 from edge_llm.bench.accuracy.measure import Child
 from edge_llm.bench.accuracy.measure import Plan as AccuracyPlan
 from edge_llm.bench.accuracy.tasks import TASKS
-from edge_llm.bench.cluster_runs import Children, Found, Placement, Plan, Subject, facts_of, measure, rates_of
+from edge_llm.bench.cluster_runs import Children, Counted, Found, Placement, Plan, Subject, facts_of, measure, rates_of
 from edge_llm.bench.engine import BenchModel
 from edge_llm.bench.layout import LocalProcess, Started
 from edge_llm.bench.processes import MeasureFailed
@@ -37,6 +38,7 @@ class Gateway:
 
     sha256: str = "sha-one"
     fails_after: int = 1 << 30
+    interrupts_at: int = 0
     bodies: list[dict[str, Any]] = field(default_factory=list)
     keys: dict[str, list[str | None]] = field(default_factory=dict)
     url: str = ""
@@ -70,6 +72,8 @@ class Gateway:
         self._heard(request)
         body = await request.json()
         self.bodies.append(body)
+        if self.counted and len(self.counted) == self.interrupts_at:
+            os.kill(os.getpid(), signal.SIGINT)
         if len(self.counted) > self.fails_after:
             return web.json_response({"error": {"message": "no room"}}, status=503)
         reply = web.StreamResponse(headers={"content-type": "text/event-stream"})
@@ -267,6 +271,7 @@ def test_accuracy_is_measured_once_for_all_placements_of_a_file() -> None:
     assert [row.perplexity for row in figures.rows] == [pytest.approx(20.0855, abs=1e-3)] * 2
     assert all(row.chance is not None and row.differs_from_chance is not None for row in figures.rows)
     assert figures.models["one"]["own_choice"]["n"] == 4
+    assert any("own_choice, own_prose: small sets of our own" in line for line in figures.sentences)
     assert [model.name for model in found.run.models] == ["one"]
 
 
@@ -307,7 +312,7 @@ def test_boards_elsewhere_are_read_at_their_metrics_and_see_no_key_of_the_gatewa
     assert (row.cpu_share, row.ram_share, row.temperature_c) == (0.4, 0.3, 61.5)
     assert (row.peak_rss_bytes, row.load_s, row.sampling_tokens_per_s) == (1000, None, None)
     assert row.mapped_share == pytest.approx(0.06)
-    assert row.claim.holds is True
+    assert row.claim.words.startswith("has no verdict (1 sample of CPU"), "its requests took a moment"
     assert set(gateway.keys["/v1/completions"]) == {"Bearer secret"}
     assert set(node.keys["/metrics"]) == {None}
     assert not found.run.failures
@@ -321,7 +326,7 @@ def test_a_server_with_another_file_of_that_name_is_no_measurement_of_this_one()
 
 def test_what_is_interrupted_keeps_the_rows_that_are_finished() -> None:
     def interrupt(what: str, _done: int, _total: int) -> None:
-        if what == "one, split":
+        if what == "one, split: 0 of 3":
             raise KeyboardInterrupt
 
     found = Found(Run("cluster", ["test"], {}, idle_s=0.0))
@@ -330,6 +335,29 @@ def test_what_is_interrupted_keeps_the_rows_that_are_finished() -> None:
     with pytest.raises(KeyboardInterrupt):
         measure(PLAN, [subject], children, found, interrupt)
     assert [row.placement for row in found.figures().rows] == ["mixed"]
+
+
+def test_a_row_that_is_interrupted_is_kept_as_far_as_it_came() -> None:
+    found = Found(Run("cluster", ["test"], {}, idle_s=0.0))
+    children = Children(Starting(Scripted()), Starting(Scripted()), Path("unused"))
+    subject = Subject("one", (here(Gateway(interrupts_at=3)),), a_file())
+    with pytest.raises(KeyboardInterrupt):
+        measure(replace(PLAN, requests=300), [subject], children, found, lambda _what, _done, _total: None)
+    (row,) = found.figures().rows
+    assert row.planned == 300
+    assert row.completed == row.requests
+    assert 2 <= row.completed < 300
+    assert not row.failed, "the request that was under way is nobody's failure"
+    assert len(found.run.samples["one, mixed: ttft_s"]) == row.completed
+    assert [line["planned"] for line in found.run.cases if "claim" in line] == [300]
+
+
+def test_progress_counts_requests_every_few_seconds() -> None:
+    now_s, said = iter([0.0, 1.0, 5.5, 6.0, 7.0]), list[str]()
+    say = Counted("one, mixed", 4, lambda what, _done, _total: said.append(what), lambda: next(now_s))
+    for done in range(5):
+        say(done)
+    assert said == ["one, mixed: 0 of 4", "one, mixed: 2 of 4", "one, mixed: 4 of 4"]
 
 
 @pytest.mark.parametrize(

@@ -12,18 +12,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from edge_llm.bench.edge_claim import Load, claim_of
-from edge_llm.bench.edge_table import (
-    Board,
-    ClusterFigures,
-    Row,
-    Trial,
-    WorkerUse,
-    board_of,
-    rows_of,
-    schema,
-    scores_of,
-)
+from edge_llm.bench.edge_board import Board, WorkerUse, board_of
+from edge_llm.bench.edge_claim import LEAST_SAMPLES, Load, claim_of
+from edge_llm.bench.edge_table import ClusterFigures, Row, Trial, rows_of, schema, scores_of
 from edge_llm.bench.edge_table_text import DEFINITIONS, chance_words, csv_text, markdown, sentences
 from edge_llm.bench.record import ModelFacts, Process
 from edge_llm.bench.resources import Sampler, SamplerCost, SeriesSummary, Span, Watched, watched
@@ -261,7 +252,8 @@ def test_what_held_a_board_back_between_two_samples_is_remembered_and_leaves_no_
 
 def test_a_board_that_remembers_nothing_new_was_not_held_back() -> None:
     facts = {"throttled_since_boot_before": "nothing", "throttled_since_boot_after": "nothing"}
-    one = board_of(sampled(of_memory(w=(200, 200, 100)), facts=facts), {"w": process("w")})
+    readings = [of_memory(w=(200, 200, 100))] * LEAST_SAMPLES
+    one = board_of(sampled(*readings, facts=facts), {"w": process("w")})
     assert one.throttled == ()
     (found,) = rows_of(trial(answer(), boards=[one]))
     assert found.claim.holds is True
@@ -309,6 +301,31 @@ def test_a_claim_that_holds_only_above_idle_says_both_with_the_figures() -> None
         "does not hold: 8.0 tokens/s (5 to 12 claimed), CPU 55% (+45% above idle), RAM 30% (+10% above idle) "
         "(less than 50% claimed)"
     )
+
+
+def test_a_glance_at_the_cpu_is_no_verdict_and_says_how_many_are_needed() -> None:
+    few = claim_of(30.0, Load(0.55, 0.4, samples=1), Load(0.3))
+    assert (few.holds, few.holds_above_idle, few.is_cpu_below_half) == (None, None, None)
+    assert few.words.startswith("has no verdict (1 sample of CPU, needs 5): 30.0 tokens/s")
+    assert "CPU 55% (1 sample, +40% above idle)" in few.words
+    enough = claim_of(30.0, Load(0.55, 0.4, samples=LEAST_SAMPLES), Load(0.3, 0.1))
+    assert (enough.holds, enough.holds_above_idle) == (False, True)
+    assert claim_of(3.0, Load(0.2, samples=1), Load(0.3)).holds is False, "too slow is too slow, whatever the CPU"
+
+
+def test_a_mean_stands_beside_the_number_of_its_readings() -> None:
+    (seldom,) = rows_of(trial(answer(), boards=[board(cpu_samples=2)]))
+    assert seldom.cpu_samples == 2
+    assert seldom.claim.holds is None
+    assert "40.0 (+30.0), n 2" in markdown([seldom])
+    assert any("the paper's claim has no verdict (2 samples of CPU, needs 5)" in one for one in sentences([seldom], PI))
+
+
+def test_a_row_that_was_interrupted_says_of_how_many_requests_it_is() -> None:
+    (part,) = rows_of(trial(answer(), answer(), boards=[board()], planned=300))
+    assert (part.completed, part.requests, part.planned) == (2, 2, 300)
+    assert "2 of 300, cut short" in markdown([part])
+    assert "tiny, split: cut short after 2 of 300 requests" in sentences([part], PI)
 
 
 def test_a_verdict_on_another_board_says_that_it_is_one() -> None:

@@ -122,11 +122,12 @@ def test_what_is_no_url_is_refused_before_anything_runs() -> None:
 def test_even_the_shortest_load_has_a_sample_and_the_boards_own_words() -> None:
     watch = Watch({}, board=FakeBoard([{"cpu_share": 0.5}]))
     with watch.running(0.0):
-        pass
+        threading.Event().wait(0.05)
     (found,) = watch.watched()
     assert (found.node, found.part, found.facts) == (LOCAL, "run", {"power_source": "a test"})
     assert found.series == {"cpu_share": [0.5]}
     assert found.summaries["cpu_share"].idle is None
+    assert found.sampler.wall_s > 0, "what one sample costs has a time to be a share of"
 
 
 def test_a_sensor_that_nobody_foresaw_ends_no_run() -> None:

@@ -21,6 +21,7 @@ from click.testing import CliRunner, Result
 from edge_llm.bench.accuracy import sources
 from edge_llm.bench.accuracy.datasets import SOURCES
 from edge_llm.bench.accuracy.similarity import MODEL, TOKENIZER
+from edge_llm.bench.accuracy.tasks import TASKS
 from edge_llm.bench.record import load
 from edge_llm.bench.reference_tools import find
 from edge_llm.bench.schemas import AccuracyFigures
@@ -275,6 +276,49 @@ def test_the_table_has_every_kind_of_figure(capsys: pytest.CaptureFixture[str]) 
         assert words in out
     for words in ("failed", "75.0 %", "0 gained, 1 lost", "0.900", "drift, not truth"):
         assert words in out
+    for word in ("acc: share of right items", "KL from reference: ", "similarity: mean cosine", "+-: standard error"):
+        assert word in out
+    assert "acc_norm: " not in out, "a measure that is not shown"
+    assert "instructions_loose: " not in out
+
+
+def test_a_line_for_each_task_says_how_it_was_asked_and_that_our_own_set_ranks_nothing(
+    tiny: Path, tmp_path: Path
+) -> None:
+    status, out, err = run(["--model", str(tiny), "--tasks", "own_choice,own_prose", "--limit", "12"], tmp_path)
+    assert status == 0, err
+    module = TASKS["own_choice"].prompt.modules[0].sha256[:8]
+    assert f"own_choice: 12 items, 0 examples before each, seed 0, prompt: format {module}; 40 questions" in out
+    assert "windows of 256 tokens" in out
+    assert "own set: ranks nothing" in out
+    assert "own_choice, own_prose: small sets of our own" in out
+    (path,) = (tmp_path / "out").glob("*.json")
+    figures = load(path).figures
+    assert reads_back(figures, AccuracyFigures)
+    assert {"acc", "acc_norm", "perplexity", "against chance"} <= set(figures["definitions"])
+    assert figures["tasks"]["own_choice"]["shots"] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--data", "/nosuch"), "--data /nosuch: there is no such folder; --fetch NAMES --data /nosuch makes it"),
+        (("--drift",), "add --requantize FORMAT, or a second --model"),
+        (("--drift", "--requantize", "Q8_0", "--tasks", "own_choice"), "own_arithmetic"),
+        (("--requantize", "Q9"), "--requantize: unknown quantization 'Q9': known are"),
+    ],
+)
+def test_a_wrong_use_is_said_before_a_model_is_looked_for(arguments: tuple[str, ...], words: str) -> None:
+    done = invoked(*arguments, "--model", "no-such-model")
+    assert done.exit_code == 2
+    assert words in " ".join(done.output.split())
+    assert "Traceback" not in done.output
+
+
+def test_a_folder_without_data_is_no_reason_to_ask_something_else(tmp_path: Path) -> None:
+    done = invoked("--data", str(tmp_path), "--model", "no-such-model")
+    assert done.exit_code == 2
+    assert "has the data of no task" in done.output
 
 
 def test_what_meaning_is_compared_with_is_fetched_though_it_is_no_model_that_answers(

@@ -17,7 +17,7 @@ import yaml
 from click.testing import CliRunner
 
 from edge_llm.bench.record import load
-from edge_llm.commands.bench_cluster import cluster
+from edge_llm.commands.bench_cluster import cluster, show
 from edge_llm.commands.cluster_places import gateway_for
 from edge_llm.commands.supervisor import free_port, new_key
 from edge_llm.engine.random_model import make_model
@@ -118,7 +118,14 @@ def test_ctrl_c_keeps_the_rows_that_are_finished(environment: dict[str, str], tm
     (path,) = (tmp_path / "out").glob("*.json")
     record = load(path)
     assert not record.is_complete
-    assert [row["placement"] for row in record.figures["rows"]] == ["mixed"]
+    whole, *parts = record.figures["rows"]
+    assert (whole["placement"], whole["planned"]) == ("mixed", None)
+    assert all((part["placement"], part["planned"]) == ("split", 4) for part in parts)
+
+
+def test_rows_can_be_had_one_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    show({"rows": [{"model": "a"}, {"model": "b"}]}, "jsonl")
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == [{"model": "a"}, {"model": "b"}]
 
 
 @pytest.fixture
@@ -214,6 +221,8 @@ def test_the_boards_of_a_gateway_are_watched_where_it_says_they_are(
         (["-o", "xml"], "xml"),
         (["--answer-tokens", "many"], "--answer-tokens"),
         (["--requests", "0"], "--requests"),
+        (["--requantize", "Q4_0,Q9"], "unknown quantization 'Q9'"),
+        (["--data", "/nosuch"], "does not exist"),
     ],
 )
 def test_what_cannot_be_done_is_a_usage_error_before_anything_starts(

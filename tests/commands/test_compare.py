@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import msgspec
@@ -73,3 +74,32 @@ def test_other_kinds_files_that_are_no_records_and_missing_ones_exit_with_2(
     (tmp_path / "d.json").write_text("[]")
     for other in ("c.json", "d.json", "e.json"):
         assert run(pair[0], str(tmp_path / other)).exit_code == 2
+
+
+def of_two(tmp_path: Path, **samples: list[float]) -> list[str]:
+    """Records of these samples."""
+    for name, values in samples.items():
+        (tmp_path / f"{name}.json").write_bytes(encode(a_record(samples={"decode_tokens_per_s": values})))
+    return [str(tmp_path / f"{name}.json") for name in samples]
+
+
+def test_two_repetitions_give_a_ratio_and_no_verdict_and_a_limit_is_not_kept_for_that(tmp_path: Path) -> None:
+    files = of_two(tmp_path, a=[100.0, 101.0], b=[25.0, 25.2])
+    done = run(*files, "--fail-over", "5%")
+    assert done.exit_code == 2
+    assert "NOT TESTED" in done.stderr
+    assert "NOTHING COULD BE TESTED" in done.stdout
+    assert re.search(r"decode_tokens_per_s .* 0\.250 .* not testable \(worse\)", done.stdout)
+    assert run(*files).exit_code == 0, "without a limit it is a look"
+    assert not msgspec.json.decode(run(*files, "--json").stdout, type=Comparison).is_tested
+
+
+def test_figures_that_are_equal_are_counted_and_shown_when_asked_for(pair: tuple[str, str]) -> None:
+    assert "1 of 1 figures are equal in both: --all shows them." in run(*pair).stdout
+    assert "decode_ratio" not in run(*pair).stdout
+    assert "decode_ratio" in run(*pair, "--all").stdout
+    assert run(*pair, "--all", "--changed").exit_code == 2
+
+
+def test_a_record_beside_itself_is_said_to_be_that(pair: tuple[str, str]) -> None:
+    assert "A AND B ARE THE SAME RUN" in run(pair[0], pair[0]).stdout

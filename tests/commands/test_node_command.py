@@ -78,6 +78,7 @@ def test_markdown_is_for_people_with_definitions_and_the_memory_curve(
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("| model")
+    assert ("power W: " in done.stdout) is ("power W |" in done.stdout), "defined where there is such a column"
     for words in ("pp32", "t/s: tokens per second", "build: llama-cpp-python", "prefill peak MiB", "record: "):
         assert words in done.stdout
     assert json.loads(done.stderr.splitlines()[0])["test"] == "pp32"
@@ -99,6 +100,9 @@ def test_json_is_the_whole_run(model: str, environment: dict[str, str], tmp_path
         (["-p", "0"], 2, "nothing to measure"),
         (["--json", "-o", "csv"], 2, "--json"),
         (["-o", "xml"], 2, "xml"),
+        (["-t", "0"], 2, "-t: 0 is below 1"),
+        (["--threads-prefill", "0"], 2, "--threads-prefill: 0 is below 1"),
+        (["-p", "8", "-d", "100000000"], 1, "Ask for fewer tokens (-d, -p, -n"),
         (["-p", "8", "--core", "4095"], 1, "no core [4095]"),
         (["-p", "8", "-m", "no-such-model"], 1, "no-such-model"),
     ],

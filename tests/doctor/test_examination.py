@@ -92,8 +92,13 @@ def test_a_board_that_says_nothing_is_unknown_and_not_well(tmp_path: Path, tiny:
     found = examined(tmp_path / "nothing", tiny)
     for check in ("board.model", "board.ram", "board.temperature", "kernel.memory_cgroup", "storage.root"):
         assert found[check].status == "unknown", check
-    for check in ("kernel.swap", "network.link", "network.clock", "ports.gateway"):
+    for check in ("kernel.swap", "kernel.huge_pages", "network.link", "network.clock", "ports.gateway"):
         assert found[check].status == "unknown", check
+    for check in ("limits.memory", "limits.cpu", "model.memory", "worker.threads", "k3s.installed"):
+        assert found[check].status == "unknown", check
+    assert "how much is free cannot be read" in found["model.memory"].found
+    assert found["board.model"].found == "neither its name nor its architecture can be read"
+    assert not [one for one in found.values() if one.status in ("warn", "fail")]
 
 
 @pytest.mark.parametrize(

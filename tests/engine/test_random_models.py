@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -71,3 +72,11 @@ def test_policy_fast_with_k_quants_is_not_exact_and_says_so(backend_of: LoadBack
     assert found["level"] == "same-plan", done.stderr
     assert "policy fast" in found["reason"]
     assert done.returncode == 0
+
+
+def test_a_process_that_cannot_requantize_says_why_in_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "edge_llm.engine.quantize", "absent.gguf", str(tmp_path / "out.gguf"), "Q9"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("unknown quantization 'Q9': known are")
+    assert len(done.stderr.splitlines()) == 1

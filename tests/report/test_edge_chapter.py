@@ -6,7 +6,8 @@ from typing import Any
 
 import msgspec
 
-from edge_llm.bench.edge_table import Board, Row, Trial, rows_of
+from edge_llm.bench.edge_board import Board
+from edge_llm.bench.edge_table import Row, Trial, rows_of
 from edge_llm.bench.record import ModelFacts, Record
 from edge_llm.bench.serve.answers import Answer
 from edge_llm.report.chapters import report_of

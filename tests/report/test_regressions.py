@@ -74,7 +74,8 @@ def test_too_few_samples_are_said_and_judge_nobody() -> None:
     assert found.samples[0].verdict == "too_few"
     assert found.samples[0].p is None
     assert found.regressions == []
-    assert "too few" in written(found, only_changed=False)
+    assert not found.is_tested
+    assert "too few values" in written(found)
 
 
 def test_what_others_became_is_a_change_of_the_machine() -> None:
@@ -150,10 +151,10 @@ def test_shares_of_few_requests_and_of_means_are_not_tested() -> None:
 
 
 def test_where_nothing_could_be_tested_the_conclusion_says_so() -> None:
-    text = written(of_samples("ttft_s", [1.0, 1.1], [9.0, 9.1]), only_changed=False)
-    assert "Nothing that could be tested is significantly worse" in text
+    text = written(of_samples("ttft_s", [1.0, 1.1], [9.0, 9.1]))
+    assert "NOTHING COULD BE TESTED" in text
     assert "Not testable: 1 of 1 samples (too few values)." in text
-    tested = written(of_samples("ttft_s", times(1.0, 9, 1), times(1.0, 9, 1)), only_changed=False)
+    tested = written(of_samples("ttft_s", times(1.0, 9, 1), times(1.0, 9, 1)))
     assert "Nothing is significantly worse" in tested
     assert "Not testable" not in tested
 
@@ -172,7 +173,7 @@ def test_a_figure_without_samples_or_interval_is_shown_and_not_judged() -> None:
     found = figures({"resumed_s_max": 1.0}, {"resumed_s_max": 9.0})
     assert found.figures[0].verdict == "untested"
     assert found.regressions == []
-    assert "(worse)" in written(found, only_changed=False)
+    assert "(worse)" in written(found)
 
 
 def test_figures_with_intervals_changed_when_these_are_apart() -> None:
@@ -212,7 +213,7 @@ def test_rows_of_a_sweep_are_told_apart_by_all_that_was_swept() -> None:
 def test_what_only_one_side_has_is_named() -> None:
     found = figures({"x_s": 1.0, "old_s": 2.0}, {"x_s": 1.0, "new_s": 2.0})
     assert (found.only_in_a, found.only_in_b) == (["old_s"], ["new_s"])
-    text = written(found, only_changed=False)
+    text = written(found)
     assert "Only in A: old_s" in text
     assert "Only in B: new_s" in text
 
@@ -236,14 +237,14 @@ def test_records_of_two_kinds_or_with_nothing_in_common_are_refused() -> None:
     ],
 )
 def test_what_makes_it_a_comparison_of_something_else_is_said_first(change: dict[str, Any], said: str) -> None:
-    text = written(compared({}, change), only_changed=False)
+    text = written(compared({}, change))
     assert said in text
     assert text.index(said) < text.index("B/A")
 
 
 def test_what_was_asked_differs_only_where_both_say_it() -> None:
     asked = {"workload": {"rate_per_s": 1}}
-    assert "DIFFERENT WORKLOADS" in written(compared(asked, {"workload": {"rate_per_s": 2}}), only_changed=False)
+    assert "DIFFERENT WORKLOADS" in written(compared(asked, {"workload": {"rate_per_s": 2}}))
     older = compared({}, asked)
     assert [(one.area, one.is_loud) for one in older.differences] == [("workload", False)]
 
@@ -263,13 +264,13 @@ def test_other_settings_code_and_kernels_are_said_quietly() -> None:
         ("settings", False),
         ("code", False),
     ]
-    assert "What else differs" in written(found, only_changed=False)
+    assert "What else differs" in written(found)
 
 
 def test_what_is_worse_comes_first() -> None:
     a = {"samples": {"a_ttft_s": times(1, 9, 1), "b_ttft_s": times(1, 9, 2)}}
     b = {"samples": {"a_ttft_s": times(1, 9, 3), "b_ttft_s": times(2, 9, 4)}}
-    text = written(compared(a, b), only_changed=False)
+    text = written(compared(a, b))
     assert text.index("| b_ttft_s") < text.index("| a_ttft_s")
     assert "| a_ttft_s" not in written(compared(a, b), only_changed=True)
 
@@ -278,3 +279,9 @@ def test_the_json_of_a_comparison_follows_its_schema() -> None:
     found = compared({}, {"nodes": []})
     assert msgspec.json.decode(msgspec.json.encode(found), type=Comparison) == found
     assert "Comparison" in schema()["$defs"]
+
+
+def test_figures_without_intervals_judge_nothing_and_equal_ones_need_no_test() -> None:
+    assert not figures({"ttft_s": 1.0, "requests": 3}, {"ttft_s": 4.0, "requests": 3}).is_tested
+    assert figures({"ttft_s": 1.0}, {"ttft_s": 1.0}).is_tested
+    assert figures({"streams_lost": 1}, {"streams_lost": 0}).is_tested

@@ -196,6 +196,7 @@ def test_a_run_that_was_killed_has_its_first_record_and_says_how_far_it_came(tmp
     assert report.unreadable == ()
     (part,) = report.chapters[0].parts
     assert "10 finished cases are in a.cases.jsonl" in part.alarms[0]
+    assert any("killed, 10 finished cases in its lines" in cell for cell in report.overview.rows[0])
     assert any("stages of requests" in plot.title for plot in part.plots)
 
 
