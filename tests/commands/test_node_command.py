@@ -99,6 +99,7 @@ def test_json_is_the_whole_run(model: str, environment: dict[str, str], tmp_path
         (["-p", "0"], 2, "nothing to measure"),
         (["--json", "-o", "csv"], 2, "--json"),
         (["-o", "xml"], 2, "xml"),
+        (["-p", "8", "--check"], 2, "--against-llama-bench"),
         (["-p", "8", "--core", "4095"], 1, "no core [4095]"),
         (["-p", "8", "-m", "no-such-model"], 1, "no-such-model"),
     ],
