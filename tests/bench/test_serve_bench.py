@@ -504,6 +504,9 @@ def test_for_people_there_are_tables_and_what_the_words_mean(server: Server, tmp
     assert done.exit_code == 0, done.output
     for words in ("TTFT", "answer tokens/s", "all loads", "limits times", "times slower than alone", "(e2el - ttft)"):
         assert words in done.output
+    assert "tightest_90 <= 0.5" in done.output, "a smaller one was not tried"
+    assert "TPOT (TBT)" in done.output
+    assert "the others compared with what lies between" in " ".join(done.output.split())
 
 
 def test_this_board_and_a_process_are_watched_meanwhile(server: Server, tmp_path: Path) -> None:
@@ -569,6 +572,24 @@ def test_a_missed_bar_has_an_exit_code_of_its_own(server: Server, tmp_path: Path
     assert "0% keep the limits" in done.output
 
 
+@pytest.mark.parametrize("limits", [[], ["--slo", "ttft=9"]])
+def test_most_requests_failing_is_a_bar_missed_with_limits_and_without(
+    server: Server, tmp_path: Path, limits: list[str]
+) -> None:
+    server.fails_after = 3  # a look, the warm-up, and one that is counted
+    arguments = ["--url", server.url, "--requests", "10", "--answer-tokens", "5", "--warm-up", "1", "--check"]
+    done = CliRunner().invoke(serve, [*arguments, *limits, "--output", str(tmp_path)])
+    assert done.exit_code == 3, done.output
+    assert ("10% keep the limits" if limits else "9 of 10 requests failed") in done.stderr
+
+
+def test_rates_that_are_all_too_high_miss_the_bar_and_one_that_is_not_keeps_it(server: Server, tmp_path: Path) -> None:
+    arguments = ["--url", server.url, "--rate-sweep", "100,200", "--requests", "4", "--answer-tokens", "5", "--check"]
+    for limits, code in (("ttft=9", 0), ("ttft=0.000001", 3)):
+        done = CliRunner().invoke(serve, [*arguments, "--slo", limits, "--output", str(tmp_path)])
+        assert done.exit_code == code, done.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -591,6 +612,7 @@ def test_a_missed_bar_has_an_exit_code_of_its_own(server: Server, tmp_path: Path
         (["--url", "http://h", "--body", "[1]"], "JSON object"),
         (["--url", "http://h", "--no-stream", "--slo", "ttft=1"], "no first token"),
         (["--url", "http://h", "--watch", "x"], "NAME=PID"),
+        (["--url", "http://h", "--watch", "x=999999999"], "no process here has the id 999999999"),
     ],
 )
 def test_a_wrong_use_is_said_before_anybody_is_asked(arguments: list[str], complaint: str) -> None:
