@@ -132,7 +132,7 @@ def finish(
     if as_json:
         click.echo(json.dumps({**figures, "record": str(path or "")}))
     else:
-        (show or _print)(figures)
+        (show or print_tree)(figures)
         click.echo(f"record: {path or 'none'}", err=is_data)
     for failure in run.failures:
         click.echo(f"not measured: {failure.what}: {failure.why}", err=True)
@@ -164,12 +164,12 @@ def _kept(record: Any, folder: Path) -> tuple[Path | None, bool]:
     return path, False
 
 
-def _print(figures: dict[str, Any], indent: str = "") -> None:
+def print_tree(figures: dict[str, Any], indent: str = "") -> None:
     """A tree of numbers as aligned lines."""
     for name, value in figures.items():
         if isinstance(value, dict):
             click.echo(f"{indent}{name}")
-            _print(value, indent + "  ")
+            print_tree(value, indent + "  ")
         else:
             text = "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
             click.echo(f"{indent}{name:<{44 - len(indent)}} {text}")

@@ -65,7 +65,7 @@ class Supervisor:
         options of the gateway."""
         self._say, self._place = say, place or (lambda _name, port: f"{LOOPBACK}:{port}")
         self._neighbours = neighbours
-        self._key = key or new_key()
+        self.key = key or new_key()
         self._show = _to_stderr if config.show_logs else None
         self._available_bytes = available_bytes
         self.workers = self._plan_workers(config, model, worker_arguments)
@@ -153,7 +153,7 @@ class Supervisor:
         await self._start(self.gateway)
 
     async def _start(self, child: Child) -> None:
-        await child.start(self._key)
+        await child.start(self.key)
         assert child.ready is not None
         assert child.process is not None
         self._say(f"{child.name} ready on {child.ready['address']} (pid {child.process.pid})")
