@@ -30,8 +30,9 @@ _HANDOFFS: Final = {
     "handoff_mb": "MB",
 }
 _UNITS: Final = (
-    "MB/s, tok/s: of KV that was there to be sent; after: ms that a split adds once the prompt is computed; adopt: ms\n"
-    "of that to take it over; overlap: share of the KV sent while the prompt was computed; MB: of KV in one hand-off"
+    "MB/s, tok/s: of KV that was there to be sent",
+    "after: ms that a split adds once the prompt is computed; adopt: of these, taking it",
+    "overlap: share of the KV sent while it was computed; MB: of KV in one hand-off",
 )
 
 
@@ -63,7 +64,7 @@ def _lines(found: Mapping[str, Any]) -> Iterator[str]:
         yield from _table(_LINKS, pairs)
         yield "\nHand-offs\n"
         yield from _table(_HANDOFFS, pairs)
-        yield _UNITS
+        yield from _UNITS
     yield from found["notes"]
     yield ""
     yield from (f"{word:<15}{meaning}" for word, meaning in found["definitions"].items())

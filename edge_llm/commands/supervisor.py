@@ -2,7 +2,7 @@
 
 Owns who is started with what, restart with back-off, and the order of starting and stopping; one process is child.py.
 It starts the very same `edge-llm serve ...` processes that a real cluster runs; there is no second code path. The
-cluster key is made here and inherited by descriptor.
+cluster key is made here and inherited by descriptor; who may ask the workers, too, is given it (up.py).
 
 Invariants: all listen on loopback only, without API keys, whatever a settings file says for a real cluster; a worker
 keeps its port over restarts, so that the workers file stays true; a child that cannot be started again is tried again

@@ -506,7 +506,7 @@ def test_for_people_there_are_tables_and_what_the_words_mean(server: Server, tmp
         assert words in done.output
     assert "tightest_90 <= 0.5" in done.output, "a smaller one was not tried"
     assert "TPOT (TBT)" in done.output
-    assert "the others compared with what lies between" in " ".join(done.output.split())
+    assert "other lengths are compared with what lies between" in " ".join(done.output.split())
 
 
 def test_this_board_and_a_process_are_watched_meanwhile(server: Server, tmp_path: Path) -> None:
