@@ -101,7 +101,7 @@ async def measure(places: Places, plan: Plan, run: Run, tally: Tally, progress: 
         if not tally.statuses:
             why = run.failures[0].why if run.failures else "the file names none"
             raise MeasureFailed(f"none of {len(places.peers)} workers can be asked: {why}")
-        pairs = _pairs(places.peers, tally)
+        pairs = _pairs(places.peers, tally, run.failures[0].why if run.failures else "")
         for number, (source, target) in enumerate(pairs):
             facts = tally.pairs.setdefault((source.worker, target.worker), {})
             for repetition in range(plan.repetitions):
@@ -148,8 +148,8 @@ def _connect_s(address: str) -> float:
         return time.monotonic() - began_s
 
 
-def _pairs(peers: Sequence[Peer], tally: Tally) -> list[tuple[Peer, Peer]]:
-    """Who may hand over to whom, by what they say of themselves."""
+def _pairs(peers: Sequence[Peer], tally: Tally, trouble: str) -> list[tuple[Peer, Peer]]:
+    """Who may hand over to whom, by what they say of themselves. `trouble`: of a worker that said nothing."""
     found: list[tuple[Peer, Peer]] = []
     for source in peers:
         for target in peers:
@@ -161,6 +161,12 @@ def _pairs(peers: Sequence[Peer], tally: Tally) -> list[tuple[Peer, Peer]]:
                 tally.notes.append(f"{source.worker} to {target.worker}: no hand-off: {why}")
                 continue
             found.append((source, target))
+    silent = [f"{peer.worker} at {peer.address}" for peer in peers if peer.worker not in tally.statuses]
+    if not found and silent:
+        raise MeasureFailed(
+            f"no pair is left to measure, because {' and '.join(silent)} {'do' if len(silent) > 1 else 'does'} not "
+            f"answer ({trouble}): start it, or correct its address in the workers file"
+        )
     if not found:
         raise MeasureFailed(
             "no two of these workers hand KV over: one has to serve prompts (role prefill or mixed) and another one to "

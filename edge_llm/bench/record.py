@@ -27,7 +27,7 @@ from edge_llm.bench.compiled import compiled_facts
 from edge_llm.bench.resources import Watched
 from edge_llm.bench.stats import Summary
 from edge_llm.board import BoardFacts
-from edge_llm.errors import EdgeLLMError
+from edge_llm.errors import ConfigError, EdgeLLMError
 from edge_llm.machine import NodeFacts
 
 SCHEMA_VERSION: Final = 1
@@ -233,6 +233,18 @@ def file_name(record: Record) -> str:
     if record.cases is not None and record.cases.file is not None:
         return f"{record.cases.file.removesuffix(SUFFIX)}.json"
     return f"{stem_of(record.started_at, record.kind, record.models)}.json"
+
+
+def try_folder(folder: Path) -> None:
+    """Make it, and write to it. Raises ConfigError: hours of measuring are no time to find out."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"no record can be written to {folder} ({error.strerror or error}): name another folder with --output"
+        ) from error
 
 
 def write(record: Record, folder: Path) -> Path:

@@ -33,6 +33,7 @@ from edge_llm.bench.record import (
     read_source,
     statistics_of,
     stem_of,
+    try_folder,
     write,
 )
 from edge_llm.bench.resources import Watch, Watched, baselines
@@ -46,7 +47,8 @@ CUT_OFF: Final = "this run did not come to its end: what it finished is in its l
 
 @dataclass(slots=True)
 class Run:
-    """What is known so far. Build it when the run starts: the board is read then.
+    """What is known so far. Build it when the run starts: the board is read then. Raises ConfigError when no record can
+    be written to `folder`.
 
     `folder`: where its lines are kept while it runs (`case`); without one they are in `cases`. `idle_s`: how long the
     board is watched before the first load, which is what loads are above.
@@ -71,6 +73,10 @@ class Run:
     resources: list[Watched] = field(default_factory=list)
     _log: CaseLog | None = None
     _beginning: Thread | None = None
+
+    def __post_init__(self) -> None:
+        if self.folder is not None:
+            try_folder(self.folder)
 
     def add(self, name: str, value: float) -> None:
         self.samples.setdefault(name, []).append(value)

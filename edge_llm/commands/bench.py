@@ -42,7 +42,7 @@ from edge_llm.commands.turns import turns
 from edge_llm.config import DEFAULT_MODEL
 
 _PRINTED = ("record", "case", "printed")
-_OWN = ("node", "net", "serve", "accuracy", "goodput", "cluster", "compare", "claims")
+_OWN = ("node", "net", "serve", "accuracy", "goodput", "cluster", "compare", "claims", "report")
 
 
 @click.group()
@@ -168,12 +168,14 @@ def schema(of: str) -> None:
     from edge_llm.bench.schemas import schema as of_command
     from edge_llm.bench.serve.results import schema as of_serve
     from edge_llm.report.compare import schema as of_compare
+    from edge_llm.report.document import schema as of_report
 
     own: dict[str, Callable[[], dict[str, Any]]] = {
         "serve": of_serve,
         "cluster": of_cluster,
         "compare": of_compare,
         "claims": of_claims,
+        "report": of_report,
         **{name: partial(of_command, name) for name in PRINTED},
     }
     click.echo(json.dumps(own[of]() if of in own else published(of), indent=1))

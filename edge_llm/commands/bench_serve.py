@@ -24,6 +24,7 @@ from edge_llm.commands.measuring import (
     until_interrupted,
 )
 from edge_llm.commands.serve import SloOption
+from edge_llm.machine import process_life
 
 # The beginnings of the two Azure traces of 2023; the folder's README says whose they are.
 SHIPPED: Final = Path(__file__).parent.parent / "bench" / "data"
@@ -133,6 +134,9 @@ def serve(output: Path, as_json: bool, check: bool, **given: Any) -> None:
 
     A closed loop keeps --concurrency requests under way; an open one sends at --rate, whatever becomes of them. What
     fails is counted by kind. All that are compared (--mode, --beside) get the same requests at the same times.
+
+    --check exits with 3 when a request failed; with --slo when fewer than 90 % keep it (of several rates: at each of
+    them); with --slowdown when one of the nine limits does not hold.
     """
     from edge_llm.bench.run import Run
     from edge_llm.bench.serve.experiment import measure
@@ -171,17 +175,24 @@ def _found(tally: Any, run: Any) -> dict[str, Any]:
 
 
 def _missed(tally: Any) -> list[str]:
-    """Loads at which fewer than 90 % keep the limits, or where Splitwise's nine do not hold."""
+    """With limits 90 % must keep them (a request that failed keeps none), at each load, or at the lowest of several
+    rates: the higher ones are there to be too high. Without limits every request must be answered whole. And where
+    requests were sent alone, Splitwise's nine must hold."""
     from edge_llm.bench.goodput import GOALS
 
     found = []
     for name, one in tally.found().contenders.items():
         for load in one.loads:
-            attained = load.figures.attained
+            figures, attained, where = load.figures, load.figures.attained, f"{name}, {load.label}"
+            if attained is None and figures.completed < figures.requests:
+                found.append(f"{where}: {figures.requests - figures.completed} of {figures.requests} requests failed")
             if attained is not None and attained.attainment < GOALS[0] and not one.goodput:
-                found.append(f"{name}, {load.label}: {attained.attainment:.0%} keep the limits, not {GOALS[0]:.0%}")
+                found.append(f"{where}: {attained.attainment:.0%} keep the limits, not {GOALS[0]:.0%}")
             if load.slowdown is not None and not load.slowdown.holds:
-                found.append(f"{name}, {load.label}: not all of the nine limits of slowdown hold")
+                found.append(f"{where}: not all of the nine limits of slowdown hold")
+        at = one.goodput.get(f"goodput_{100 * GOALS[0]:.0f}")
+        if at is not None and at.bound == "at_most":
+            found.append(f"{name}: at no rate that was measured {GOALS[0]:.0%} keep the limits")
     return found
 
 
@@ -337,6 +348,8 @@ def _watching(run: Any, watched: Sequence[str]) -> Callable[[], AbstractContextM
     for one in watched:
         name, _, value = one.partition("=")
         if name and value.isdigit():
+            if process_life(int(value)) is None:
+                raise click.UsageError(f"--watch {one}: no process here has the id {value}")
             processes[name] = int(value)
         elif name and value.startswith(("http://", "https://")):
             nodes[name] = value

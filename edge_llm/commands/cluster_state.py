@@ -1,8 +1,10 @@
-"""The state files of running `edge-llm up`: how `down` and `status` find a cluster.
+"""The state files of running `edge-llm up`: how `down`, `status` and `bench net` find a cluster.
 
-Owns the files, one per port, and telling whether their cluster still runs. Refuses to know what a cluster does.
+Owns the files, two per port (the cluster, and the key of its workers), and telling whether their cluster still runs.
+Refuses to know what a cluster does.
 
-Invariant: a file whose process ended is no cluster, even when another process has its id now.
+Invariants: a file whose process ended is no cluster, even when another process has its id now; a key is readable by its
+user only, and gone when the cluster has stopped.
 """
 
 from __future__ import annotations
@@ -48,9 +50,18 @@ def state_path(port: int) -> Path:
     return state_dir() / "up" / f"{port}.json"
 
 
-def write_state(state: ClusterState) -> None:
+def key_path(port: int) -> Path:
+    return state_path(port).with_suffix(".key")
+
+
+def write_state(state: ClusterState, key: bytes | None = None) -> None:
+    """`key`: of its workers; before the state, so that whoever finds a cluster finds its key."""
     path = state_path(state.port)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if key is not None:
+        key_path(state.port).unlink(missing_ok=True)  # of one that was killed, maybe with other permissions
+        with open(os.open(key_path(state.port), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(key)
     draft = path.with_suffix(".tmp")
     draft.write_text(json.dumps(asdict(state)))
     draft.replace(path)
@@ -97,3 +108,4 @@ def url_of_the_only_one() -> str:
 
 def forget_state(port: int) -> None:
     state_path(port).unlink(missing_ok=True)
+    key_path(port).unlink(missing_ok=True)

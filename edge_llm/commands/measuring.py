@@ -1,6 +1,10 @@
 """What the measuring commands share: options, progress, Ctrl-C, and the end of a run: record, print, exit code.
 
-Owns none of the measuring. Exit codes: 1 something could not be measured, 3 a bar was missed, 130 interrupted.
+Owns none of the measuring. Exit codes: 1 something could not be measured, or its record not kept where it was asked
+for, 3 a bar was missed, 130 interrupted.
+
+Invariant: a folder that takes no record is an error before anything is measured; one that takes none any more at the
+end (a full disk) does not cost what was measured.
 """
 
 from __future__ import annotations
@@ -8,16 +12,45 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
 import click
+from click.core import ParameterSource
+
+from edge_llm.errors import ConfigError
 
 THRESHOLD_FAILED: Final = 3
 INTERRUPTED: Final = 130
 Report = Callable[[str, int, int], None]
+
+
+def _tried(context: click.Context, param: click.Parameter, folder: Path) -> Path:
+    """A folder that was named, before the model is fetched, too; the usual one is tried by the `Run` that needs it:
+    not all that these commands do leaves a record. One that was made for the trial and is empty at the end goes again,
+    so that a wrong option beside it leaves nothing."""
+    from edge_llm.bench.record import try_folder
+
+    if context.get_parameter_source(str(param.name)) is ParameterSource.DEFAULT:
+        return folder
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        try_folder(folder)
+    except ConfigError as error:
+        raise click.BadParameter(error.message, context, param) from error
+    context.call_on_close(lambda: _remove_empty(made))
+    return folder
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    """Deepest first."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 quick_option = click.option("--quick", is_flag=True, help="Fewer repetitions: a look, not a measurement.")
@@ -27,6 +60,7 @@ output_option = click.option(
     type=click.Path(path_type=Path, file_okay=False),
     default=Path("bench_results"),
     show_default=True,
+    callback=_tried,
     help="Folder of the record.",
 )
 
@@ -94,32 +128,48 @@ def finish(
 ) -> None:
     """Record, print (`show`: for people, instead of a tree of all numbers), and the exit code. `is_data`: standard
     output belongs to rows for programs, so nothing else goes there."""
-    from edge_llm.bench.record import write
-
-    path = write(run.record(figures, is_complete), output)
+    path, is_in_place = _kept(run.record(figures, is_complete), output)
     if as_json:
-        click.echo(json.dumps({**figures, "record": str(path)}))
+        click.echo(json.dumps({**figures, "record": str(path or "")}))
     else:
-        (show or _print)(figures)
-        click.echo(f"record: {path}", err=is_data)
+        (show or print_tree)(figures)
+        click.echo(f"record: {path or 'none'}", err=is_data)
     for failure in run.failures:
         click.echo(f"not measured: {failure.what}: {failure.why}", err=True)
     for line in misses:
         click.echo(f"bar missed: {line}", err=True)
     if not is_complete:
         sys.exit(INTERRUPTED)
-    if run.failures:
+    if run.failures or not is_in_place:
         sys.exit(1)
     if misses:
         sys.exit(THRESHOLD_FAILED)
 
 
-def _print(figures: dict[str, Any], indent: str = "") -> None:
+def _kept(record: Any, folder: Path) -> tuple[Path | None, bool]:
+    """Where the record is now, and whether that is where it was asked for. Of a folder that cannot be written any more
+    it goes to this system's temporary one; None where that is full, too: the figures are printed all the same."""
+    from edge_llm.bench.record import write
+
+    try:
+        return write(record, folder), True
+    except OSError as error:
+        trouble = f"the record cannot be written to {folder} ({error.strerror or error})"
+    try:
+        path = write(record, Path(tempfile.mkdtemp(prefix="edge-llm-record-")))
+    except OSError as error:
+        click.echo(f"edge-llm: {trouble}, nor to {tempfile.gettempdir()} ({error.strerror or error})", err=True)
+        return None, False
+    click.echo(f"edge-llm: {trouble}: it is {path}, move it before this machine starts again", err=True)
+    return path, False
+
+
+def print_tree(figures: dict[str, Any], indent: str = "") -> None:
     """A tree of numbers as aligned lines."""
     for name, value in figures.items():
         if isinstance(value, dict):
             click.echo(f"{indent}{name}")
-            _print(value, indent + "  ")
+            print_tree(value, indent + "  ")
         else:
-            text = f"{value:.4g}" if isinstance(value, float) else str(value)
+            text = "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
             click.echo(f"{indent}{name:<{44 - len(indent)}} {text}")

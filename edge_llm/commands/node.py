@@ -105,6 +105,8 @@ def node(output: Path, output_format: str | None, output_err: str | None, as_jso
 
     if as_json and output_format:
         raise click.UsageError("--json prints the whole run as one object: leave out -o")
+    if options["check"] and not options["against_llama_bench"]:
+        raise click.UsageError("--check judges what --against-llama-bench compares: give that, too")
     try:
         sweep = _sweep(options)
         plan, tests = _plan(options, sweep), sweep.tests()

@@ -12,6 +12,8 @@ from typing import Any, Final
 import click
 
 _TIMES: Final = {"ttft_ms": "TTFT", "tpot_ms": "TPOT", "itl_ms": "ITL", "e2el_ms": "E2E"}
+# As Splitwise's table has them; its TBT is what is TPOT everywhere else here.
+_SLOWED: Final = {"ttft": "TTFT", "tbt": "TPOT (TBT)", "e2e": "E2E"}
 # Of tables that go into a file.
 _WIDTH: Final = 130
 # More loads than these have a line each, and no table of their own.
@@ -43,6 +45,7 @@ def show(found: Mapping[str, Any]) -> None:
         for load in loads:
             if load["slowdown"]:
                 console.print(_slowdown(load["slowdown"]))
+                click.echo(f"  {_compared(load['slowdown'])}")
     for label, rows in _together(found["contenders"]).items():
         console.print(_curve(label, list(rows.values()), list(rows)))
     for line in found["sentences"]:
@@ -116,8 +119,16 @@ def _rates(load: Mapping[str, Any]) -> Iterator[str]:
         )
     if scales := load["slo_scales"]:
         shares = ", ".join(f"x{scale} {share:.0%}" for scale, share in scales["attainment"].items())
-        best = ", ".join(f"{name} {_word(scale)}" for name, scale in scales["tightest"].items())
+        tried = [float(scale) for scale in scales["attainment"]]
+        best = ", ".join(f"{name} {_tightest(scale, tried)}" for name, scale in scales["tightest"].items())
         yield f"limits times: {shares}; {best}"
+
+
+def _tightest(scale: float | None, tried: Sequence[float]) -> str:
+    """What was not tried may be tighter still, or attained where nothing that was tried is."""
+    if scale is None:
+        return f"> {max(tried):g}"
+    return f"<= {scale:g}" if scale == min(tried) else f"{scale:g}"
 
 
 def _curve(title: str, loads: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> Any:
@@ -148,10 +159,7 @@ def _slowdown(found: Mapping[str, Any]) -> Any:
     """Splitwise's nine, and whether each holds."""
     from rich.table import Table
 
-    title = (
-        f"times slower than alone ({found['requests']} of {found['of']} requests, {found['alone']} sent alone): "
-        f"{'all nine hold' if found['holds'] else 'not all hold'}"
-    )
+    title = f"times slower than alone: {'all nine hold' if found['holds'] else 'not all hold'}"
     table = Table(title=title, title_justify="left")
     for column in ("", "P50", "P90", "P99"):
         table.add_column(column)
@@ -159,8 +167,15 @@ def _slowdown(found: Mapping[str, Any]) -> Any:
         cells = (
             f"{cell['slowdown']:.2f} {'<=' if cell['is_kept'] else '>'} {cell['limit']:g}" for cell in row.values()
         )
-        table.add_row(metric.upper(), *cells)
+        table.add_row(_SLOWED[metric], *cells)
     return table
+
+
+def _compared(found: Mapping[str, Any]) -> str:
+    return (
+        f"{found['requests']} of {found['of']} requests, {found['alone']} sent alone; other lengths are compared with "
+        "what lies between these (see slowdown below)"
+    )
 
 
 def _word(value: object) -> str:

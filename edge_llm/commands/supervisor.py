@@ -2,7 +2,7 @@
 
 Owns who is started with what, restart with back-off, and the order of starting and stopping; one process is child.py.
 It starts the very same `edge-llm serve ...` processes that a real cluster runs; there is no second code path. The
-cluster key is made here and inherited by descriptor.
+cluster key is made here and inherited by descriptor; who may ask the workers, too, is given it (up.py).
 
 Invariants: all listen on loopback only, without API keys, whatever a settings file says for a real cluster; a worker
 keeps its port over restarts, so that the workers file stays true; a child that cannot be started again is tried again
@@ -65,7 +65,7 @@ class Supervisor:
         options of the gateway."""
         self._say, self._place = say, place or (lambda _name, port: f"{LOOPBACK}:{port}")
         self._neighbours = neighbours
-        self._key = key or new_key()
+        self.key = key or new_key()
         self._show = _to_stderr if config.show_logs else None
         self._available_bytes = available_bytes
         self.workers = self._plan_workers(config, model, worker_arguments)
@@ -153,7 +153,7 @@ class Supervisor:
         await self._start(self.gateway)
 
     async def _start(self, child: Child) -> None:
-        await child.start(self._key)
+        await child.start(self.key)
         assert child.ready is not None
         assert child.process is not None
         self._say(f"{child.name} ready on {child.ready['address']} (pid {child.process.pid})")

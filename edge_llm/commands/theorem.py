@@ -33,7 +33,8 @@ def theorem(
 
     if api_key_file is not None and url is None:
         raise click.UsageError("--api-key-file is for the gateway at --url")
-    proof, run = Proof(), Run("theorem", command_line(), {"prompts": prompts, "seed": seed, "is_own": url is None})
+    config = {"prompts": prompts, "seed": seed, "is_own": url is None}
+    proof, run = Proof(), Run("theorem", command_line(), config, folder=output)
     with steps() as report:
         found, is_complete = until_interrupted(
             lambda: asyncio.run(

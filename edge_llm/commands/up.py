@@ -157,7 +157,7 @@ def _run(settings: UpConfig, worker_options: Sequence[str], gateway_options: Seq
 
     def on_ready() -> None:
         state = ClusterState.of_this_process(settings.port, name, workers, supervisor.stop_s)
-        write_state(state)
+        write_state(state, supervisor.key)
         can_split = {"prefill", "decode"} <= set(settings.roles)
         which = "" if settings.model == DEFAULT_MODEL else f" --model {shlex.quote(settings.model)}"
         click.echo(greeting(state.url, name, _levels(supervisor), can_split, stop, which))

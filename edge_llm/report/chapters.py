@@ -162,8 +162,10 @@ def _facts(record: Record) -> list[tuple[str, str]]:
 
 
 def _model(model: ModelFacts) -> str:
-    size = f", {shown(('size_bytes',), model.size_bytes)}" if model.size_bytes else ""
-    return f"{model.name}, {model.quantization}{size}, sha256 {model.sha256[:_HASH_CHARS]}"
+    """Somebody else's server may say no more of it than its name."""
+    size = shown(("size_bytes",), model.size_bytes) if model.size_bytes else ""
+    sha256 = f"sha256 {model.sha256[:_HASH_CHARS]}" if model.sha256 else ""
+    return ", ".join(filter(None, (model.name, model.quantization, size, sha256)))
 
 
 def _machine(node: Node) -> str:

@@ -7,6 +7,9 @@ Refuses to know records, HTML and Markdown; a plot is SVG already, since nothing
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+import msgspec
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,3 +67,10 @@ class Report:
     chapters: tuple[Chapter, ...]
     across: tuple[Plot, ...] = ()
     unreadable: tuple[tuple[str, str], ...] = ()
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of what `edge-llm bench report --json` prints: a report whose drawings are their titles."""
+    found = msgspec.json.schema(Report)
+    found["$defs"]["Plot"] = {"type": "string", "description": "The title of a drawing; the page has the drawing."}
+    return found

@@ -19,7 +19,9 @@ from edge_llm.bench.processes import MeasureFailed
 from edge_llm.bench.run import Run
 from edge_llm.bench.schemas import NetFigures
 from edge_llm.bench.tcp_link import MAGIC, Link, Listener
+from edge_llm.cli import cli
 from edge_llm.commands.net import net
+from edge_llm.commands.net_tables import show
 from edge_llm.worker.client import Peer
 from edge_llm.worker.tickets import KeyRing
 from tests.loopback import KEYS, running_cluster
@@ -85,6 +87,15 @@ async def test_a_worker_that_is_gone_is_named_and_leaves_the_others() -> None:
         found, run = await measured(Places(peers, KEYS, "bench-net-1"))
     assert [failure.what for failure in run.failures] == ["gone"]
     assert len(found["pairs"]) == 1
+
+
+@pytest.mark.anyio
+async def test_a_worker_without_which_there_is_no_pair_is_named_with_its_address() -> None:
+    async with running_cluster() as cluster:
+        node = await cluster.start("prefill", "p")
+        peers = (node.peer, Peer("gone", "127.0.0.1:9"))
+        with pytest.raises(MeasureFailed, match=r"gone at 127\.0\.0\.1:9 does not answer"):
+            await measured(Places(peers, KEYS, "bench-net-1"))
 
 
 @pytest.mark.anyio
@@ -207,7 +218,9 @@ def test_the_command_measures_a_link_and_leaves_a_record(listener: Listener, tmp
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        ([], "give one of"),
+        (["--port", "8080", "--listen", "h:1"], "give one of"),
+        (["--to", "h:1", "-o", "csv"], "-o is for pairs"),
+        (["--workers-file", "w", "--key-file", "k", "-o", "csv", "--json"], "leave out -o"),
         (["--listen", "h:1", "--to", "h:1"], "give one of"),
         (["--workers-file", "w"], "--key-file"),
         (["--to", ":x"], "is not like"),
@@ -218,3 +231,76 @@ def test_a_wrong_use_is_said(arguments: list[str], complaint: str) -> None:
     done = CliRunner().invoke(net, arguments)
     assert done.exit_code == 2
     assert complaint in done.output
+
+
+@pytest.mark.usefixtures("tmp_cache")
+def test_without_a_cluster_here_all_other_ways_are_named() -> None:
+    done = CliRunner().invoke(cli, ["bench", "net"])
+    assert done.exit_code == 1
+    for words in ("no cluster of `edge-llm up` runs", "--workers-file", "--listen"):
+        assert words in done.stderr
+
+
+# -- what is shown
+
+
+def a_pair(source: str, target: str) -> dict[str, Any]:
+    return {
+        "from": source,
+        "to": target,
+        "round_trip_ms": 0.1234,
+        "bandwidth_mb_per_s": 523.123,
+        "transfers": 12,
+        "handoff_rate_mb_per_s": 412.9,
+        "handoff_tokens_per_s": 33602.4,
+        "handoff_ms": 12.34,
+        "adopt_ms": None,
+        "overlapped_share": 0.913,
+        "handoff_bytes": 12_582_912.0,
+    }
+
+
+FOUND = {
+    "definitions": {"bandwidth": "MB/s"},
+    "nodes": {
+        name: {
+            "address": "127.0.0.1:20000",
+            "role": "prefill",
+            "model": "a-model-with-quite-a-long-name-q4_k_m",
+            "kv_bytes_per_token": 12288,
+            "connect_ms": 0.1,
+        }
+        for name in ("prefill-1", "decode-1")
+    },
+    "pairs": [a_pair("prefill-1", "decode-1"), a_pair("prefill-1", "decode-2")],
+    "notes": [],
+}
+
+
+def test_tables_for_people_fit_80_columns_and_break_no_word(capsys: pytest.CaptureFixture[str]) -> None:
+    show(FOUND, "md")
+    printed = capsys.readouterr().out
+    tables = [line for line in printed.splitlines() if line.startswith("|")]
+    assert len({len(line) for line in tables}) == 3, "three tables, each aligned"
+    assert max(map(len, tables)) <= 80
+    for words in ("prefill-1", "round trip ms", "33602", "0.913", "12.6", "| -"):
+        assert words in printed
+
+
+def test_pairs_are_rows_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    show(FOUND, "jsonl")
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == FOUND["pairs"]
+    show(FOUND, "json")
+    assert json.loads(capsys.readouterr().out) == FOUND["pairs"]
+    show(FOUND, "csv")
+    head, first, _ = capsys.readouterr().out.splitlines()
+    assert head.split(",")[:3] == ["from", "to", "round_trip_ms"]
+    assert first.split(",")[:3] == ["prefill-1", "decode-1", "0.1234"]
+
+
+def test_a_link_of_no_known_model_has_no_tokens_per_second(listener: Listener, tmp_path: Path) -> None:
+    arguments = ["--to", f"127.0.0.1:{listener.port}", "--quick", "--seconds", "0.1", "--burst-bytes", "4096"]
+    done = CliRunner().invoke(net, [*arguments, "--output", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert "mb_per_s" in done.stdout
+    assert "tokens_per_s" not in done.stdout

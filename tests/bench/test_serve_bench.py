@@ -51,6 +51,9 @@ class Server:
     counts: bool = True
     status: int = 200
     fails_after: int = 1 << 30
+    fails_each: int = 0
+    breaks_after: int = 1 << 30
+    mode: str = ""
     failure: int = 503
     meta: dict[str, Any] = field(default_factory=lambda: {"n_ctx": 1000, "n_vocab": 5000})
     key: str = ""
@@ -83,7 +86,8 @@ class Server:
         is_ids = request.path == "/v1/completions" and isinstance(prompt, list)
         if is_ids and not self.takes_ids:
             return web.json_response({"error": {"message": "prompt must be text"}}, status=400)
-        if self.status != 200 or len(self.bodies) > self.fails_after:
+        is_bad = len(self.bodies) > self.fails_after or (self.fails_each and len(self.bodies) % self.fails_each == 1)
+        if self.status != 200 or is_bad:
             status = self.status if self.status != 200 else self.failure
             return web.json_response({"error": {"message": "full"}}, status=status)
         if self.hangs and len(self.measured) > 3:
@@ -101,8 +105,11 @@ class Server:
             due_s += self.gap_s
             choice = {"text": " a"} if request.path == "/v1/completions" else {"delta": {"content": " a"}}
             await reply.write(f"data: {json.dumps({'choices': [choice]})}\n\n".encode())
+            if len(self.bodies) > self.breaks_after and request.transport is not None:
+                request.transport.close()
         usage = {"prompt_tokens": prompt_tokens, "completion_tokens": body["max_tokens"]}
         last: dict[str, Any] = {"choices": []} | ({"usage": usage} if self.counts else {})
+        last |= {"timings": {"edge_llm": {"mode": self.mode}}} if self.mode else {}
         await reply.write(f"data: {json.dumps(last)}\n\ndata: [DONE]\n\n".encode())
         return reply
 
@@ -215,7 +222,6 @@ def test_a_chat_is_asked_as_a_chat(server: Server) -> None:
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
-        ({"status": 500}, "HTTP 500"),
         ({"status": 400, "takes_ids": False}, "--no-ignore-eos"),
         ({"key": "secret"}, "--api-key-file"),
     ],
@@ -245,6 +251,81 @@ def test_a_key_is_sent_to_whom_it_is_for_and_to_nobody_beside(server: Server, tm
         assert set(server.keys) == {"Bearer secret"}
         assert set(other.keys) == {None}
         assert "secret" not in next(tmp_path.glob("*.json")).read_text()
+
+
+# -- servers that fail
+
+
+def test_a_server_that_fails_from_the_start_is_counted_by_kind_and_leaves_a_record(
+    server: Server, tmp_path: Path
+) -> None:
+    server.status = 500
+    arguments = ["--url", server.url, "--requests", "4", "--answer-tokens", "5", "--output", str(tmp_path), "--json"]
+    done = CliRunner().invoke(serve, arguments)
+    assert done.exit_code == 1, done.output
+    found = msgspec.json.decode(done.stdout.splitlines()[-1], type=ServeFigures)
+    assert found.contenders["server"].loads[0].figures.failed == {"http_500": 4}
+    assert found.contenders["server"].server["model"] == "tiny"
+    assert any("a first request to" in line and "HTTP 500" in line for line in found.sentences)
+    record = load_record(Path(str(found.record)))
+    assert [failure.what for failure in record.failures] == ["server, closed, 1 at once"]
+    assert record.cases is not None
+    assert record.cases.lines == 4
+
+
+def test_a_server_that_breaks_off_after_its_first_answer_is_counted(server: Server) -> None:
+    server.breaks_after = 1
+    found, run = measured(PLAN, at(server))
+    figures = found.contenders["server"].loads[0].figures
+    assert (figures.completed, sum(figures.failed.values())) == (0, 6)
+    assert set(figures.failed) <= {"disconnected", "no_end"}
+    assert any("no request of the warm-up was answered" in line for line in found.sentences)
+    assert len(run.failures) == 1
+
+
+def test_a_first_look_that_meets_a_bad_answer_is_taken_again(server: Server) -> None:
+    server.fails_each = 8  # the first, the ninth ...
+    found, run = measured(PLAN, at(server))
+    facts = found.contenders["server"].server
+    assert "first_look" not in facts
+    assert facts["prompts"] == "token ids", "one bad answer does not mean that ids are not taken"
+    assert found.contenders["server"].loads[0].figures.completed >= 5
+    assert run.failures == []
+
+
+@pytest.mark.parametrize("settings", [{"status": 500}, {"status": 403}, {"url": "http://127.0.0.1:9"}])
+def test_a_contender_that_fails_leaves_the_healthy_one_its_figures(server: Server, settings: dict[str, Any]) -> None:
+    with running() as bad:
+        for name, value in settings.items():
+            setattr(bad, name, value)
+        found, run = measured(PLAN, at(server), at(bad, "bad"))
+    assert found.contenders["server"].loads[0].figures.completed == 6
+    assert sum(found.contenders["bad"].loads[0].figures.failed.values()) == 6
+    assert {failure.what for failure in run.failures} == {"bad, closed, 2 at once"}
+    assert [model.name for model in run.models] == ["tiny"]
+
+
+def test_a_contender_that_is_silent_is_named_and_not_waited_for_again_and_again(server: Server) -> None:
+    with running() as silent:
+        silent.first_s = 30.0
+        found, run = measured(replace(PLAN, timeout_s=0.3), at(server), at(silent, "silent"))
+    assert found.contenders["server"].loads[0].figures.completed == 6
+    assert [failure.what for failure in run.failures] == ["silent"]
+    assert len(silent.bodies) == 1
+
+
+# -- modes
+
+
+def test_modes_of_a_server_that_knows_none_are_no_comparison_and_it_is_said(server: Server) -> None:
+    modes = [at(server, mode, edge_llm={"mode": mode}) for mode in ("auto", "split")]
+    found, run = measured(PLAN, *modes)
+    assert "does not know modes" in found.sentences[0]
+    assert [failure.what for failure in run.failures] == ["auto: --mode", "split: --mode"]
+    server.mode = "split"
+    found, run = measured(PLAN, *modes)
+    assert run.failures == []
+    assert not any("know modes" in line for line in found.sentences)
 
 
 # -- loads
@@ -423,6 +504,9 @@ def test_for_people_there_are_tables_and_what_the_words_mean(server: Server, tmp
     assert done.exit_code == 0, done.output
     for words in ("TTFT", "answer tokens/s", "all loads", "limits times", "times slower than alone", "(e2el - ttft)"):
         assert words in done.output
+    assert "tightest_90 <= 0.5" in done.output, "a smaller one was not tried"
+    assert "TPOT (TBT)" in done.output
+    assert "other lengths are compared with what lies between" in " ".join(done.output.split())
 
 
 def test_this_board_and_a_process_are_watched_meanwhile(server: Server, tmp_path: Path) -> None:
@@ -488,6 +572,24 @@ def test_a_missed_bar_has_an_exit_code_of_its_own(server: Server, tmp_path: Path
     assert "0% keep the limits" in done.output
 
 
+@pytest.mark.parametrize("limits", [[], ["--slo", "ttft=9"]])
+def test_most_requests_failing_is_a_bar_missed_with_limits_and_without(
+    server: Server, tmp_path: Path, limits: list[str]
+) -> None:
+    server.fails_after = 3  # a look, the warm-up, and one that is counted
+    arguments = ["--url", server.url, "--requests", "10", "--answer-tokens", "5", "--warm-up", "1", "--check"]
+    done = CliRunner().invoke(serve, [*arguments, *limits, "--output", str(tmp_path)])
+    assert done.exit_code == 3, done.output
+    assert ("10% keep the limits" if limits else "9 of 10 requests failed") in done.stderr
+
+
+def test_rates_that_are_all_too_high_miss_the_bar_and_one_that_is_not_keeps_it(server: Server, tmp_path: Path) -> None:
+    arguments = ["--url", server.url, "--rate-sweep", "100,200", "--requests", "4", "--answer-tokens", "5", "--check"]
+    for limits, code in (("ttft=9", 0), ("ttft=0.000001", 3)):
+        done = CliRunner().invoke(serve, [*arguments, "--slo", limits, "--output", str(tmp_path)])
+        assert done.exit_code == code, done.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -510,6 +612,7 @@ def test_a_missed_bar_has_an_exit_code_of_its_own(server: Server, tmp_path: Path
         (["--url", "http://h", "--body", "[1]"], "JSON object"),
         (["--url", "http://h", "--no-stream", "--slo", "ttft=1"], "no first token"),
         (["--url", "http://h", "--watch", "x"], "NAME=PID"),
+        (["--url", "http://h", "--watch", "x=999999999"], "no process here has the id 999999999"),
     ],
 )
 def test_a_wrong_use_is_said_before_anybody_is_asked(arguments: list[str], complaint: str) -> None:

@@ -148,7 +148,7 @@ def test_ctrl_c_leaves_a_record_of_what_was_measured(
         assert record.cases.lines > 0
 
 
-@pytest.mark.parametrize("of", [*SCHEMAS, *PRINTED, "serve", "cluster", "compare", "claims"])
+@pytest.mark.parametrize("of", [*SCHEMAS, *PRINTED, "serve", "cluster", "compare", "claims", "report"])
 def test_each_schema_is_published_with_its_definitions(of: str) -> None:
     done = CliRunner().invoke(schema, [of])
     assert done.exit_code == 0, done.output

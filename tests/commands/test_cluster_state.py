@@ -17,6 +17,8 @@ from click.testing import CliRunner
 from edge_llm.cli import cli
 from edge_llm.commands.cluster_state import (
     ClusterState,
+    forget_state,
+    key_path,
     need_state,
     read_state,
     state_path,
@@ -49,6 +51,17 @@ def said(*arguments: str) -> str:
     assert done.exit_code == 1, done.output
     assert done.exception is None or isinstance(done.exception, SystemExit)
     return done.output
+
+
+def test_the_key_of_a_cluster_is_its_users_only_and_gone_with_it() -> None:
+    write_state(state(9001), b"old")
+    key_path(9001).chmod(0o644)
+    write_state(state(9001), b"secret")
+    assert key_path(9001).read_bytes() == b"secret"
+    assert key_path(9001).stat().st_mode & 0o777 == 0o600
+    forget_state(9001)
+    assert not key_path(9001).exists()
+    assert read_state(9001) is None
 
 
 def test_a_process_that_has_the_id_of_a_dead_cluster_is_not_touched(process: subprocess.Popen[bytes]) -> None:

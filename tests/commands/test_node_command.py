@@ -103,6 +103,7 @@ def test_json_is_the_whole_run(model: str, environment: dict[str, str], tmp_path
         (["-t", "0"], 2, "-t: 0 is below 1"),
         (["--threads-prefill", "0"], 2, "--threads-prefill: 0 is below 1"),
         (["-p", "8", "-d", "100000000"], 1, "Ask for fewer tokens (-d, -p, -n"),
+        (["-p", "8", "--check"], 2, "--against-llama-bench"),
         (["-p", "8", "--core", "4095"], 1, "no core [4095]"),
         (["-p", "8", "-m", "no-such-model"], 1, "no-such-model"),
     ],

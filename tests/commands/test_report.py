@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -11,6 +12,7 @@ from click.testing import CliRunner, Result
 from edge_llm.bench.record import encode
 from edge_llm.commands.report import report
 from edge_llm.errors import EdgeLLMError
+from edge_llm.report.document import schema
 from tests.report.conftest import a_record
 
 
@@ -53,6 +55,25 @@ def test_json_has_the_tables(results: Path) -> None:
     tree = json.loads(run(str(results), "--json").stdout)
     (chapter,) = tree["chapters"]
     assert chapter["parts"][0]["tables"][0]["rows"] == [["decode ratio", "1.01"]]
+
+
+def test_json_is_as_the_published_schema_has_it(results: Path) -> None:
+    """By hand: of each object all that it requires, and nothing that it does not name."""
+    found, tree = schema(), json.loads(run(str(results), "--json").stdout)
+
+    def check(value: Any, shape: dict[str, Any]) -> None:
+        shape = found["$defs"][shape["$ref"].rpartition("/")[2]] if "$ref" in shape else shape
+        assert isinstance(value, {"object": dict, "array": list, "string": str}[shape["type"]])
+        if isinstance(value, dict):
+            assert set(shape["required"]) <= value.keys() <= shape["properties"].keys()
+            for name, one in value.items():
+                check(one, shape["properties"][name])
+        if isinstance(value, list) and isinstance(shape["items"], dict):
+            for one in value:
+                check(one, shape["items"])
+
+    check(tree, found)
+    assert tree["chapters"]
 
 
 def test_a_broken_file_is_named_on_both_outputs_and_by_the_exit_code(results: Path) -> None:

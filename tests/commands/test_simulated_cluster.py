@@ -1,4 +1,4 @@
-"""`edge-llm up --simulated N`: who becomes what, and that a stranger's client gets answers from it."""
+"""`edge-llm up --simulated N`: who becomes what, and that a stranger's client and `bench net` get answers from it."""
 
 from __future__ import annotations
 
@@ -63,10 +63,21 @@ def test_a_simulated_cluster_comes_up_without_a_model_and_answers(tmp_path: Path
             said = next((line for line in cluster.stdout if "ready" in line), "nothing")
             assert f"simulated at http://127.0.0.1:{port}/v1" in said
             answer = ask(port)
+            net = subprocess.run(
+                [*command[:3], "bench", "net", "--quick", "-o", "jsonl", "--output", str(tmp_path / "out")],
+                capture_output=True,
+                text=True,
+                env=environment,
+                timeout=60,
+            )
         finally:
             cluster.send_signal(signal.SIGTERM)
     assert answer["usage"]["completion_tokens"] == 12
     assert answer["timings"]["edge_llm"]["mode"] == "split"
+    assert net.returncode == 0, net.stderr
+    pairs = [json.loads(line) for line in net.stdout.splitlines()]
+    assert {("prefill-1", "decode-1"), ("prefill-1", "decode-2")} <= {(pair["from"], pair["to"]) for pair in pairs}
+    assert not list(tmp_path.rglob("*.key")), "gone with the cluster"
 
 
 def ask(port: int) -> Any:

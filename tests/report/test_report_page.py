@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from edge_llm.bench.cases import Cases
-from edge_llm.bench.record import Failure, Record, encode
+from edge_llm.bench.record import Failure, ModelFacts, Record, encode
 from edge_llm.report.chapters import report_of
 from edge_llm.report.document import Part, Report
 from edge_llm.report.evidence import Evidence, Found, NothingToReport, gather, only
@@ -258,3 +258,10 @@ def test_a_link_to_a_record_far_away_is_its_name(tmp_path: Path) -> None:
 )
 def test_the_overview_has_a_main_figure_of_every_kind(kind: str, figures: dict[str, object], words: str) -> None:
     assert KINDS[kind].main(a_record(kind=kind, figures=figures, samples={})) == words
+
+
+def test_of_a_model_only_what_is_known_is_said() -> None:
+    stranger = ModelFacts(name="m", file="", sha256="", size_bytes=0, quantization="")
+    record = a_record(models=[stranger])
+    facts = dict(report_of(Found((Evidence("a.json", record),), ()), "x").chapters[0].parts[0].facts)
+    assert facts["model"] == "m"

@@ -8,6 +8,8 @@ Rules: each pass visits all contenders, every other pass backwards, so that a ma
 Prompts depend on seed, load and pass only. Where two contenders ask the same server, nothing kept of earlier prompts is
 used.
 A rate that is searched is hung up when no request can keep its limits any more; otherwise requests have `timeout_s`.
+A server that fails is measured: that it does is the finding, and others beside it keep theirs. Only when what was asked
+for cannot work at any of them (address, key, model) is nothing measured.
 """
 
 from __future__ import annotations
@@ -23,7 +25,6 @@ import aiohttp
 
 from edge_llm.bench.goodput import GOALS, Limits
 from edge_llm.bench.least_busy import LeastBusy
-from edge_llm.bench.processes import MeasureFailed
 from edge_llm.bench.run import Run
 from edge_llm.bench.serve.answers import TIMEOUT, UNFINISHED, Answer, Call
 from edge_llm.bench.serve.driver import circulate, replay, sending
@@ -32,7 +33,7 @@ from edge_llm.bench.serve.results import Replayed, Tally, scaled
 from edge_llm.bench.serve.schedule import Load, Source, endless, facts_of, scheduled
 from edge_llm.bench.serve.search import Search
 from edge_llm.bench.serve.slowdown import chosen
-from edge_llm.bench.serve.target import PromptKind, Target, learn
+from edge_llm.bench.serve.target import NoLook, PromptKind, Target, look
 from edge_llm.bench.serve.workloads import BadWorkload, Request, mean_tokens
 from edge_llm.bench.stats import mean
 from edge_llm.errors import EdgeLLMError
@@ -95,12 +96,13 @@ async def measure(
     watching: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> None:
     """Fills `tally` and `run` as it goes. `source_of` makes the workload for a context of so many tokens. `watching` is
-    around all loads. Raises MeasureFailed and BadWorkload when nothing can be measured at all."""
+    around all loads. Raises NoLook and BadWorkload when nothing can be measured at all."""
     async with AsyncExitStack() as stack:
         measuring = _Measuring(plan, run, tally, progress)
         for number, one in enumerate(_undisturbed(contenders, tally)):
             progress(f"a first look at {one.name}", number, len(contenders))
             await measuring.look(one, await stack.enter_async_context(sending(one.headers)))
+        measuring.settle()
         context = min((t.n_ctx for t in measuring.targets if t.n_ctx), default=DEFAULT_CONTEXT)
         source = source_of(context)
         tally.workload |= _described(source, plan)
@@ -111,6 +113,7 @@ async def measure(
             if plan.alone or (plan.is_search and plan.loads[0].rate_per_s is None):
                 await measuring.send_alone(plan.alone or _ALONE_FOR_SEARCH)
             await (measuring.search() if plan.is_search else measuring.passes())
+        measuring.check_modes()
 
 
 def _described(source: Source, plan: Plan) -> dict[str, Any]:
@@ -143,22 +146,41 @@ class _Measuring:
     def __init__(self, plan: Plan, run: Run, tally: Tally, progress: Progress) -> None:
         self._plan, self._run, self._tally, self._progress = plan, run, tally, progress
         self._sessions: dict[str, aiohttp.ClientSession] = {}
+        self._troubles: dict[str, NoLook] = {}
         self.targets: list[Target] = []
         self.source: Source
 
     async def look(self, one: Contender, session: aiohttp.ClientSession) -> None:
         plan = self._plan
         options = replace(plan.options, extra=combined(plan.options.extra, one.extra))
-        target = await learn(session, one.name, one.urls, options, plan.prompts, plan.vocab_size, plan.timeout_s)
+        target, trouble = await look(
+            session, one.name, one.urls, options, plan.prompts, plan.vocab_size, plan.timeout_s
+        )
+        if trouble is not None:
+            self._troubles[one.name] = trouble
         self.targets.append(target)
         self._sessions[one.name] = session
         self._tally.servers[one.name] = {**target.facts, "extra": options.extra}
         self._tally.notes += target.notes
-        if target.model not in self._run.models:
-            self._run.models.append(target.model)
+
+    def settle(self) -> None:
+        """Who is measured. Raises NoLook where nothing can come of it at any contender."""
+        troubles = self._troubles
+        if len(troubles) == len(self.targets) and all(trouble.is_ours for trouble in troubles.values()):
+            raise next(iter(troubles.values()))
+        for name, trouble in troubles.items():
+            if trouble.is_silent:
+                self._give_up(name, trouble.message)
+        models = [target.model for target in self.targets if target.name not in troubles]
+        self._run.models += dict.fromkeys(models or [target.model for target in self.targets])
+
+    def _give_up(self, name: str, why: str) -> None:
+        """On a server that does not answer in time: each further request would take as long."""
+        self._run.fail(name, why)
+        self.targets = [target for target in self.targets if target.name != name]
 
     async def warm_up(self) -> None:
-        for target in self.targets:
+        for target in list(self.targets):
             requests = self._requests(self._plan.loads[0])[: self._plan.warm_up]
             self._progress(f"{target.name}: warming up", 0, len(requests))
             calls = [self._call(target, request, "warm-up") for request in requests]
@@ -173,7 +195,15 @@ class _Measuring:
             )
             if answers and not any(answer.is_complete for answer in answers):
                 why = answers[0].error or "its answers end before they have all tokens (see --no-ignore-eos)"
-                raise MeasureFailed(f"{target.name}: no request of the warm-up was answered: {why}")
+                if any(answer.kind == TIMEOUT for answer in answers):
+                    self._give_up(target.name, f"no request of the warm-up was answered: {why}")
+                else:
+                    self._tally.notes.append(f"{target.name}: no request of the warm-up was answered: {why}")
+
+    def check_modes(self) -> None:
+        """Of contenders that are modes of our gateway: whether what answered knows modes."""
+        for name, why in self._tally.without_modes().items():
+            self._run.fail(f"{name}: --mode", why)
 
     async def send_alone(self, count: int) -> None:
         """The same requests of the first load, one after another, on each contender."""

@@ -38,6 +38,11 @@ DEFINITIONS: Final[Mapping[str, str]] = {
     "ratios": "goodput of the first contender over another one's, with a 95 % interval: requests of a rate are drawn "
     "again together, number i of a rate being the same request everywhere; `least` to `most` is what the rates "
     "measured leave open where a goodput lies below the lowest or above the highest of them",
+    "slowdown": "ttft, tpot (Splitwise calls it TBT) and e2el of each request over those of the same request alone. Of "
+    "lengths that were not sent alone: ttft and tpot lie on the line between those of the next shorter and the next "
+    "longer prompt that were, e2el is ttft + (tokens - 1) * tpot of these",
+    "slo_scales": "both limits times one factor; tightest_90, tightest_99: the smallest factor tried that such a share "
+    "keeps",
     "stages": "of our gateway's own report: `queue` at the gateway, `wait` until the prompt's turn came at the worker, "
     "`prefill` computing it, `handoff` after that, `first_decode` the first step; their sum is about the TTFT",
     "failed": "requests without a complete answer, by kind; `cut_short`: it ended in order before it had all tokens "

@@ -80,6 +80,21 @@ class Tally:
                 found.append(Point(load.rate_per_s, tuple(met)))
         return found
 
+    def without_modes(self) -> dict[str, str]:
+        """Contenders that are a mode of our gateway, and of whose answers none says how it came to be: a comparison of
+        them would be one of a server with itself."""
+        asked = {name: facts.get("extra", {}).get("edge_llm", {}).get("mode") for name, facts in self.servers.items()}
+        found = {}
+        for name, mode in asked.items():
+            done = [answer for one in self.replays if one.contender == name for answer in one.counted]
+            done = [answer for answer in done if answer.is_complete]
+            if mode and done and not any(answer.own.get("mode") for answer in done):
+                found[name] = (
+                    f"asked for mode {mode}, and no answer named its mode: this server does not know modes, rows of "
+                    "several modes are the same thing"
+                )
+        return found
+
     def _by_load(self, contender: str) -> list[tuple[tuple[Load, float | None], list[Replayed]]]:
         found: dict[tuple[Load, float | None], list[Replayed]] = {}
         for replayed in self.replays:
@@ -91,7 +106,8 @@ class Tally:
         """Everything so far."""
         names = [name for name in self.servers if self._by_load(name) or name in self.alone]
         contenders = {name: self._of(name) for name in names}
-        lines = [line for name, one in contenders.items() for line in _sentences(name, one)]
+        lines = [f"{name}: {why}" for name, why in self.without_modes().items()]
+        lines += [line for name, one in contenders.items() for line in _sentences(name, one)]
         lines += [
             f"{name}: no slowdown, because no answer to a request alone came in more than one piece"
             for name in names
