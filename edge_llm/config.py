@@ -173,7 +173,12 @@ class GatewayConfig(_Settings):
     default_deadline_s: Annotated[float, Field(ge=0, le=86_400)] = 0.0
     """Time for a whole answer when the request does not say one; 0 = as long as it takes."""
     keep_alive_s: Annotated[float, Field(gt=0, le=60)] = 5.0
-    """After so much silence a stream gets a comment."""
+    """After so much silence a stream gets an empty line."""
+    idle_s: Annotated[float, Field(ge=1, le=3600)] = 100.0
+    """A connection on which nothing is asked is closed after so long. Longer than proxies keep theirs (nginx 60 s, Go's
+    and so Traefik's 90 s): one that sends into a connection that just closes tells its client 502."""
+    cors_origins: list[str] = []
+    """Origins, as http://localhost:3000, whose pages may ask from a browser; "*": all. None by default."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = 8 << 20
     """A larger request is refused with status 413."""
     max_head_bytes: Annotated[int, Field(ge=1024, le=1 << 20)] = 32 << 10

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import os
 import signal
 import stat
@@ -16,7 +17,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from socket import AF_INET, AF_INET6, IPPROTO_TCP, SO_REUSEADDR, SOCK_STREAM, SOL_SOCKET, socket
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import structlog
 import uvicorn
@@ -26,6 +27,8 @@ from edge_llm.config import LogLevel
 from edge_llm.errors import ConfigError
 from edge_llm.worker.tickets import KeyRing
 
+# A worker's: gateways let go before (gateway/app.py).
+IDLE_S: Final = 5.0
 log = structlog.get_logger()
 
 
@@ -72,7 +75,9 @@ class Server:
         bound: socket,
         drain: Callable[[], Awaitable[None]],
         http: type[asyncio.Protocol] | Literal["auto"] = "auto",
+        idle_s: float = IDLE_S,
     ) -> None:
+        """`idle_s`: a connection on which nothing is asked is closed after so long."""
         config = uvicorn.Config(
             app,
             http=http,
@@ -81,6 +86,7 @@ class Server:
             timeout_graceful_shutdown=5,
             ws="none",
             server_header=False,
+            timeout_keep_alive=math.ceil(idle_s),
         )
         self._server = _Uvicorn(config)
         self._socket, self._drain = bound, drain

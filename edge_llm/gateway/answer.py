@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
-from contextlib import aclosing, asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable
+from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 
 from fastapi import Request
 
 from edge_llm.errors import InvalidRequest, WorkerError
 from edge_llm.gateway.intake import Arrival
-from edge_llm.gateway.openai import DONE, Ask, Shape, Usage, comment, error_body, sse
+from edge_llm.gateway.openai import Ask
 from edge_llm.gateway.running import Finish, Job, Progress, Running, Silence, Text
+from edge_llm.gateway.shape import DONE, KEEP_ALIVE, Shape, Usage, error_body, sse
 
 Result = TypeVar("Result")
 
@@ -53,11 +54,15 @@ async def _cut(words: str) -> AsyncIterator[asyncio.Timeout]:
         raise InvalidRequest(words) from error
 
 
-async def after(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-    async with aclosing(rest):
-        yield first
-        async for part in rest:
-            yield part
+async def all_of(works: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
+    """What each comes to, in their order. The first error ends all of them."""
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def whole(
@@ -100,16 +105,22 @@ async def _disconnected(request: Request) -> None:
 async def stream(
     arrival: Arrival, ask: Ask, job: Job, shape: Shape, arrived_s: float, keep_alive_s: float
 ) -> AsyncGenerator[bytes, None]:
-    """SSE of one answer. The first part comes at once, and something at least every `keep_alive_s`."""
+    """SSE of one answer. The first part comes when the request is accepted, and is empty: there is nothing to say yet.
+    Then something comes at least every `keep_alive_s`."""
     with arrival:
         async with arrival.running(job, arrived_s) as running:
             beat = _Beat(running, keep_alive_s)
             try:
-                yield shape.first() or comment("accepted")
+                yield b""
+                head = shape.first()
                 while not isinstance(update := await running.heard(), Finish):
-                    if part := _part(ask, shape, update, arrived_s):
+                    if isinstance(update, Silence):
                         beat.said_s = time.monotonic()
-                        yield part
+                        yield KEEP_ALIVE
+                    elif part := _part(ask, shape, update, arrived_s):
+                        beat.said_s = time.monotonic()
+                        yield head + part
+                        head = b""
             finally:
                 beat.end()
             if update.error is not None:
@@ -117,7 +128,7 @@ async def stream(
                 return
             timings = _timings(running, ask, arrived_s)
             usage = shape.usage(_usage(running), timings) if ask.wants_usage else b""
-            yield shape.last(update.reason or "stop", timings) + usage + DONE
+            yield head + shape.last(update.reason or "stop", timings) + usage + DONE
 
 
 class _Beat:
@@ -141,11 +152,9 @@ class _Beat:
         self._timer = asyncio.get_running_loop().call_later(left_s, self._look)
 
 
-def _part(ask: Ask, shape: Shape, update: Text | Progress | Silence, arrived_s: float) -> bytes:
+def _part(ask: Ask, shape: Shape, update: Text | Progress, arrived_s: float) -> bytes:
     """What the client hears of an update: nothing of withheld text and of progress that it did not ask for."""
     match update:
-        case Silence():
-            return comment("working")
         case Text(text):
             return shape.text(text) if text else b""
         case Progress(done, total):

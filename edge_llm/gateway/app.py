@@ -18,6 +18,7 @@ import structlog
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import BaseRoute, Route
 
 from edge_llm.cluster.discovery import Discovery, Heard
@@ -33,15 +34,16 @@ from edge_llm.exposition import CONTENT_TYPE, Exposition
 from edge_llm.gateway import answer
 from edge_llm.gateway.dispatch import Dispatcher
 from edge_llm.gateway.edge import SECURITY, Bodies, Edge, caller_of
-from edge_llm.gateway.intake import Intake
+from edge_llm.gateway.intake import Arrival, Caller, Intake
 from edge_llm.gateway.keys import Credentials
 from edge_llm.gateway.metrics import GatewayMetrics
-from edge_llm.gateway.openai import Shape, error_body, error_headers, parse
+from edge_llm.gateway.openai import Ask, parse
 from edge_llm.gateway.operating import Operating, add_routes
 from edge_llm.gateway.overview import found_by, overview
 from edge_llm.gateway.planner import Decision, Planner
 from edge_llm.gateway.policies import policy_of
 from edge_llm.gateway.queue import Bounds
+from edge_llm.gateway.shape import Shape, error_body, error_headers, together
 from edge_llm.gateway.tokenizing import Tokenizers
 from edge_llm.worker.client import WorkerClient
 from edge_llm.worker.stream import ClosingStream
@@ -168,6 +170,14 @@ def create_app(gateway: Gateway) -> FastAPI:
         on_refusal=gateway.metrics.rejected,
         is_leaving=lambda: gateway.is_leaving,
     )
+    if gateway.config.cors_origins:  # around the edge: a browser asks for leave without a key
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=gateway.config.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
     _say_errors(app, gateway)
     _say_how_it_is(app, gateway)
     _say_models(app, gateway)
@@ -186,7 +196,8 @@ def _say_errors(app: FastAPI, gateway: Gateway) -> None:
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> Response:
-        failure = InvalidRequest(f"{request.method} {request.url.path}: {error.detail}")
+        here = "; this server has /v1/chat/completions, /v1/completions and /v1/models" * (error.status_code == 404)
+        failure = InvalidRequest(f"{request.method} {request.url.path}: {error.detail}{here}")
         return JSONResponse(error_body(failure), error.status_code, error.headers)
 
     @app.exception_handler(Exception)
@@ -198,11 +209,13 @@ def _say_errors(app: FastAPI, gateway: Gateway) -> None:
 def _say_how_it_is(app: FastAPI, gateway: Gateway) -> None:
     """For probes, scrapers and whoever watches the cluster."""
 
-    @app.get("/healthz")
+    @app.api_route("/healthz", methods=["GET", "HEAD"])
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.get("/readyz")
+    # as llama-server and vLLM call it, and load generators ask before they begin
+    @app.api_route("/health", methods=["GET", "HEAD"])
+    @app.api_route("/readyz", methods=["GET", "HEAD"])
     async def readyz() -> Response:
         if gateway.is_leaving:
             return Response("draining", 503)
@@ -236,7 +249,8 @@ def _say_how_it_is(app: FastAPI, gateway: Gateway) -> None:
 def _say_models(app: FastAPI, gateway: Gateway) -> None:
     """OpenAI's list: what the caller may use of what is served."""
 
-    @app.get("/v1/models")
+    @app.api_route("/v1/models", methods=["GET", "HEAD"])
+    @app.api_route("/v1/models/", methods=["GET", "HEAD"])
     async def models(request: Request) -> Response:
         allowed = gateway.intake.models(caller_of(request).key)
         return JSONResponse({"object": "list", "data": [_model_entry(gateway, model) for model in allowed]})
@@ -274,19 +288,34 @@ async def _answer(gateway: Gateway, request: Request, *, is_chat: bool) -> Respo
         mode_header=request.headers.get("x-edge-llm-mode"),
         timeout_header=request.headers.get("x-request-timeout-s"),
     )
-    job_id = f"{caller.request_id}.{secrets.token_hex(4)}"
-    structlog.contextvars.bind_contextvars(request_id=job_id)
+    if not ask.is_stream:
+        asks = (ask, *ask.others)
+        share = len(body) // len(asks)
+        bodies = await answer.all_of(_whole(gateway, request, one, share, arrived_s) for one in asks)
+        return JSONResponse(together(bodies) if ask.others else bodies[0])
     with ExitStack() as held:
-        arrival = held.enter_context(gateway.intake.arrive(caller, ask, job_id, len(body), arrived_s))
+        arrival = held.enter_context(_arriving(gateway, caller, ask, len(body), arrived_s))
         job, node = await answer.while_connected(request, arrival.job())
         shape = Shape(caller.request_id, int(time.time()), node.status.model, is_chat)
-        if not ask.is_stream:
-            whole = await answer.whole(arrival, request, ask, job, shape, arrived_s)
-            return JSONResponse(whole)
         held.pop_all()  # the stream leaves what it holds when it ends
         parts = answer.stream(arrival, ask, job, shape, arrived_s, gateway.config.keep_alive_s)
-        first = await anext(parts)  # what is refused at once is an HTTP error, not an error in a stream
-        return ClosingStream(answer.after(first, parts), "text/event-stream", gateway.config.stall_s)
+        await anext(parts)  # what is refused at once is an HTTP error, not an error in a stream
+        return ClosingStream(parts, "text/event-stream", gateway.config.stall_s)
+
+
+async def _whole(gateway: Gateway, request: Request, ask: Ask, size: int, arrived_s: float) -> dict[str, Any]:
+    """The answer to one prompt of a request, when all of it is there."""
+    caller = caller_of(request)
+    with _arriving(gateway, caller, ask, size, arrived_s) as arrival:
+        job, node = await answer.while_connected(request, arrival.job())
+        shape = Shape(caller.request_id, int(time.time()), node.status.model, ask.is_chat)
+        return await answer.whole(arrival, request, ask, job, shape, arrived_s)
+
+
+def _arriving(gateway: Gateway, caller: Caller, ask: Ask, size: int, arrived_s: float) -> Arrival:
+    job_id = f"{caller.request_id}.{secrets.token_hex(4)}"
+    structlog.contextvars.bind_contextvars(request_id=job_id)
+    return gateway.intake.arrive(caller, ask, job_id, size, arrived_s)
 
 
 def _model_entry(gateway: Gateway, model: str) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 Owns the credentials of every route (all need a key but the health checks), reading bodies within bounds, request and
 trace ids, and security headers. Refuses to know JSON fields, limits of keys and the cluster; bytes before a request is
-whole are wire.py's business. There is no CORS: browsers of other origins get no leave, and only JSON is read, which
-they may not send without asking for it.
+whole are wire.py's business. Browsers of other origins get no leave (but of `cors_origins`, app.py), and only JSON is
+read, which they may not send without asking for it.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from edge_llm.errors import (
 )
 from edge_llm.gateway.intake import Caller
 from edge_llm.gateway.keys import ANYBODY, ApiKey, Credentials
-from edge_llm.gateway.openai import error_body, error_headers
+from edge_llm.gateway.shape import error_body, error_headers
 
-PUBLIC: Final = frozenset({"/healthz", "/readyz"})
+PUBLIC: Final = frozenset({"/health", "/healthz", "/readyz"})
 METRICS: Final = "/metrics"
 SECURITY: Final[dict[str, str]] = {
     "x-content-type-options": "nosniff",
@@ -108,7 +108,10 @@ class Edge:
         """Who asks. Raises Unauthorized or Forbidden."""
         if self._credentials.is_open and not is_loopback(_host_of(headers.get("host", ""))):
             # a page of another site whose name was made to point here (DNS rebinding) sends that name
-            raise Forbidden("without API keys this endpoint answers on loopback names only, such as localhost")
+            raise Forbidden(
+                "without API keys this endpoint answers on loopback names only, such as localhost; for others make "
+                "a key with `edge-llm serve api-key` and start the gateway with --api-keys-file"
+            )
         path = scope["path"]
         if path in PUBLIC or (path == METRICS and _is_of_this_machine(scope, headers)):
             return ANYBODY

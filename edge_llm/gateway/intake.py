@@ -217,13 +217,15 @@ class Arrival:
         room = n_ctx - prompt_tokens
         if room < 1:
             raise ContextTooLong(
-                f"the prompt has {prompt_tokens} tokens, the context of {model} here is {n_ctx}",
+                # these words are what client libraries know an overflow by
+                f"this model's maximum context length is {n_ctx} tokens; the prompt for {model} has {prompt_tokens}",
                 param="messages" if ask.is_chat else "prompt",
             )
         wanted = ask.max_tokens or min(self._demand.max_tokens, room)
         if wanted > room:
             raise ContextTooLong(
-                f"the prompt has {prompt_tokens} tokens and max_tokens is {wanted}: more than the context of {n_ctx}",
+                f"this model's maximum context length is {n_ctx} tokens; the prompt has {prompt_tokens}, max_tokens is "
+                f"{wanted}",
                 param="max_tokens",
             )
         return wanted

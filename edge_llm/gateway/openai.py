@@ -1,15 +1,15 @@
-"""The OpenAI dialect: JSON and SSE of /v1 <-> our own words.
+"""The OpenAI dialect, as it is asked: the JSON of /v1 -> our own words.
 
-Pure. Owns every field name of the public API and the rules clients depend on (ecosystem conventions: first chunk has
-the role, every chunk has `choices` with `index`, usage only when asked for, errors after the first byte travel in the
-stream). Unknown fields are ignored, wrong ones are 400s that name the field. Refuses to know workers and sessions.
+Pure. Owns every field name of a request. Unknown fields are ignored, wrong ones are 400s that name the field, and those
+that would change the answer are refused by name (unsupported.py). What is answered: shape.py. Refuses to know workers
+and sessions.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Final, Literal
 
 import orjson
@@ -26,22 +26,15 @@ from pydantic import (
 )
 
 from edge_llm.cluster.slo import NO_LIMITS, Slo
-from edge_llm.errors import EdgeLLMError, InvalidRequest, Overloaded
+from edge_llm.errors import InvalidRequest
 from edge_llm.gateway.unsupported import refuse_unsupported
 from edge_llm.request import SamplingParams, check_stop
 
-DONE: Final = b"data: [DONE]\n\n"
-_TYPES: Final = {
-    401: "authentication_error",
-    403: "permission_error",
-    429: "rate_limit_error",
-    503: "unavailable_error",
-    504: "timeout_error",
-}
 # Far beyond what contexts hold, and checked in a moment: a list is left at its first wrong item (fail_fast). Otherwise
 # one body of 7 MiB kept the whole gateway for 28 s, making error messages.
 MAX_PROMPT_IDS: Final = 1 << 20
 MAX_MESSAGES: Final = 8192
+MAX_PROMPTS: Final = 128
 MAX_BIASES: Final = 4096
 MAX_DEADLINE_S: Final = 86_400.0
 ROLES: Final = ("system", "user", "assistant", "tool", "developer")
@@ -49,6 +42,14 @@ _MAX_SEED: Final = (1 << 63) - 1
 _SECONDS: Final = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?")
 # what pydantic puts into the path of an error for the branch of a union; no field of ours has such a name
 _BRANCH: Final = re.compile(r"str|list\[.*\]|\[key\]")
+
+
+def _whole(value: object) -> object:
+    """8.0 is 8: languages with one kind of number write it so."""
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 1 << 53 else value
+
+
+Whole = Annotated[StrictInt, BeforeValidator(_whole)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 TokenKey = Annotated[StrictStr, Field(pattern=r"^[0-9]{1,10}$")]
 Bias = Annotated[float, Field(strict=True, ge=-100, le=100)]
@@ -108,18 +109,20 @@ class _Common(_Body):
     model: StrictStr | None = None
     stream: StrictBool = False
     stream_options: _StreamOptions | None = None
-    max_tokens: StrictInt | None = None
-    max_completion_tokens: StrictInt | None = None
-    n: StrictInt | None = None
+    max_tokens: Whole | None = None
+    max_completion_tokens: Whole | None = None
+    n_predict: Whole | None = None
+    n: Whole | None = None
     temperature: Number | None = None
     top_p: Number | None = None
-    top_k: StrictInt | None = None
+    top_k: Whole | None = None
     min_p: Number | None = None
     repeat_penalty: Number | None = None
+    repetition_penalty: Annotated[Number, Field(gt=0, le=100)] | None = None
     frequency_penalty: Number | None = None
     presence_penalty: Number | None = None
-    repeat_last_n: Annotated[StrictInt, Field(ge=-1, le=1 << 30)] | None = None
-    seed: StrictInt | None = None
+    repeat_last_n: Annotated[Whole, Field(ge=-1, le=1 << 30)] | None = None
+    seed: Whole | None = None
     stop: StrictStr | Annotated[list[StrictStr], Field(fail_fast=True)] | None = None
     logit_bias: Annotated[dict[TokenKey, Bias], BeforeValidator(_few)] | None = None
     return_progress: StrictBool = False
@@ -143,7 +146,7 @@ class _Completion(_Common):
         | Annotated[list[_Ids], Field(max_length=MAX_MESSAGES, fail_fast=True)]
     )
     echo: StrictBool = False
-    best_of: StrictInt | None = None
+    best_of: Whole | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,23 +172,8 @@ class Ask:
     """Seconds from its arrival on for the whole answer."""
     slo: Slo = NO_LIMITS
     """Limits of latency that it names itself."""
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """Token counts of one answer."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int = 0
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
-        }
+    others: tuple[Ask, ...] = ()
+    """The same of the other prompts of its request."""
 
 
 def parse(
@@ -230,9 +218,9 @@ def _seconds(header: str | None) -> float | None:
 def _ask(
     body: _Chat | _Completion, random_seed: Callable[[], int], mode_header: str | None, timeout_s: float | None
 ) -> Ask:
-    text, ids = _prompt(body) if isinstance(body, _Completion) else (None, None)
+    (text, ids), *others = _prompts(body) if isinstance(body, _Completion) else [(None, None)]
     mode: Any = mode_header or body.edge_llm.mode
-    return Ask(
+    ask = Ask(
         is_chat=isinstance(body, _Chat),
         model=body.model,
         messages=_messages(body.messages) if isinstance(body, _Chat) else None,
@@ -251,6 +239,7 @@ def _ask(
         deadline_s=min((s for s in (timeout_s, body.edge_llm.deadline_s) if s is not None), default=None),
         slo=Slo(body.edge_llm.slo.ttft_s, body.edge_llm.slo.tpot_s),
     )
+    return replace(ask, others=tuple(replace(ask, text=text, ids=ids) for text, ids in others)) if others else ask
 
 
 def _messages(messages: Sequence[_Message]) -> tuple[tuple[str, str], ...]:
@@ -283,18 +272,23 @@ def _content(message: _Message, index: int) -> str:
     return "".join(part.text for part in content)
 
 
-def _prompt(body: _Completion) -> tuple[str | None, tuple[int, ...] | None]:
+_Prompt = tuple[str | None, tuple[int, ...] | None]
+
+
+def _prompts(body: _Completion) -> list[_Prompt]:
+    """Text or ids of each: a list of integers is one prompt, of anything else several."""
     prompt = body.prompt
     if isinstance(prompt, str):
-        return prompt, None
+        return [(prompt, None)]
     if not prompt:
         raise InvalidRequest("prompt is empty", param="prompt")
     if all(isinstance(item, int) for item in prompt):
-        return None, _ids([item for item in prompt if isinstance(item, int)])
-    if len(prompt) != 1:
-        raise InvalidRequest("several prompts in one request are not supported: send one each", param="prompt")
-    only = prompt[0]
-    return (None, _ids(only)) if isinstance(only, list) else (str(only), None)
+        return [(None, _ids([item for item in prompt if isinstance(item, int)]))]
+    if len(prompt) > MAX_PROMPTS:
+        raise InvalidRequest(f"at most {MAX_PROMPTS} prompts in one request, got {len(prompt)}", param="prompt")
+    if body.stream and len(prompt) > 1:
+        raise InvalidRequest("several prompts are answered whole: leave stream out or send one each", param="stream")
+    return [(None, _ids(item)) if isinstance(item, list) else (str(item), None) for item in prompt]
 
 
 def _ids(ids: Sequence[int]) -> tuple[int, ...]:
@@ -304,11 +298,14 @@ def _ids(ids: Sequence[int]) -> tuple[int, ...]:
 
 
 def _max_tokens(body: _Common) -> int | None:
-    value = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    name = "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens"
-    if value is not None and value < 1:
+    """Of the first of its names that is given; None: not said, or -1 as llama.cpp's clients say it."""
+    given = ((name, getattr(body, name)) for name in ("max_completion_tokens", "max_tokens", "n_predict"))
+    name, value = next((one for one in given if one[1] is not None), ("max_tokens", None))
+    if value is None or value == -1:
+        return None
+    if value < 1:
         raise InvalidRequest(f"{name} must be at least 1, got {value}", param=name)
-    return value
+    return int(value)
 
 
 def _sampling(body: _Common, random_seed: Callable[[], int]) -> SamplingParams:
@@ -317,7 +314,7 @@ def _sampling(body: _Common, random_seed: Callable[[], int]) -> SamplingParams:
         "top_p": body.top_p,
         "top_k": body.top_k,
         "min_p": body.min_p,
-        "repeat_penalty": body.repeat_penalty,
+        "repeat_penalty": body.repeat_penalty if body.repeat_penalty is not None else body.repetition_penalty,
         "frequency_penalty": body.frequency_penalty,
         "presence_penalty": body.presence_penalty,
         "penalty_last_n": body.repeat_last_n,
@@ -332,7 +329,7 @@ def _sampling(body: _Common, random_seed: Callable[[], int]) -> SamplingParams:
 
 
 def _stop(stop: str | Sequence[str] | None) -> tuple[str, ...]:
-    words = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    words = tuple(word for word in ((stop,) if isinstance(stop, str) else stop or ()) if word)
     check_stop(words)
     return words
 
@@ -354,83 +351,3 @@ def _first_problem(error: ValidationError) -> InvalidRequest:
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).removeprefix(".")
     what = _WORDS.get(problem["type"], problem["msg"])
     return InvalidRequest(f"{path or name}: {what}", param=name)
-
-
-# -- answers
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What all chunks of one answer share."""
-
-    request_id: str
-    created: int
-    model: str
-    is_chat: bool
-
-    def whole(self, text: str, finish_reason: str, usage: Usage, timings: Mapping[str, Any]) -> dict[str, Any]:
-        """The body of an answer that is not streamed."""
-        choice: dict[str, Any] = {"index": 0, "finish_reason": finish_reason, "logprobs": None}
-        choice |= {"message": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
-        return {
-            **self._head("chat.completion" if self.is_chat else "text_completion"),
-            "choices": [choice],
-            "usage": usage.as_json(),
-            "timings": timings,
-        }
-
-    def first(self) -> bytes:
-        """The chunk that names the role (chat only)."""
-        return self._chunk({"role": "assistant", "content": ""}, None) if self.is_chat else b""
-
-    def text(self, text: str) -> bytes:
-        return self._chunk({"content": text} if self.is_chat else text, None)
-
-    def last(self, finish_reason: str, timings: Mapping[str, Any]) -> bytes:
-        """The chunk with the finish reason and the timings."""
-        return self._chunk({} if self.is_chat else "", finish_reason, timings=timings)
-
-    def usage(self, usage: Usage, timings: Mapping[str, Any]) -> bytes:
-        """The extra chunk of stream_options.include_usage: no choices."""
-        kind = "chat.completion.chunk" if self.is_chat else "text_completion"
-        return sse({**self._head(kind), "choices": [], "usage": usage.as_json(), "timings": timings})
-
-    def progress(self, done: int, total: int, elapsed_ms: float) -> bytes:
-        """llama.cpp's prompt_progress, in a chunk without text."""
-        progress = {"total": total, "cache": 0, "processed": done, "time_ms": round(elapsed_ms)}
-        return self._chunk({} if self.is_chat else "", None, prompt_progress=progress)
-
-    def _chunk(self, delta: dict[str, str] | str, finish_reason: str | None, **more: Any) -> bytes:
-        choice: dict[str, Any] = {"index": 0, "finish_reason": finish_reason}
-        choice |= {"delta": delta} if self.is_chat else {"text": delta}
-        kind = "chat.completion.chunk" if self.is_chat else "text_completion"
-        return sse({**self._head(kind), "choices": [choice], **more})
-
-    def _head(self, kind: str) -> dict[str, Any]:
-        prefix = "chatcmpl" if self.is_chat else "cmpl"
-        return {"id": f"{prefix}-{self.request_id}", "object": kind, "created": self.created, "model": self.model}
-
-
-def sse(value: Any) -> bytes:
-    """One server-sent event."""
-    return b"data: " + orjson.dumps(value) + b"\n\n"
-
-
-def comment(text: str) -> bytes:
-    """A line that keeps the connection alive and that every SSE client ignores."""
-    return f": {text}\n\n".encode()
-
-
-def error_body(error: EdgeLLMError) -> dict[str, Any]:
-    """OpenAI's error object."""
-    fallback = "invalid_request_error" if error.status < 500 else "server_error"
-    kind = _TYPES.get(error.status, fallback)
-    return {"error": {"message": error.message, "type": kind, "code": error.code, "param": error.param}}
-
-
-def error_headers(error: EdgeLLMError) -> dict[str, str]:
-    """Retry-After for what may work later."""
-    if not error.is_retryable:
-        return {}
-    wait_s = error.retry_after_s if isinstance(error, Overloaded) else 1.0
-    return {"retry-after": str(max(1, round(wait_s)))}

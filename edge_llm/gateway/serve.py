@@ -30,6 +30,7 @@ def run_gateway(config: GatewayConfig) -> None:
         bound,
         drain=gateway.drain,
         http=bounded(config.max_head_bytes, config.read_s),
+        idle_s=config.idle_s,
     )
     # what is loaded stays: a full collection that walks it would hold up every stream and every newcomer
     gc.collect()

@@ -28,7 +28,7 @@ def _asks_for_tools(value: Any, body: Mapping[str, Any]) -> bool:
 
 
 def _asks_for_a_form(value: Any, _body: Mapping[str, Any]) -> bool:
-    return not (isinstance(value, dict) and value.get("type") == "text")
+    return value != {} and not (isinstance(value, dict) and value.get("type") == "text")
 
 
 def _asks_for_more_than_text(value: Any, _body: Mapping[str, Any]) -> bool:
@@ -38,6 +38,11 @@ def _asks_for_more_than_text(value: Any, _body: Mapping[str, Any]) -> bool:
 def _asks_for_a_length(value: Any, body: Mapping[str, Any]) -> bool:
     """Load generators send it beside `ignore_eos`, which answers it: nothing but max_tokens ends those."""
     return value != 0 and not (body.get("ignore_eos") is True and not body.get("stop"))
+
+
+def _asks_for_sigma(value: Any, _body: Mapping[str, Any]) -> bool:
+    """llama.cpp's: off at zero and below."""
+    return not isinstance(value, int | float) or value > 0
 
 
 def _is_given(value: Any, _body: Mapping[str, Any]) -> bool:
@@ -58,9 +63,13 @@ _UNSUPPORTED: Final[Mapping[str, _Asks]] = {
     **dict.fromkeys(("echo", "suffix", "audio", "grammar", "json_schema", "structured_outputs"), _is_given),
     **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), _is_given),
     "modalities": _asks_for_more_than_text,
-    **dict.fromkeys(("prompt_logprobs", "web_search_options", "n_predict"), _is_given),
+    **dict.fromkeys(("prompt_logprobs", "web_search_options", "chat_template"), _is_given),
     **dict.fromkeys(("stop_token_ids", "bad_words", "allowed_token_ids", "use_beam_search"), _is_given),
     "min_tokens": _asks_for_a_length,
     **dict.fromkeys(("mirostat", "dry_multiplier", "xtc_probability", "dynatemp_range"), _is_not(0)),
-    "typical_p": _is_not(1),
+    **dict.fromkeys(("continue_final_message", "chat_template_kwargs", "truncate_prompt_tokens"), _is_given),
+    **dict.fromkeys(("include_stop_str_in_output", "samplers"), _is_given),
+    **dict.fromkeys(("typical_p", "typ_p", "tfs_z"), _is_not(1)),
+    "top_n_sigma": _asks_for_sigma,
+    "top_a": _is_not(0),
 }

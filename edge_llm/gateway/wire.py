@@ -17,7 +17,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from edge_llm.errors import BodyTooSlow, EdgeLLMError, HeadTooLarge, InvalidRequest
 from edge_llm.gateway.edge import SECURITY
-from edge_llm.gateway.openai import error_body
+from edge_llm.gateway.shape import error_body
 
 # The kernel lets a send buffer grow to megabytes; an answer of a few thousand tokens would vanish in it unread.
 SEND_BUFFER_BYTES: Final = 64 << 10

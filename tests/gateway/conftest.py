@@ -63,7 +63,7 @@ class Streamed:
 
     reply: aiohttp.ClientResponse
     chunks: list[dict[str, Any]] = field(default_factory=list)
-    comments: list[str] = field(default_factory=list)
+    keep_alives: int = 0
     is_done: bool = False
 
     async def heard(self, condition: Callable[[Streamed], bool]) -> Streamed:
@@ -81,11 +81,12 @@ class Streamed:
         line = await self.reply.content.readline()
         if not line:
             return False
+        if line == b"\n":
+            self.keep_alives += 1
+            return True
         assert await self.reply.content.readline() == b"\n", "an event ends with an empty line"
         assert not self.is_done, "something came after [DONE]"
-        if line.startswith(b":"):
-            self.comments.append(line[1:].decode().strip())
-        elif line == b"data: [DONE]\n":
+        if line == b"data: [DONE]\n":
             self.is_done = True
         else:
             self.chunks.append(json.loads(line.removeprefix(b"data: ")))
@@ -115,7 +116,7 @@ def own_timings(body: Mapping[str, Any]) -> dict[str, Any]:
     return own
 
 
-def asking(prompt: Sequence[int], mode: str = "auto", **more: Any) -> dict[str, Any]:
+def asking(prompt: Sequence[int] | Sequence[Sequence[int]], mode: str = "auto", **more: Any) -> dict[str, Any]:
     """A greedy completion of token ids that no stop token ends, with the ids of the answer."""
     vendor = {"mode": mode, "return_token_ids": True}
     return {"prompt": prompt, "max_tokens": 8, "temperature": 0, "ignore_eos": True, "edge_llm": vendor, **more}

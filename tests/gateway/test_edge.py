@@ -238,6 +238,17 @@ async def test_every_answer_carries_the_security_headers_and_no_leave_for_other_
             assert re.fullmatch(r"[0-9a-f]{16}", reply.headers["x-request-id"])
 
 
+async def test_pages_of_an_origin_that_was_named_may_ask_and_others_may_not() -> None:
+    async with running_cluster() as cluster, serving(cluster, cors_origins=["http://localhost:3000"]) as service:
+        await service.start("decode", "d1")
+        asks = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}
+        for origin, is_let in (("http://localhost:3000", True), ("https://evil.example", False)):
+            async with service.client.options(CHAT, headers={"origin": origin, **asks}) as reply:
+                assert (reply.status == 200) is is_let
+            async with service.client.post(CHAT, json={**HELLO, "max_tokens": 1}, headers={"origin": origin}) as reply:
+                assert (reply.headers.get("access-control-allow-origin") == origin) is is_let
+
+
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:8080", "10.0.0.1", "", "localhost.evil.example"])
 async def test_without_keys_only_loopback_names_are_answered(service: Service, host: str) -> None:
     """A page of another site may make its own name point to this machine, and then may read what we answer."""

@@ -12,6 +12,7 @@ from typing import Any, Final
 import openai
 import pytest
 
+from edge_llm.engine.simulated import SimulatedSettings
 from tests.gateway.conftest import CHAT, COMPLETIONS, HELLO, Reply, Service, asking, serving
 from tests.loopback import CHUNK, Node, prompt_of, running_cluster, settings_of, undisturbed, until
 
@@ -97,6 +98,61 @@ async def test_a_streamed_chat_begins_with_the_role_and_says_it_once(service: Se
     assert streamed.choices[0] == {"index": 0, "finish_reason": None, "delta": {"role": "assistant", "content": ""}}
     assert [choice for choice in streamed.choices if "role" in choice["delta"]] == streamed.choices[:1]
     assert streamed.choices[-1] == {"index": 0, "finish_reason": "length", "delta": {}}
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+async def test_nothing_but_empty_lines_comes_before_the_first_token_and_the_headers_do_not_wait(path: str) -> None:
+    """Load generators take the first chunk for the first token."""
+    async with running_cluster() as cluster, serving(cluster, keep_alive_s=0.02) as service:
+        await service.start("decode", "d1", SimulatedSettings(n_ctx=512, slots=1, decode_run_s=0.02))
+        endless = asking(LONG, max_tokens=400, temperature=0)
+        async with service.streaming(COMPLETIONS, endless) as running:
+            await running.heard(lambda one: bool(one.text))
+            async with service.streaming(path, HELLO if path == CHAT else asking(LONG)) as waiting:
+                await waiting.heard(lambda one: one.keep_alives >= 2)
+                assert (waiting.reply.status, waiting.chunks) == (200, [])
+                running.reply.close()
+                await waiting.heard(lambda one: bool(one.chunks))
+                await waiting.whole()
+    assert waiting.text
+
+
+async def test_a_client_that_strips_each_piece_it_reads_hears_every_event() -> None:
+    """As vLLM's bench reads streams (vllm/benchmarks/lib/endpoint_request_func.py): it glued a comment to what followed
+    it, and dropped both."""
+    async with running_cluster() as cluster, serving(cluster, keep_alive_s=0.01) as service:
+        await service.start("decode", "d1", SimulatedSettings(n_ctx=512, slots=1, decode_run_s=0.03))
+        body = {**asking(LONG), "stream": True}
+        events, buffer, pieces = [], "", 0
+        async with service.client.post(COMPLETIONS, json=body) as reply:
+            async for piece in reply.content.iter_any():
+                pieces += 1
+                buffer += piece.strip().decode()
+                *whole, buffer = buffer.split("\n\n")
+                events += whole
+                if buffer.startswith("data: ") and (buffer.endswith("}") or buffer == "data: [DONE]"):
+                    events, buffer = [*events, buffer], ""
+    assert (buffer, events[-1]) == ("", "data: [DONE]")
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events[:-1]]
+    assert len([chunk for chunk in chunks if chunk["choices"][0]["text"]]) > 1
+    assert pieces > len(events), "it was kept alive meanwhile"
+    assert chunks[-1]["timings"]["edge_llm"]["token_ids"] == WHOLE
+
+
+async def test_several_prompts_are_answered_in_one_body_each_as_it_is_alone(service: Service) -> None:
+    prompts = [LONG, LONG[:7], LONG[:3]]
+    alone = [(await service.post(COMPLETIONS, asking(prompt))).body for prompt in prompts]
+    body = (await service.post(COMPLETIONS, asking(prompts))).body
+    assert [one["index"] for one in body["choices"]] == [0, 1, 2]
+    assert [one["text"] for one in body["choices"]] == [one["choices"][0]["text"] for one in alone]
+    assert body["usage"]["total_tokens"] == sum(one["usage"]["total_tokens"] for one in alone)
+    assert [one["timings"]["prompt_n"] for one in body["choices"]] == [len(prompt) for prompt in prompts]
+
+
+async def test_one_bad_prompt_of_several_refuses_the_request_and_leaves_nothing_running(service: Service) -> None:
+    refused = await service.post(COMPLETIONS, asking([LONG, prompt_of(N_CTX)]))
+    assert_refused(refused, 400, "prompt", "context_length_exceeded")
+    await until(lambda: service.gateway.dispatcher.is_idle)
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
@@ -240,13 +296,13 @@ def assert_refused(reply: Reply, status: int, param: str | None, code: str = "in
         ({"messages": [{"role": "robot", "content": "x"}]}, 400, "messages", "invalid_request"),
         ({"messages": "hello"}, 400, "messages", "invalid_request"),
         ({"messages": None}, 400, "messages", "invalid_request"),
-        ({"max_tokens": -1}, 400, "max_tokens", "invalid_request"),
+        ({"max_tokens": -2}, 400, "max_tokens", "invalid_request"),
         ({"max_tokens": "8"}, 400, "max_tokens", "invalid_request"),
         ({"max_tokens": N_CTX}, 400, "max_tokens", "context_length_exceeded"),
         ({"temperature": "warm"}, 400, "temperature", "invalid_request"),
         ({"temperature": 1000}, 400, "temperature", "invalid_request"),
         ({"n": 2}, 400, "n", "invalid_request"),
-        ({"stop": [""]}, 400, "stop", "invalid_request"),
+        ({"stop": [5]}, 400, "stop", "invalid_request"),
         ({"logit_bias": {"x": 1}}, 400, "logit_bias", "invalid_request"),
         ({"stream": "yes"}, 400, "stream", "invalid_request"),
         ({"edge_llm": {"mode": "fast"}}, 400, "edge_llm", "invalid_request"),
@@ -267,7 +323,7 @@ async def test_a_bad_chat_is_refused_with_openais_error_and_the_next_request_is_
     [
         ({"prompt": None}, "prompt", "invalid_request"),
         ({"prompt": []}, "prompt", "invalid_request"),
-        ({"prompt": ["a", "b"]}, "prompt", "invalid_request"),
+        ({"prompt": ["a", "b"], "stream": True}, "stream", "invalid_request"),
         ({"prompt": [5, "a"]}, "prompt", "invalid_request"),
         ({"prompt": [259]}, "prompt", "invalid_request"),
         ({"prompt": [-1]}, "prompt", "invalid_request"),
@@ -350,8 +406,12 @@ async def test_the_cluster_is_shown_worker_by_worker(service: Service) -> None:
         assert (node["is_ready"], node["model"], node["level"]) == (True, "simulated", "exact")
         assert node["load"]["sequences_running"] == 0
     assert (await service.get("/healthz")).body == {"status": "ok"}
-    async with service.client.get("/readyz") as reply:
-        assert (reply.status, await reply.text()) == (200, "ready")
+    for path in ("/readyz", "/health"):
+        async with service.client.get(path) as reply:
+            assert (reply.status, await reply.text()) == (200, "ready")
+        async with service.client.head(path) as reply:
+            assert reply.status == 200
+    assert (await service.get("/v1/models/")).body == (await service.get("/v1/models")).body
 
 
 # -- OpenAI's own client

@@ -297,7 +297,7 @@ async def test_every_route_asks_every_credential(guarded: Service, who: str) -> 
                 statuses, code = expected(path, method, who)
                 text = await reply.text()
                 assert reply.status in statuses, (method, path, text)
-                if code is not None:
+                if code is not None and method != "HEAD":  # which has no body
                     assert json.loads(text)["error"]["code"] == code
                 if reply.status == 401:
                     assert reply.headers["www-authenticate"] == "Bearer"

@@ -20,20 +20,8 @@ from edge_llm.errors import (
     UnknownModel,
     WorkerUnreachable,
 )
-from edge_llm.gateway.openai import (
-    DONE,
-    MAX_MESSAGES,
-    MAX_PROMPT_IDS,
-    ROLES,
-    Ask,
-    Shape,
-    Usage,
-    comment,
-    error_body,
-    error_headers,
-    parse,
-    sse,
-)
+from edge_llm.gateway.openai import MAX_MESSAGES, MAX_PROMPT_IDS, MAX_PROMPTS, ROLES, Ask, parse
+from edge_llm.gateway.shape import DONE, KEEP_ALIVE, Shape, Usage, error_body, error_headers, sse, together
 from edge_llm.request import MAX_STOP_CHARS, MAX_STOP_STRINGS, SamplingParams
 
 HELLO: Final = [{"role": "user", "content": "hello"}]
@@ -199,7 +187,8 @@ BAD_COMMON: Final[dict[str, list[object]]] = {
     "model": [5, ["m"]],
     "stream": ["yes", 1],
     "stream_options": [True, {"include_usage": "yes"}],
-    "max_tokens": [0, -1, 1.5, "7", True, 1e300],
+    "max_tokens": [0, -2, 1.5, "7", True, 1e300],
+    "n_predict": [0, -2, 1.5, "7"],
     "max_completion_tokens": [0, -5, "7"],
     "n": [0, 2, "1"],
     "temperature": [-0.1, 100.5, "0.5", True, []],
@@ -211,7 +200,8 @@ BAD_COMMON: Final[dict[str, list[object]]] = {
     "presence_penalty": [-2.1, 2.1, "0"],
     "repeat_last_n": [-2, 1 << 31, 1.5],
     "seed": [1.5, "1", 1 << 70],
-    "stop": ["", 5, [1], ["a", ""], ["x"] * (MAX_STOP_STRINGS + 1), "x" * (MAX_STOP_CHARS + 1)],
+    "repetition_penalty": [0, 101, "1"],
+    "stop": [5, [1], ["x"] * (MAX_STOP_STRINGS + 1), "x" * (MAX_STOP_CHARS + 1)],
     "logit_bias": [[1], {"a": 1}, {"-1": 1}, {"5": "1"}, {"5": 101}, {"5": -100.5}, {"1_0": 1}],
     "return_progress": ["yes", 1],
     "ignore_eos": ["yes", 1],
@@ -242,8 +232,9 @@ BAD_COMPLETION: Final[dict[str, list[object]]] = {
         [True],
         [-1],
         [1 << 31],
-        ["a", "b"],
-        [[1, 2], [3]],
+        ["a", 1],
+        [[1, 2], []],
+        ["a"] * (MAX_PROMPTS + 1),
         [[]],
         [[-1]],
         [[1.5]],
@@ -305,9 +296,15 @@ UNSUPPORTED: Final[list[tuple[str, object]]] = [
     ("stop_token_ids", [7]),
     ("bad_words", ["no"]),
     ("prompt_logprobs", 0),
-    ("n_predict", 3),
     ("mirostat", 2),
     ("typical_p", 0.5),
+    ("typ_p", 0.5),
+    ("top_n_sigma", 1.0),
+    ("chat_template", "{{ messages }}"),
+    ("chat_template_kwargs", {"enable_thinking": False}),
+    ("continue_final_message", True),
+    ("truncate_prompt_tokens", 2),
+    ("include_stop_str_in_output", True),
 ]
 
 
@@ -323,6 +320,8 @@ def test_what_asks_for_nothing_unusual_is_passed_over() -> None:
     tools = [{"type": "function", "function": {"name": "f"}}]
     assert chat(tools=tools, tool_choice="none") == chat()
     assert chat(tools=[], logprobs=False, top_logprobs=0, response_format={"type": "text"}) == chat()
+    assert chat(response_format={}, top_n_sigma=-1.0, tfs_z=1, top_a=0, continue_final_message=False) == chat()
+    assert chat(stop="") == chat(stop=[""]) == chat()
     assert completion(suffix="", best_of=1, echo=False) == completion()
     assert chat(modalities=["text"], min_tokens=0, stop_token_ids=[], typical_p=1.0, mirostat=0) == chat()
 
@@ -341,12 +340,30 @@ def test_ids_in_a_list_of_one_prompt_are_that_prompt() -> None:
     assert completion(prompt=[[1, 2, 3]]).ids == (1, 2, 3)
 
 
+def test_several_prompts_are_several_asks_that_differ_in_nothing_else() -> None:
+    ask = completion(prompt=["a", "b"], max_tokens=3)
+    assert (ask.text, [other.text for other in ask.others]) == ("a", ["b"])
+    assert ask.others[0] == completion(prompt="b", max_tokens=3)
+    assert [one.ids for one in completion(prompt=[[1, 2], [3]]).others] == [(3,)]
+    assert refusal(lambda: completion(prompt=["a", "b"], stream=True)).param == "stream"
+
+
+def test_other_servers_names_for_the_same_thing_are_known() -> None:
+    assert chat(repetition_penalty=1.5) == chat(repeat_penalty=1.5)
+    assert chat(n_predict=7) == chat(max_tokens=7)
+    assert chat(max_tokens=-1) == chat(n_predict=-1) == chat()
+
+
+def test_a_whole_number_may_be_written_with_a_point() -> None:
+    assert chat(max_tokens=8.0, top_k=40.0, seed=1.0) == chat(max_tokens=8, top_k=40, seed=1)
+
+
 def test_a_negative_top_k_is_off_as_vllms_clients_send_it() -> None:
     assert chat(top_k=-1).sampling.top_k == 0
 
 
-def test_two_prompts_and_two_answers_are_refused_with_a_way_out() -> None:
-    assert "one each" in refusal(lambda: completion(prompt=["a", "b"])).message
+def test_a_stream_of_two_prompts_and_two_answers_are_refused_with_a_way_out() -> None:
+    assert "one each" in refusal(lambda: completion(prompt=["a", "b"], stream=True)).message
     assert "again" in refusal(lambda: chat(n=2)).message
 
 
@@ -420,6 +437,17 @@ def test_a_whole_completion_has_openais_shape() -> None:
     assert whole["usage"] == USAGE_JSON
 
 
+def test_answers_to_several_prompts_are_choices_of_one_body_in_order() -> None:
+    bodies = [TEXT.whole("a", "stop", USAGE, {"prompt_n": 1}), TEXT.whole("b", "length", USAGE, {"prompt_n": 2})]
+    body = together(bodies)
+    assert [(one["index"], one["text"], one["timings"]["prompt_n"]) for one in body["choices"]] == [
+        (0, "a", 1),
+        (1, "b", 2),
+    ]
+    assert body["usage"] == (USAGE + USAGE).as_json()
+    assert (body["id"], body["object"]) == ("cmpl-r1", "text_completion")
+
+
 def test_chat_chunks_begin_with_the_role_and_end_with_the_reason() -> None:
     first, text, last = event(CHAT.first()), event(CHAT.text("hi\n\n")), event(CHAT.last("length", {"a": 1}))
     for chunk in (first, text, last):
@@ -453,8 +481,8 @@ def test_progress_is_a_chunk_without_text(shape: Shape, empty: dict[str, object]
     assert chunk["prompt_progress"] == {"total": 128, "cache": 0, "processed": 64, "time_ms": 13}
 
 
-def test_a_comment_is_a_line_that_sse_readers_skip() -> None:
-    assert comment("working") == b": working\n\n"
+def test_what_keeps_a_stream_alive_is_an_empty_line_which_is_no_event_and_nothing_to_who_strips_it() -> None:
+    assert KEEP_ALIVE.strip() == b""
     assert DONE == b"data: [DONE]\n\n"
     assert event(sse({"a": "ж"})) == {"a": "ж"}
 
