@@ -177,8 +177,9 @@ class GatewayConfig(_Settings):
     idle_s: Annotated[float, Field(ge=1, le=3600)] = 100.0
     """A connection on which nothing is asked is closed after so long. Longer than proxies keep theirs (nginx 60 s, Go's
     and so Traefik's 90 s): one that sends into a connection that just closes tells its client 502."""
-    cors_origins: list[str] = []
-    """Origins, as http://localhost:3000, whose pages may ask from a browser; "*": all. None by default."""
+    cors_origins: list[Annotated[str, Field(pattern=r"^(\*|https?://[A-Za-z0-9.\[\]:-]+)$")]] = []
+    """Origins, as http://localhost:3000, whose pages may ask from a browser, and whatever the key that they send, or
+    nobody's key, may; "*": all. None by default."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = 8 << 20
     """A larger request is refused with status 413."""
     max_head_bytes: Annotated[int, Field(ge=1024, le=1 << 20)] = 32 << 10

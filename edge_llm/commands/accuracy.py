@@ -149,7 +149,7 @@ def _check_data_folder(given: Path | None, folder: Path, tasks: str | None) -> N
     """Raises UsageError: who names a folder of data is not content with our own small set."""
     if given is None:
         return
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # pathlib raises where a folder may not be searched
         raise click.UsageError(f"--data {folder}: there is no such folder; --fetch NAMES --data {folder} makes it")
     if tasks is None and not _with_data(folder):
         raise click.UsageError(

@@ -135,8 +135,8 @@ def serve(output: Path, as_json: bool, check: bool, **given: Any) -> None:
     A closed loop keeps --concurrency requests under way; an open one sends at --rate, whatever becomes of them. What
     fails is counted by kind. All that are compared (--mode, --beside) get the same requests at the same times.
 
-    --check exits with 3 when a request failed; with --slo when fewer than 90 % keep it (of several rates: at each of
-    them); with --slowdown when one of the nine limits does not hold.
+    --check exits with 3 when a request failed; with --slo when fewer than 90 % keep it (of several rates: at the
+    lowest one); with --slowdown when one of the nine limits does not hold.
     """
     from edge_llm.bench.run import Run
     from edge_llm.bench.serve.experiment import measure

@@ -107,5 +107,8 @@ def url_of_the_only_one() -> str:
 
 
 def forget_state(port: int) -> None:
+    """What this process wrote: of two that were started for one port, the one that fails leaves the other's."""
+    if (state := read_state(port)) is not None and state.pid != os.getpid():
+        return
     state_path(port).unlink(missing_ok=True)
     key_path(port).unlink(missing_ok=True)

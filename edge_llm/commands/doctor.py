@@ -78,6 +78,8 @@ def doctor(
         return
     _check_ignored(ignore, (*AREAS, "cluster"))
     if of_cluster:
+        if config is not None or loads or root != Path("/"):
+            raise click.UsageError("--config, --load and --root are of a board: leave them out with --cluster")
         findings, is_complete = _of_cluster(kubeconfig, namespace), True
     else:
         if kubeconfig is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -36,7 +37,8 @@ def _tried(context: click.Context, param: click.Parameter, folder: Path) -> Path
 
     if context.get_parameter_source(str(param.name)) is ParameterSource.DEFAULT:
         return folder
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    # pathlib's own raises where a folder may not be searched
+    made = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
     try:
         try_folder(folder)
     except ConfigError as error:

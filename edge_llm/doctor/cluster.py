@@ -188,7 +188,8 @@ def images(nodes: Sequence[Thing], works: Sequence[Thing]) -> Finding:
 
 def pods_run(pods: Sequence[Thing], namespace: str) -> Finding:
     check = "cluster.pods"
-    waiting = {_name(pod): why for pod in pods if (why := _why_not(pod)) is not None}
+    left = [pod for pod in pods if pod.get("status", {}).get("phase") == "Failed"]
+    waiting = {_name(pod): why for pod in pods if pod not in left and (why := _why_not(pod)) is not None}
     if not pods:
         return fail(
             check,
@@ -196,6 +197,17 @@ def pods_run(pods: Sequence[Thing], namespace: str) -> Finding:
             why="something refuses them",
             do="the events say what",
             commands=[f"kubectl -n {namespace} get events --sort-by=.lastTimestamp"],
+        )
+    if not waiting and left:
+        return warn(
+            check,
+            f"{len(pods) - len(left)}, all ready; failed and still listed: {', '.join(map(_name, left))}",
+            why="others stand in for them: they were evicted, or are Jobs that failed",
+            do="when you know why, remove them",
+            commands=[
+                f"kubectl -n {namespace} describe pod {_name(left[0])}",
+                f"kubectl -n {namespace} delete pod --field-selector=status.phase=Failed",
+            ],
         )
     if not waiting:
         return ok(check, f"{len(pods)}, all ready")

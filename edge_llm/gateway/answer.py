@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 
@@ -54,9 +54,16 @@ async def _cut(words: str) -> AsyncIterator[asyncio.Timeout]:
         raise InvalidRequest(words) from error
 
 
-async def all_of(works: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
-    """What each comes to, in their order. The first error ends all of them."""
-    tasks = [asyncio.create_task(work) for work in works]
+async def all_of(works: Iterable[Callable[[], Coroutine[Any, Any, Result]]], at_once: int) -> list[Result]:
+    """What each comes to, in their order, so many at a time. The first error ends all of them and is raised as it is:
+    a task group would wrap it."""
+    gate = asyncio.Semaphore(at_once)
+
+    async def one(work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
+        async with gate:
+            return await work()
+
+    tasks = [asyncio.create_task(one(work)) for work in works]
     try:
         return list(await asyncio.gather(*tasks))
     finally:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
+from functools import partial
 from typing import Any, Final
 
 import aiohttp
@@ -50,6 +51,8 @@ from edge_llm.worker.stream import ClosingStream
 from edge_llm.worker.tickets import KeyRing
 
 _DRAIN_POLL_S: Final = 0.05
+# Of one request: more would wait for each other's slots, and be refused as waiting too long.
+_PROMPTS_AT_ONCE: Final = 4
 # Workers close connections that were idle for 5 s (uvicorn): let go before, so that no request meets one that closes.
 IDLE_S: Final = 4.0
 log = structlog.get_logger()
@@ -288,11 +291,10 @@ async def _answer(gateway: Gateway, request: Request, *, is_chat: bool) -> Respo
         mode_header=request.headers.get("x-edge-llm-mode"),
         timeout_header=request.headers.get("x-request-timeout-s"),
     )
+    if ask.others:
+        return JSONResponse(together(await _several(gateway, request, (ask, *ask.others), len(body), arrived_s)))
     if not ask.is_stream:
-        asks = (ask, *ask.others)
-        share = len(body) // len(asks)
-        bodies = await answer.all_of(_whole(gateway, request, one, share, arrived_s) for one in asks)
-        return JSONResponse(together(bodies) if ask.others else bodies[0])
+        return JSONResponse(await _whole(gateway, request, ask, len(body), arrived_s))
     with ExitStack() as held:
         arrival = held.enter_context(_arriving(gateway, caller, ask, len(body), arrived_s))
         job, node = await answer.while_connected(request, arrival.job())
@@ -301,6 +303,21 @@ async def _answer(gateway: Gateway, request: Request, *, is_chat: bool) -> Respo
         parts = answer.stream(arrival, ask, job, shape, arrived_s, gateway.config.keep_alive_s)
         await anext(parts)  # what is refused at once is an HTTP error, not an error in a stream
         return ClosingStream(parts, "text/event-stream", gateway.config.stall_s)
+
+
+async def _several(
+    gateway: Gateway, request: Request, asks: Sequence[Ask], size: int, arrived_s: float
+) -> list[dict[str, Any]]:
+    """The answers to all prompts of a request: each counts as a request of its key, so many at once as the key may."""
+    key = caller_of(request).key
+    if key.requests_per_minute is not None and len(asks) > key.requests_per_minute:
+        raise InvalidRequest(
+            f"{len(asks)} prompts are so many requests, and this API key may make {key.requests_per_minute} a minute: "
+            "send fewer at once",
+            param="prompt",
+        )
+    works = (partial(_whole, gateway, request, ask, size // len(asks), arrived_s) for ask in asks)
+    return await answer.all_of(works, min(_PROMPTS_AT_ONCE, key.max_streams or _PROMPTS_AT_ONCE))
 
 
 async def _whole(gateway: Gateway, request: Request, ask: Ask, size: int, arrived_s: float) -> dict[str, Any]:

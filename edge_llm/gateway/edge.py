@@ -1,4 +1,5 @@
-"""What stands between strangers and the routes: who they are, how they may send, and headers on every answer.
+"""What stands between strangers and the routes: who they are, how they may send, and headers on every answer
+but those to a browser's question for leave.
 
 Owns the credentials of every route (all need a key but the health checks), reading bodies within bounds, request and
 trace ids, and security headers. Refuses to know JSON fields, limits of keys and the cluster; bytes before a request is

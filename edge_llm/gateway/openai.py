@@ -142,8 +142,8 @@ class _Completion(_Common):
     prompt: (
         StrictStr
         | _Ids
-        | Annotated[list[StrictStr], Field(max_length=MAX_MESSAGES, fail_fast=True)]
-        | Annotated[list[_Ids], Field(max_length=MAX_MESSAGES, fail_fast=True)]
+        | Annotated[list[StrictStr], Field(max_length=MAX_PROMPTS, fail_fast=True)]
+        | Annotated[list[_Ids], Field(max_length=MAX_PROMPTS, fail_fast=True)]
     )
     echo: StrictBool = False
     best_of: Whole | None = None
@@ -284,8 +284,6 @@ def _prompts(body: _Completion) -> list[_Prompt]:
         raise InvalidRequest("prompt is empty", param="prompt")
     if all(isinstance(item, int) for item in prompt):
         return [(None, _ids([item for item in prompt if isinstance(item, int)]))]
-    if len(prompt) > MAX_PROMPTS:
-        raise InvalidRequest(f"at most {MAX_PROMPTS} prompts in one request, got {len(prompt)}", param="prompt")
     if body.stream and len(prompt) > 1:
         raise InvalidRequest("several prompts are answered whole: leave stream out or send one each", param="stream")
     return [(None, _ids(item)) if isinstance(item, list) else (str(item), None) for item in prompt]

@@ -75,4 +75,9 @@ def credentials_of(config: GatewayConfig) -> Credentials:
             "no API keys: give them with --api-keys-file (`edge-llm serve api-key` makes one), or let everybody on "
             "this machine in with --no-auth"
         )
+    if "*" in config.cors_origins:
+        raise ConfigError(
+            "cors_origins has *, and there are no API keys: every page that is open in a browser here could change "
+            "workers; name the origins, or make keys"
+        )
     return NoKeys()

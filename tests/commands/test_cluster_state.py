@@ -64,6 +64,15 @@ def test_the_key_of_a_cluster_is_its_users_only_and_gone_with_it() -> None:
     assert read_state(9001) is None
 
 
+def test_a_cluster_that_fails_to_start_leaves_the_files_of_the_one_that_serves(
+    process: subprocess.Popen[bytes],
+) -> None:
+    write_state(state(9001, process.pid), b"secret")
+    forget_state(9001)
+    assert read_state(9001) is not None
+    assert key_path(9001).exists()
+
+
 def test_a_process_that_has_the_id_of_a_dead_cluster_is_not_touched(process: subprocess.Popen[bytes]) -> None:
     write_state(replace(state(9001, process.pid), life="another boot:123"))
     assert read_state(9001) is None

@@ -210,6 +210,14 @@ def test_a_pod_that_is_not_ready_is_asked_why(status: dict[str, Any], severity: 
     assert command in problem.commands[0]
 
 
+def test_a_pod_that_was_evicted_and_replaced_is_a_warning_that_says_how_to_remove_it() -> None:
+    cluster = Cluster()
+    cluster.pods.append(pod("edge-llm-gateway-old", "Failed", is_ready=False))
+    problem = cluster.problem()
+    assert (problem.check, problem.status) == ("cluster.pods", "warn")
+    assert "edge-llm-gateway-old" in problem.found
+
+
 def test_a_job_that_has_ended_is_no_problem() -> None:
     cluster = Cluster()
     cluster.pods.append(pod("edge-llm-bench-x", "Succeeded", is_ready=False))

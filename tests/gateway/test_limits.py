@@ -210,6 +210,18 @@ async def test_tokens_of_prompt_and_answer_count_and_unused_ones_come_back(servi
 
 
 @pytest.mark.anyio
+async def test_prompts_of_one_request_run_so_many_at_once_as_the_key_may_and_never_more_than_it_has(
+    service: Service,
+) -> None:
+    prompts = asking([prompt_of(4), prompt_of(5), prompt_of(6)], max_tokens=2)
+    assert len((await service.post(COMPLETIONS, prompts, key("one"))).body["choices"]) == 3
+    refused = await service.post(COMPLETIONS, prompts, key("two"))
+    assert (refused.status, refused.error["param"]) == (400, "prompt")
+    assert "2 a minute" in refused.error["message"]
+    assert (await service.post(COMPLETIONS, asking(prompt_of(4), max_tokens=2), key("two"))).status == 200
+
+
+@pytest.mark.anyio
 async def test_a_second_answer_at_once_is_refused_until_the_first_has_ended(service: Service) -> None:
     body = asking(prompt_of(4), max_tokens=400)
     async with service.streaming(COMPLETIONS, body, key("one")) as streamed:
