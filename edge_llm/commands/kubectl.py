@@ -36,7 +36,7 @@ class Kubectl:
     def __init__(self, kubeconfig: Path | None, namespace: str) -> None:
         """Raises ConfigError when the file names no cluster: kubectl would ask a server on this machine then."""
         self.kubeconfig, self.namespace = kubeconfig, namespace
-        self._where = ["-n", namespace, *(["--kubeconfig", str(kubeconfig)] if kubeconfig else [])]
+        self._where = [*(["--kubeconfig", str(kubeconfig)] if kubeconfig else []), "-n", namespace]
         _kubectl()  # one that is missing is not the file's fault
         try:
             self.run("config", "view", "--minify", "-o", "json")

@@ -158,9 +158,10 @@ def test_a_last_line_that_was_cut_off_is_left_out_and_a_broken_one_is_named() ->
         list(lines_of(b'{"case":"a"}\nnonsense\n{"case":"b"}\n', "x.jsonl"))
 
 
-def test_a_folder_that_cannot_be_written_costs_the_file_not_the_run(tmp_path: Path) -> None:
-    (tmp_path / "results").write_text("a file")
+def test_a_folder_that_can_no_longer_be_written_costs_the_file_not_the_run(tmp_path: Path) -> None:
     run = a_run(tmp_path / "results")
+    (tmp_path / "results").rmdir()
+    (tmp_path / "results").write_text("a file")
     run.case({"number": 1})
     record = run.record({}, is_complete=True)
     assert record.cases is not None
