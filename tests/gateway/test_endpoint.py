@@ -152,10 +152,10 @@ async def test_several_prompts_are_answered_in_one_body_each_as_it_is_alone(serv
 async def test_one_bad_prompt_of_several_refuses_the_request_and_leaves_nothing_running() -> None:
     async with running_cluster() as cluster, serving(cluster) as service:
         slow = SimulatedSettings(n_ctx=N_CTX, slots=2, decode_run_s=0.1)  # alone it would write for half a minute
-        await service.start("decode", "d1", slow)
+        decode = await service.start("decode", "d1", slow)
         refused = await service.post(COMPLETIONS, asking([LONG, prompt_of(N_CTX)], max_tokens=N_CTX - len(LONG)))
         assert_refused(refused, 400, "prompt", "context_length_exceeded")
-        await until(lambda: service.gateway.dispatcher.is_idle)
+        await until(lambda: service.gateway.dispatcher.is_idle and decode.slots_free == slow.slots)
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
