@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -37,7 +38,7 @@ from tests.kubernetes import (
     scenarios_trouble,
     scenarios_upgrade,
 )
-from tests.kubernetes.build import CLUSTER, KUBERNETES
+from tests.kubernetes.build import CLUSTER, KUBERNETES, KWOK, SIMULATOR, NotBuilt, built
 from tests.kubernetes.cluster import Cluster, clean, cluster, only_one
 from tests.kubernetes.deploy import NAMESPACE, Deployed, make_keys
 from tests.kubernetes.ledger import Ledger
@@ -104,6 +105,7 @@ def _is_ready(asked: argparse.Namespace) -> int:
     lacks = [f"package {name}" for name in requirements.missing()]
     lacks += [] if os.geteuid() == 0 else ["root"]
     lacks += [] if CLUSTER.is_built else [f"Kubernetes {KUBERNETES} in the cache"]
+    lacks += [] if SIMULATOR.is_built else [f"kwok {KWOK} in the cache"]
     lacks += _lacks_image(asked)
     print(f"test-cluster: {'ready' if not lacks else 'not here: no ' + ', no '.join(lacks)}")
     return 2 if lacks else 0
@@ -134,6 +136,8 @@ def _tested(asked: argparse.Namespace, ends: Ends) -> int:
         f"edge-llm {edge_llm.__version__}, commit {run.source.commit}{' and changes' * bool(run.source.is_dirty)}"
     )
     ledger.say(f"image of commit {image.revision(archive)}")
+    with suppress(NotBuilt):  # its scenario says why; there, no way leads out to fetch its modules
+        built(SIMULATOR, ledger.say)
     shelf = Shelf(cache_dir())
     labels = {node: {"edge-llm/role": role} for node, role in ROLES.items()}
     is_complete = False

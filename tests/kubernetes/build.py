@@ -100,7 +100,8 @@ def built(module: Module, say: Say) -> Path:
 
 def _build(module: Module, say: Say) -> None:
     go = _go()
-    say(f"building {module.name} {module.version} from Go modules: about ten minutes on two cores, once")
+    minutes = "about ten minutes" if module is CLUSTER else "a minute or two"
+    say(f"building {module.name} {module.version} from Go modules: {minutes} on two cores, once")
     with tempfile.TemporaryDirectory(prefix="edge-llm-go-") as work:
         source, target = Path(work) / "source", Path(work) / "bin"
         shutil.copytree(module.source, source)
