@@ -85,6 +85,16 @@ class Forbidden(ClientError):
     code = "forbidden"
 
 
+class NotOperator(Forbidden):
+    """This API key may ask and not change workers."""
+
+    def __init__(self, key_id: str) -> None:
+        super().__init__(
+            f"the API key {key_id} may not change workers: its entry needs `operator: true` "
+            "(`edge-llm serve api-key --operator` makes one)"
+        )
+
+
 class ModelNotAllowed(Forbidden):
     """The API key may not use this model."""
 

@@ -44,7 +44,7 @@ from edge_llm.bench.serve.driver import circulate, sending
 from edge_llm.bench.serve.experiment import case_of
 from edge_llm.bench.serve.lengths import Lengths
 from edge_llm.bench.serve.prompts import Options, body
-from edge_llm.bench.serve.target import Target, learn
+from edge_llm.bench.serve.target import Target, look
 from edge_llm.bench.serve.workloads import Request, drawn
 from edge_llm.errors import EdgeLLMError
 from edge_llm.machine import peak_memory_bytes, process_usage
@@ -274,7 +274,9 @@ async def _learnt(
         model="" if subject.file is None else subject.file.facts.name,
         extra={"cache_prompt": False, "edge_llm": {"mode": placement.mode}},
     )
-    target = await learn(session, subject.name, (started.url,), options, "auto", None, plan.timeout_s)
+    target, trouble = await look(session, subject.name, (started.url,), options, "auto", None, plan.timeout_s)
+    if trouble is not None:
+        raise trouble
     if subject.file is None:
         return target.model, target
     theirs, ours = target.model.sha256, subject.file.facts.sha256

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from edge_llm.commands.cluster_gateway import Gateway, gateway_options
-from edge_llm.errors import ClientError, ConfigError, EdgeLLMError, Forbidden, WorkerUnreachable
+from edge_llm.errors import ClientError, ConfigError, EdgeLLMError, NotOperator, WorkerUnreachable
 from edge_llm.words import counted
 
 if TYPE_CHECKING:
@@ -124,15 +124,12 @@ def role(
 
 
 def _overview(gateway: Gateway) -> dict[str, Any]:
-    """GET /cluster for somebody who is going to change it. Raises Forbidden for a key that may not (a gateway of an
+    """GET /cluster for somebody who is going to change it. Raises NotOperator for a key that may not (a gateway of an
     older version says so only when it gets the order)."""
     overview = gateway.overview()
     caller = overview.get("caller") or {}
     if not caller.get("is_operator", True):
-        raise Forbidden(
-            f"the API key {caller['id']} may not change workers: its entry needs `operator: true` "
-            "(`edge-llm serve api-key --operator` makes one)"
-        )
+        raise NotOperator(caller["id"])
     return overview
 
 

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import click
 
+from edge_llm.commands.formats import check_formats
 from edge_llm.commands.measuring import (
     check_option,
     command_line,
@@ -85,6 +86,7 @@ def goodput(
     from edge_llm.bench.run import Run
     from edge_llm.bench.verdicts import figures, missed
 
+    check_formats([requantize.upper()] if requantize else [])
     is_simulated = engine == "simulated"
     cores = _two_cores()
     found_traces = [_read(path) for path in _files(traces)]

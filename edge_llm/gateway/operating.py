@@ -16,7 +16,7 @@ import structlog
 from fastapi import FastAPI, Request, Response
 
 from edge_llm.cluster.view import Node
-from edge_llm.errors import Forbidden, InvalidRequest, UnknownWorker
+from edge_llm.errors import InvalidRequest, NotOperator, UnknownWorker
 from edge_llm.gateway.edge import Bodies, caller_of
 from edge_llm.gateway.overview import node_entry
 from edge_llm.worker.client import Peer, WorkerClient
@@ -64,10 +64,7 @@ def add_routes(app: FastAPI, operating: Callable[[], Operating], bodies: Bodies)
 async def _order(request: Request, bodies: Bodies, worker: str, kind: type[Body]) -> Body:
     key = caller_of(request).key
     if not key.is_operator:
-        raise Forbidden(
-            f"the API key {key.id} may not change workers: its entry needs `operator: true` "
-            "(`edge-llm serve api-key --operator` makes one)"
-        )
+        raise NotOperator(key.id)
     try:
         order = msgspec.json.decode(await bodies.read(request), type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

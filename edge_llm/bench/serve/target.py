@@ -91,22 +91,6 @@ class _Models(msgspec.Struct, frozen=True):
     data: list[_Model]
 
 
-async def learn(
-    session: aiohttp.ClientSession,
-    name: str,
-    urls: Sequence[str],
-    options: Options,
-    prompts: PromptKind,
-    vocab_size: int | None,
-    timeout_s: float,
-) -> Target:
-    """Raises NoLook that says what the server said."""
-    target, trouble = await look(session, name, urls, options, prompts, vocab_size, timeout_s)
-    if trouble is not None:
-        raise trouble
-    return target
-
-
 async def look(
     session: aiohttp.ClientSession,
     name: str,
