@@ -316,7 +316,15 @@ async def _several(
             "send fewer at once",
             param="prompt",
         )
-    works = (partial(_whole, gateway, request, ask, size // len(asks), arrived_s) for ask in asks)
+
+    async def one(index: int) -> dict[str, Any]:
+        try:
+            return await _whole(gateway, request, asks[index], size // len(asks), arrived_s)
+        except EdgeLLMError as error:
+            error.message = f"prompt[{index}]: {error.message}"
+            raise
+
+    works = (partial(one, index) for index in range(len(asks)))
     return await answer.all_of(works, min(_PROMPTS_AT_ONCE, key.max_streams or _PROMPTS_AT_ONCE))
 
 

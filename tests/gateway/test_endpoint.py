@@ -154,7 +154,7 @@ async def test_one_bad_prompt_of_several_refuses_the_request_and_leaves_nothing_
         slow = SimulatedSettings(n_ctx=N_CTX, slots=2, decode_run_s=0.1)  # alone it would write for half a minute
         decode = await service.start("decode", "d1", slow)
         refused = await service.post(COMPLETIONS, asking([LONG, prompt_of(N_CTX)], max_tokens=N_CTX - len(LONG)))
-        assert_refused(refused, 400, "prompt", "context_length_exceeded")
+        assert assert_refused(refused, 400, "prompt", "context_length_exceeded")["message"].startswith("prompt[1]: ")
         await until(lambda: service.gateway.dispatcher.is_idle and decode.slots_free == slow.slots)
 
 
