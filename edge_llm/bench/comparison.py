@@ -6,8 +6,8 @@ contestants.py's, the figures verdicts.py's. Refuses to know how a request is se
 Rules: a trace is cut to its beginning, scaled, and thinned to each rate (traces.py); prompts are random token ids that
 depend on trace, rate and row only, so all arrangements get the same and nobody finds a prefix of an earlier one. Rates
 are shares of what two unsplit nodes were seen to serve when flooded. Limits are multiples of what a request takes
-alone on one node (goodput.py). One replay serves all regimes of an arrangement that knows no limits: they differ in
-nothing else; `auto` is told them and started anew for each. Rates are visited in passes, each arrangement once in each
+alone on one node (goodput.py). Ours are told them and started anew for each regime; one replay of an arrangement that
+knows no limits serves all regimes. Rates are visited in passes, each arrangement once in each
 pass and every other pass backwards, so that a machine that drifts drifts for all.
 """
 
@@ -28,6 +28,7 @@ from edge_llm.bench.contestants import (
     Send,
     Servers,
     arrangements,
+    baseline,
     plain,
     running,
 )
@@ -180,7 +181,9 @@ async def measure(
     tally.seconds_per_point = fit.seconds_per_point
     run.notes += [fit.note, NO_BOUND_NOTE, *([FLAGS_NOTE] if servers is not None else [])]
     contest = _Contest(fit.plan, run, tally, progress, clock)
-    if not await contest.tried("one request alone, and a flood", contest.baseline(ours[1], workloads)):
+    if not await contest.tried(
+        "one request alone, and a flood", contest.baseline(baseline(launch, plan.size), workloads)
+    ):
         return
     contestants = {one.name: list(ours) for one in workloads}
     if servers is not None:
@@ -218,24 +221,24 @@ class _Contest:
 
     # -- parts
 
-    async def baseline(self, local: Arrangement, workloads: Sequence[Workload]) -> None:
+    async def baseline(self, unsplit: Arrangement, workloads: Sequence[Workload]) -> None:
         """On two unsplit nodes: a request alone, with a prompt that 90 % of the trace's do not exceed, then more at
         once than they can work on."""
-        async with running(self._run, local) as send:
+        async with running(self._run, unsplit) as send:
             for one in workloads:
                 self._progress(f"{one.name}: warming up", 0, 0)
-                await send(self._calls(one, one.trace.rows[:WARM_UP], "baseline warm-up", local, at_once=True))
+                await send(self._calls(one, one.trace.rows[:WARM_UP], "baseline warm-up", unsplit, at_once=True))
                 alone = Row(0, 0.0, one.trace.prompt_percentile(0.9), self._alone_answer(one))
                 for number in range(_ALONE):
                     self._progress(f"{one.name}: one request alone", number, _ALONE)
-                    (answer,) = await send(self._calls(one, [alone], f"alone {number}", local))
+                    (answer,) = await send(self._calls(one, [alone], f"alone {number}", unsplit))
                     if answer.ttft_s is None or answer.tpot_s is None or not answer.is_complete:
                         raise MeasureFailed(f"a request alone was not answered: {answer.error or 'too few tokens'}")
                     self._run.add(f"{one.name}, alone: ttft_s", answer.ttft_s)
                     self._run.add(f"{one.name}, alone: tpot_s", answer.tpot_s)
                 self._progress(f"{one.name}: a flood", 0, 0)
                 rows = thinned(one.trace, min(FLOOD, len(one.trace.rows)), 0.0, self._plan.seed)
-                served = served_per_s(await send(self._calls(one, rows, "flood", local)))
+                served = served_per_s(await send(self._calls(one, rows, "flood", unsplit)))
                 if not served:
                     raise MeasureFailed("a flood of requests got no answer")
                 self._run.add(f"{one.name}, flood: served_per_s", served)
@@ -344,7 +347,7 @@ class _Contest:
         self, one: Workload, rows: Sequence[Row], label: str, arrangement: Arrangement, *, at_once: bool = False
     ) -> list[Call]:
         """The same prompts for the same trace, label and row, whatever the arrangement."""
-        own = arrangement.body(self._tally.limits(one.name) if one.name in self._tally.unloaded else {})
+        own = arrangement.body(self._tally.limits(one.name) if arrangement.regime else {})
         return [
             Call(
                 0.0 if at_once else row.at_s,

@@ -22,6 +22,7 @@ from edge_llm.bench.serve.driver import replay, sending
 from edge_llm.machine import peak_memory_bytes, process_usage
 
 SPLIT, LOCAL, AUTO, SERVER = "split", "local", "auto", "llama_server"
+BASELINE: Final = "baseline"
 NODES: Final = 2
 # A gateway refuses by itself who is predicted to wait longer than its bound. Here the client's limits say what is too
 # late, and it hangs up then: nobody shall be refused whose limit would have allowed the wait.
@@ -58,7 +59,7 @@ class Arrangement:
 
     def body(self, limits: Mapping[str, Limits]) -> Mapping[str, Any]:
         """What its requests say of how to be served, given the limits of each regime."""
-        if self.regime is None or self.regime.name not in limits:
+        if self.regime is None:
             return self.extra
         own = limits[self.regime.name]
         return {"edge_llm": {**self.extra["edge_llm"], "slo": {"ttft_s": own.ttft_s, "tpot_s": own.tpot_s}}}
@@ -74,14 +75,24 @@ class Servers:
 
 def arrangements(launch: Launch, options: tuple[str, ...]) -> list[Arrangement]:
     """Ours. A mixed worker may read prompts for the other one: in mode local it never does, in auto when that is
-    predicted to be better. What is better depends on the limits, so auto is told them and runs once for each regime."""
+    predicted to be better. All three are told the limits and run once for each regime, so that they differ in nothing
+    but who reads the prompts: a mixed worker that knows the limits of its streams reads beside them what they can bear
+    (engine/pacing.py), and that is no merit of auto's."""
     split = Layout(SPLIT, prefill=1, decode=1, options=options, gateway_options=NO_BOUND)
-    local, auto = (Layout(name, mixed=NODES, options=options, gateway_options=NO_BOUND) for name in (LOCAL, AUTO))
     return [
-        Arrangement(SPLIT, split, (launch,), _mode("split")),
-        Arrangement(LOCAL, local, (launch,), _mode("local")),
-        *(Arrangement(AUTO, auto, (launch,), _mode("auto"), regime) for regime in REGIMES),
+        Arrangement(layout.name, layout, (launch,), _mode(layout.name), regime)
+        for layout in (split, _unsplit(LOCAL, options), _unsplit(AUTO, options))
+        for regime in REGIMES
     ]
+
+
+def baseline(launch: Launch, options: tuple[str, ...]) -> Arrangement:
+    """Two nodes that do everything themselves and know no limits: what the limits are derived from."""
+    return Arrangement(BASELINE, _unsplit(BASELINE, options), (launch,), _mode(LOCAL))
+
+
+def _unsplit(name: str, options: tuple[str, ...]) -> Layout:
+    return Layout(name, mixed=NODES, options=options, gateway_options=NO_BOUND)
 
 
 def _mode(mode: str) -> Mapping[str, Any]:

@@ -60,8 +60,8 @@ STRICT_TPOT: Final = Regime(
     ttft_scale=3.0,
     tpot_scale=2.0,
     should_split_win=True,
-    why="a node that is told no limits and reads a prompt between its decode steps gives a stream 1 / (1 + 1.5) of its "
-    "pace (engine/pacing.py): 2.0 is kept only where prompts are read elsewhere; there is time to queue for that",
+    why="2.0 leaves a mixed node one decode step's worth of prompt beside each step (engine/pacing.py): a prompt takes "
+    "twice as long there, or waits; where they are read elsewhere no stream waits for them, and there is time to queue",
 )
 STRICT_TTFT: Final = Regime(
     "strict_ttft_loose_tpot",

@@ -18,7 +18,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from edge_llm.bench.comparison import Plan, fitted, fitting_seconds, measure, seconds_of_the_rest, workload
-from edge_llm.bench.contestants import AUTO, LOCAL, SERVER, SPLIT, Servers
+from edge_llm.bench.contestants import AUTO, BASELINE, LOCAL, SERVER, SPLIT, Servers
 from edge_llm.bench.goodput import REGIMES, STRICT_TPOT, STRICT_TTFT, Unloaded
 from edge_llm.bench.layout import Layout, Started
 from edge_llm.bench.processes import MeasureFailed
@@ -104,11 +104,12 @@ async def test_all_arrangements_get_the_same_requests_and_nobody_gets_a_prompt_t
         name: [(tuple(body["prompt"]), body["max_tokens"]) for body in bodies]
         for name, bodies in cluster.bodies.items()
     }
-    assert set(asked[SPLIT]) == set(asked[AUTO]) == set(asked[SERVER])
-    assert len(asked[AUTO]) == 2 * len(asked[SPLIT]), "auto is told the limits, so it is asked under each of them"
-    assert set(asked[SPLIT]) < set(asked[LOCAL]), "local was asked for the baseline as well"
-    prompts = [prompt for prompt, _ in asked[SPLIT]]
-    assert len(set(prompts)) == len(prompts), "a prompt that came before would be found in a cache"
+    assert set(asked[SPLIT]) == set(asked[LOCAL]) == set(asked[AUTO]) == set(asked[SERVER])
+    for ours in (SPLIT, LOCAL, AUTO):
+        assert len(asked[ours]) == 2 * len(asked[SERVER]), "who is told the limits is asked under each of them"
+    for name in (SERVER, BASELINE):
+        prompts = [prompt for prompt, _ in asked[name]]
+        assert len(set(prompts)) == len(prompts), "a prompt that came before would be found in a cache"
     for mode in (SPLIT, LOCAL, AUTO):
         assert {body["edge_llm"]["mode"] for body in cluster.bodies[mode]} == {mode}
     assert all("edge_llm" not in body and body["ignore_eos"] for body in cluster.bodies[SERVER])
@@ -148,7 +149,7 @@ async def test_an_arrangement_that_cannot_start_is_a_failure_and_leaves_the_othe
 
 @pytest.mark.anyio
 async def test_without_a_request_alone_there_are_no_limits_and_nothing_is_measured() -> None:
-    run, tally = await compared(Cluster(fails=LOCAL))
+    run, tally = await compared(Cluster(fails=BASELINE))
     assert len(run.failures) == 1
     assert "overloaded" in run.failures[0].why
     assert tally.replays == []
@@ -244,15 +245,16 @@ def test_what_preparations_did_not_take_makes_replays_longer_and_what_they_took_
 
 
 @pytest.mark.anyio
-async def test_auto_is_told_the_limits_of_the_regime_it_runs_for_and_nobody_else_is() -> None:
+async def test_ours_are_told_the_limits_of_the_regime_they_run_for_and_the_servers_replay_once_for_all() -> None:
     cluster = Cluster()
-    run, tally = await compared(cluster)
+    servers = Servers({"its defaults": (cluster.launch, cluster.launch)})
+    run, tally = await compared(cluster, servers=servers)
     limits = tally.limits("made_up")
-    told = {json.dumps(body["edge_llm"].get("slo"), sort_keys=True) for body in cluster.bodies[AUTO]}
-    assert told == {json.dumps({"tpot_s": one.tpot_s, "ttft_s": one.ttft_s}) for one in limits.values()}
-    assert all("slo" not in body["edge_llm"] for name in (SPLIT, LOCAL) for body in cluster.bodies[name])
-    assert {done.regime for done in tally.replays if done.arrangement == AUTO} == set(limits)
-    assert {done.regime for done in tally.replays if done.arrangement != AUTO} == {None}
+    for name in (SPLIT, LOCAL, AUTO):
+        told = {json.dumps(body["edge_llm"].get("slo"), sort_keys=True) for body in cluster.bodies[name]}
+        assert told == {json.dumps({"tpot_s": one.tpot_s, "ttft_s": one.ttft_s}) for one in limits.values()}
+        assert {done.regime for done in tally.replays if done.arrangement == name} == set(limits)
+    assert {done.regime for done in tally.replays if done.arrangement == SERVER} == {None}
     assert any("refuse nobody" in note for note in run.notes), "the record says that no bound of ours refused them"
 
 
@@ -267,7 +269,7 @@ async def test_no_gateway_of_ours_refuses_who_could_still_wait() -> None:
 
     await compared(Noting())
     assert all("--queue-predicted-wait-s" in given for given in options.values())
-    assert set(options) == {SPLIT, LOCAL, AUTO}
+    assert set(options) == {BASELINE, SPLIT, LOCAL, AUTO}
 
 
 # -- what it means
