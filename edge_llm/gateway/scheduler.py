@@ -13,7 +13,8 @@ Rule: of all plans that can be carried out now, the one for which everybody toge
 until its last token, the streams that run on either node, the prompts that will wait behind it. Local is the plan in
 which the decode node computes the prompt. A node of the other pool (pools.py) helps out when its pool is overloaded:
 with tokens when no decode worker has room, with prompts when all prefill workers have one and it is better by a margin.
-So must a node of another exactness class be: predictions err, and promises are not given up for noise. When a full
+So must a node of another exactness class be: predictions err, and promises are not given up for noise. Nor is a second
+node's time: where an idle one can do all of it, a split must be sooner by a margin, too. When a full
 node is predicted to serve sooner than the free ones, the request waits for it, but never longer than the free one would
 have taken. Who asks for `split` waits for a decode worker that somebody can prefill for, and gets local only when there
 is none.
@@ -45,15 +46,16 @@ from edge_llm.worker.messages import Link
 
 Mode = Literal["auto", "split", "local"]
 CrossClass = Literal["never", "when_faster"]
-Reason = Literal["asked", "not_possible", "only_choice", "limits", "sooner", "less_harm", "policy"]
+Reason = Literal["asked", "not_possible", "only_choice", "limits", "sooner", "less_harm", "one_node", "policy"]
 MAX_CANDIDATES: Final = 2
 # Pairs that are predicted: in a large cluster only those of the best few on either side.
 SHORTLIST: Final = 4
 # A worker computes one prompt and lets one more wait (worker/prefill.py); further ones wait here.
 PROMPTS_PER_WORKER: Final = 2
-# By how much a plan must be better to be worth a node of the other pool, or the promise of exactness.
+# By how much a plan must be better to be worth a node of the other pool, the promise of exactness, or a second node.
 SPILL_MARGIN: Final = 1.25
 FOREIGN_MARGIN: Final = 1.10
+SECOND_NODE_MARGIN: Final = 1.10
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +211,7 @@ def _by_prediction(wish: Wish, decoders: Sequence[Node], readers: Sequence[Node]
     free = [option for option in allowed if not option.is_full]
     if not free:
         raise Overloaded("all prefill workers have a prompt waiting", retry_after_s=2.0)
-    best = free[0]
+    best = _on_one_node(free, situation) or free[0]
     keeps_more = allowed[0].verdict < best.verdict
     if allowed[0].is_full and (keeps_more or wish.waited_s <= best.prediction.ttft_s):
         assert allowed[0].prefill is not None
@@ -224,11 +226,21 @@ def _by_prediction(wish: Wish, decoders: Sequence[Node], readers: Sequence[Node]
         candidates=_candidates(best, splits),
         note=note,
         prediction=best.prediction,
-        reason=_reason(wish, best, others[0] if others else None, note),
+        reason=_reason(wish, best, others[0] if others else None, note) if best is free[0] else "one_node",
         spills=best.helpers or _overflow(best, readers, situation),
         is_cross_class=best.is_cross_class,
         verdict=best.verdict,
     )
+
+
+def _on_one_node(free: Sequence[_Option], situation: Situation) -> _Option | None:
+    """The idle node that does all of it about as soon as the two of the best plan would, if that is a split."""
+    best, alone = free[0], next((option for option in free if not option.prefill), None)
+    if not best.prefill or alone is None or alone.verdict != best.verdict:
+        return None
+    work = situation.work(alone.decode)
+    is_as_good = alone.weight_s <= SECOND_NODE_MARGIN * best.weight_s
+    return alone if is_as_good and not work.sequences and not work.prompts else None
 
 
 def _request(wish: Wish, decoders: Sequence[Node], readers: Sequence[Node], situation: Situation) -> Request:

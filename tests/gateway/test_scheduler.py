@@ -78,6 +78,18 @@ def test_on_an_idle_cluster_a_prompt_stays_where_its_answer_is_made() -> None:
     assert (names(made), made.reason) == (("d1", []), "sooner"), "the hand-off costs time and nobody is disturbed"
 
 
+def test_a_second_node_that_is_hardly_faster_is_left_to_who_comes_next() -> None:
+    def other(token_s: float) -> Node:
+        return node("m2", "mixed", Rates(run_s=0.10, row_s=0.01, token_s=token_s))
+
+    # m1 reads 100 tokens in 1 s and writes 20 in 1 s, m2 would be a twentieth sooner for all of it, or a quarter
+    made = plan([M1, other(0.009)])
+    assert (names(made), made.reason) == (("m1", []), "one_node")
+    assert names(plan([M1, other(0.005)])) == ("m1", ["m2"]), "clearly sooner"
+    assert names(plan([M1, other(0.009)], {"m1": streams(1)})) == ("m1", ["m2"]), "not idle"
+    assert names(plan([M1, other(0.009)], mode="split")) == ("m1", ["m2"]), "as asked"
+
+
 def test_beside_streams_a_prompt_goes_elsewhere() -> None:
     made = plan([P1, D1], {"d1": streams(3)})
     assert (names(made), made.mode, made.reason) == (("d1", ["p1"]), "split", "sooner")
