@@ -158,21 +158,23 @@ class WorkBook:
 def _sum(worker: str, desk: _Desk, now_s: float, foreign_prompts: int = 0) -> Work:
     """Our own requests at one worker, which reads so many prompts of others before: they are there already."""
     sequences = decoding = cells = reserved = 0
-    left, prompts, streams = 0.0, list[PromptWork](), list[Stream]()
+    left, prompts, streams, coming = 0.0, list[PromptWork](), list[Stream](), list[Stream]()
     has_limits = any(booking.tpot_s is not None for booking in desk.bookings.values())
     for booking in desk.bookings.values():
         if booking.decode == worker:
             sequences += 1
             reserved += booking.prompt_tokens + booking.max_tokens
-            if has_limits:
-                streams.append(booking.stream_at(now_s, foreign_prompts + len(prompts)))
+            if has_limits or not booking.is_prompted:
+                stream = booking.stream_at(now_s, foreign_prompts + len(prompts))
+                streams += [stream] if has_limits else []
+                coming += [] if booking.is_prompted else [stream]
             if booking.is_prompted:
                 decoding += 1
                 cells += booking.prompt_tokens + booking.generated
                 left += max(1.0, booking.answer_tokens - booking.generated)
         if booking.reader == worker and not booking.is_prompted:
             prompts.append(booking.prompt_at(now_s))
-    return Work(sequences, decoding, cells, left, reserved, tuple(prompts), tuple(streams))
+    return Work(sequences, decoding, cells, left, reserved, tuple(prompts), tuple(streams), tuple(coming))
 
 
 def _beyond(shown: Work, own: Work) -> Work:
@@ -208,4 +210,5 @@ def _joined(a: Work, b: Work) -> Work:
         a.reserved_cells + b.reserved_cells,
         (*a.prompts, *b.prompts),
         (*a.streams, *b.streams),
+        (*a.coming, *b.coming),
     )

@@ -32,14 +32,19 @@ def status(worker: str, **load: Any) -> WorkerStatus:
 def test_a_split_request_takes_a_slot_at_one_worker_and_gives_a_prompt_to_another() -> None:
     book = WorkBook()
     book.book("r1", booking())
-    assert book.work("d1", 0.0) == Work(sequences=1, reserved_cells=151)
+    to_come = Stream(left=20.0, cells=101, begins_s=0.001)
+    assert book.work("d1", 0.0) == Work(sequences=1, reserved_cells=151, coming=(to_come,))
     assert book.work("p1", 0.0) == Work(prompts=(PromptWork(100, is_served=True),))
 
 
 def test_a_local_request_is_both_at_one_worker() -> None:
     book = WorkBook()
     book.book("r1", booking("d1"))
-    assert book.work("d1", 0.0) == Work(sequences=1, reserved_cells=151, prompts=(PromptWork(100),))
+    to_come = Stream(left=20.0, cells=101, begins_s=0.001, ahead=1)
+    work = book.work("d1", 0.0)
+    assert work == Work(sequences=1, reserved_cells=151, prompts=(PromptWork(100),), coming=(to_come,))
+    book.prompted("r1", 0.0)
+    assert book.work("d1", 0.0).coming == (), "it has come"
 
 
 def test_what_is_read_and_what_was_held_is_no_work() -> None:
