@@ -10,9 +10,8 @@ between two decode steps, so that both go on, each slower: `beside`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple
 
 from edge_llm.worker.messages import Link, Rates, WorkerStatus
@@ -26,8 +25,6 @@ _UNMEASURED_ROUND_TRIP_S: Final = 0.001
 # A sequence of which nothing is known but that it is there: medians of the Azure conversation trace (papers.md 2.2).
 TYPICAL_PROMPT_TOKENS: Final = 1020
 TYPICAL_ANSWER_TOKENS: Final = 129
-# Answers to come that are looked at one by one: a node's next ones, where hundreds may be waiting.
-MOST_COMING: Final = 8
 _NOTHING_S: Final = 1e-9
 
 
@@ -105,7 +102,7 @@ class Work:
     `cells` KV cells in a step and will go on for `tokens_left` tokens, all together. `reserved_cells`: prompt and
     longest answer of all sequences. `streams`: them one by one, known only where somebody has limits (slo.py);
     unknown: how many of `decoding` are not among them, another gateway's or all; has_limits: somebody here can be made
-    late. coming: of `sequences`, those that will decode here when their prompts have been read, here or elsewhere."""
+    late. coming: of `sequences`, those that will decode here when their prompts have been read here."""
 
     sequences: int = 0
     decoding: int = 0
@@ -306,7 +303,7 @@ def _reading(request: Request, side: Side) -> tuple[float, float]:
     return read_s, streams_lose_s + request.behind * own_s
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Rows:
     """Of a decode step: `count` streams that all have `left` tokens to go."""
 
@@ -316,37 +313,25 @@ class _Rows:
 
 
 def read_in_turn(cost: NodeCost, work: Work, prompts_s: Sequence[float]) -> tuple[float, float]:
-    """Until the last one of so much prompt work is read, one after another, beside the streams of the node and those
-    that begin meanwhile; and what all these lose by the last one. Of those to come the soonest `MOST_COMING` count."""
-    coming = sorted(work.coming, key=lambda stream: (stream.ahead, stream.begins_s))[:MOST_COMING]
-    elsewhere = [stream for stream in coming if not stream.ahead]
+    """Until the last one of so much prompt work is read, one after another, beside the streams of the node, and the
+    answers that begin as their prompts are read; and what all these lose by the last one. Answers whose prompts are
+    read elsewhere are left out: when they come is too uncertain, and counting them made plans worse."""
     rows = [_Rows(work.decoding, work.left, work.cells)] if work.decoding and work.left > 0 else []
-    now_s = lose_s = 0.0
+    read_s = lose_s = 0.0
     for number, rest_s in enumerate(prompts_s, 1):
-        while rest_s > _NOTHING_S:
-            while elsewhere and elsewhere[0].begins_s <= now_s + _NOTHING_S:
-                rows.append(_begun(elsewhere.pop(0)))
-            until_s = elsewhere[0].begins_s - now_s if elsewhere else math.inf
+        lose_s = 0.0
+        while rows and rest_s > _NOTHING_S:
             step_s = cost.step_s(sum(row.count for row in rows), sum(row.cells for row in rows))
             piece = cost.piece(step_s, work.limits)
-            if not rows or piece.reads_s <= 0.0:
-                spent_s = min(rest_s, until_s)
-                now_s, rest_s = now_s + spent_s, rest_s - spent_s
-                continue
-            turn_s = step_s + piece.takes_s
-            turns = min(rest_s / piece.reads_s, until_s / turn_s, min(row.left for row in rows))
-            now_s, rest_s = now_s + turns * turn_s, rest_s - turns * piece.reads_s
-            if number == len(prompts_s):
-                lose_s += sum(row.count for row in rows) * turns * piece.takes_s
-            for row in rows:
-                row.left -= turns
-            rows = [row for row in rows if row.left > _NOTHING_S]
-        rows += [_begun(stream) for stream in coming if stream.ahead == number]
-    return now_s, lose_s
-
-
-def _begun(stream: Stream) -> _Rows:
-    return _Rows(1, stream.left, stream.cells)
+            if piece.reads_s <= 0.0:
+                break
+            turns = min(rest_s / piece.reads_s, min(row.left for row in rows))
+            read_s, rest_s = read_s + turns * (step_s + piece.takes_s), rest_s - turns * piece.reads_s
+            lose_s += sum(row.count for row in rows) * turns * piece.takes_s
+            rows = [replace(row, left=row.left - turns) for row in rows if row.left - turns > _NOTHING_S]
+        read_s += max(0.0, rest_s)
+        rows += [_Rows(1, stream.left, stream.cells) for stream in work.coming if stream.ahead == number]
+    return read_s, lose_s
 
 
 def _decoding(

@@ -167,7 +167,7 @@ def _sum(worker: str, desk: _Desk, now_s: float, foreign_prompts: int = 0) -> Wo
             if has_limits or not booking.is_prompted:
                 stream = booking.stream_at(now_s, foreign_prompts + len(prompts))
                 streams += [stream] if has_limits else []
-                coming += [] if booking.is_prompted else [stream]
+                coming += [stream] if stream.ahead else []
             if booking.is_prompted:
                 decoding += 1
                 cells += booking.prompt_tokens + booking.generated

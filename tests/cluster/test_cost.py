@@ -229,58 +229,42 @@ def test_a_prompt_behind_another_one_is_read_beside_its_answer_and_slows_it() ->
     assert read_in_turn(cost_of(), served, [0.210, 0.420]) == pytest.approx((0.630, 0.0)), "answered elsewhere"
 
 
-def test_an_answer_whose_prompt_is_read_elsewhere_begins_in_the_middle() -> None:
-    fetching = Work(sequences=1, coming=(Stream(left=4, begins_s=0.100),))
-    reads_s = 0.030 * (20 / 30) / (200 / 210)
-    read_s, lose_s = read_in_turn(cost_of(), fetching, [0.420])
-    assert read_s == pytest.approx(0.420 + 4 * (0.050 - reads_s))
-    assert lose_s == pytest.approx(4 * 0.030)
-    late = replace(fetching, coming=(Stream(left=4, begins_s=0.5),))
-    assert read_in_turn(cost_of(), late, [0.420]) == pytest.approx((0.420, 0.0)), "the prompt is read by then"
-
-
 @settings(max_examples=200, deadline=None)
 @given(
     prompts_s=st.lists(st.floats(0.05, 2.0), min_size=1, max_size=4),
     decoding=st.integers(0, 3),
     left=st.floats(1, 60),
-    coming=st.lists(st.tuples(st.floats(1, 60), st.floats(0.0, 3.0), st.integers(0, 4)), max_size=5),
+    coming=st.lists(st.tuples(st.floats(1, 60), st.integers(1, 4)), max_size=5),
 )
 def test_reading_in_turn_is_what_turn_after_turn_comes_to(
-    prompts_s: list[float], decoding: int, left: float, coming: list[tuple[float, float, int]]
+    prompts_s: list[float], decoding: int, left: float, coming: list[tuple[float, int]]
 ) -> None:
-    streams = tuple(
-        Stream(left=tokens, begins_s=begins_s, ahead=min(ahead, len(prompts_s) - 1))
-        for tokens, begins_s, ahead in coming
-    )
+    streams = tuple(Stream(left=tokens, ahead=ahead) for tokens, ahead in coming)
     work = Work(decoding + len(coming), decoding, tokens_left=decoding * left, coming=streams)
     read_s, lose_s = read_in_turn(cost_of(), work, prompts_s)
     walked_s, walked_lose_s, turn_s = _walked(cost_of(), work, prompts_s)
-    # each beginning and each end may fall into the middle of a turn
-    events = 2 * len(coming) + len(prompts_s) + 1
-    assert read_s == pytest.approx(walked_s, abs=events * turn_s)
-    assert lose_s == pytest.approx(walked_lose_s, abs=(decoding + len(coming)) * events * turn_s)
+    # each end may fall into the middle of a turn
+    ends = len(coming) + len(prompts_s) + 1
+    assert read_s == pytest.approx(walked_s, abs=ends * turn_s)
+    assert lose_s == pytest.approx(walked_lose_s, abs=(decoding + len(coming)) * ends * turn_s)
 
 
 def _walked(cost: NodeCost, work: Work, prompts_s: list[float]) -> tuple[float, float, float]:
-    """One step or hundredth of a second after another; and how long the longest turn is."""
+    """One turn after another; and how long the longest one is."""
     now_s = lose_s = longest_s = 0.0
     rows = [work.left] * work.decoding
-    to_come = list(work.coming)
     for number, rest_s in enumerate(prompts_s, 1):
+        lose_s = 0.0
         while rest_s > 1e-9:
-            due = [stream for stream in to_come if not stream.ahead and stream.begins_s <= now_s]
-            to_come = [stream for stream in to_come if stream not in due]
-            rows = [left for left in rows if left > 0] + [stream.left for stream in due]
+            rows = [left for left in rows if left > 0]
             step_s = cost.step_s(len(rows), 0)
             piece = cost.piece(step_s)
-            reads_s = min(rest_s, piece.reads_s if rows else 0.01)
+            reads_s = min(rest_s, piece.reads_s) if rows else rest_s
             takes_s = piece.takes_s if rows else reads_s
-            longest_s = max(longest_s, step_s + takes_s)
+            longest_s = max(longest_s, step_s + piece.takes_s)
             now_s, rest_s, rows = now_s + step_s + takes_s, rest_s - reads_s, [left - 1 for left in rows]
-            lose_s += len(rows) * takes_s if number == len(prompts_s) else 0.0
-        rows += [stream.left for stream in to_come if stream.ahead == number]
-        to_come = [stream for stream in to_come if stream.ahead != number]
+            lose_s += len(rows) * takes_s
+        rows += [stream.left for stream in work.coming if stream.ahead == number]
     return now_s, lose_s, longest_s
 
 

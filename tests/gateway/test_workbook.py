@@ -32,8 +32,7 @@ def status(worker: str, **load: Any) -> WorkerStatus:
 def test_a_split_request_takes_a_slot_at_one_worker_and_gives_a_prompt_to_another() -> None:
     book = WorkBook()
     book.book("r1", booking())
-    to_come = Stream(left=20.0, cells=101, begins_s=0.001)
-    assert book.work("d1", 0.0) == Work(sequences=1, reserved_cells=151, coming=(to_come,))
+    assert book.work("d1", 0.0) == Work(sequences=1, reserved_cells=151)
     assert book.work("p1", 0.0) == Work(prompts=(PromptWork(100, is_served=True),))
 
 
