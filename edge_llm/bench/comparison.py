@@ -7,8 +7,8 @@ Rules: a trace is cut to its beginning, scaled, and thinned to each rate (traces
 depend on trace, rate and row only, so all arrangements get the same and nobody finds a prefix of an earlier one. Rates
 are shares of what two unsplit nodes were seen to serve when flooded. Limits are multiples of what a request takes
 alone on one node (goodput.py). Ours are told them and started anew for each regime; one replay of an arrangement that
-knows no limits serves all regimes. Rates are visited in passes, each arrangement once in each
-pass and every other pass backwards, so that a machine that drifts drifts for all.
+knows no limits serves all regimes. Rates are visited in passes, each arrangement once in each pass and every other pass
+backwards, so that a machine that drifts drifts for all.
 """
 
 from __future__ import annotations

@@ -14,10 +14,9 @@ until its last token, the streams that run on either node, the prompts that will
 which the decode node computes the prompt. A node of the other pool (pools.py) helps out when its pool is overloaded:
 with tokens when no decode worker has room, with prompts when all prefill workers have one and it is better by a margin.
 So must a node of another exactness class be: predictions err, and promises are not given up for noise. Nor is a second
-node's time: where an idle one can do all of it, a split must be sooner by a margin, too. When a full
-node is predicted to serve sooner than the free ones, the request waits for it, but never longer than the free one would
-have taken. Who asks for `split` waits for a decode worker that somebody can prefill for, and gets local only when there
-is none.
+node's time: where an idle one can do all of it, a split must be sooner by a margin, too. When a full node is predicted
+to serve sooner than the free ones, the request waits for it, but never longer than the free one would have taken. Who
+asks for `split` waits for a decode worker that somebody can prefill for, and gets local only when there is none.
 """
 
 from __future__ import annotations
@@ -211,12 +210,12 @@ def _by_prediction(wish: Wish, decoders: Sequence[Node], readers: Sequence[Node]
     free = [option for option in allowed if not option.is_full]
     if not free:
         raise Overloaded("all prefill workers have a prompt waiting", retry_after_s=2.0)
-    best = _on_one_node(free, situation) or free[0]
-    keeps_more = allowed[0].verdict < best.verdict
-    if allowed[0].is_full and (keeps_more or wish.waited_s <= best.prediction.ttft_s):
-        assert allowed[0].prefill is not None
+    first, best = (_on_one_node(options, situation) or options[0] for options in (allowed, free))
+    keeps_more = first.verdict < best.verdict
+    if first.is_full and (keeps_more or wish.waited_s <= best.prediction.ttft_s):
+        assert first.prefill is not None
         raise Overloaded(
-            f"prefill worker {allowed[0].prefill.worker} has a prompt waiting and will still be "
+            f"prefill worker {first.prefill.worker} has a prompt waiting and will still be "
             f"{'better for limits of latency' if keeps_more else 'sooner'} than others",
             retry_after_s=2.0,
         )

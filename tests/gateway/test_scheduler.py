@@ -415,6 +415,14 @@ def test_a_request_does_not_wait_for_a_full_worker_that_would_be_later() -> None
     assert names(plan([P1, D1], {"p1": reading(2000, 2000)})) == ("d1", [])
 
 
+def test_an_idle_node_does_not_make_a_request_wait_for_a_full_worker_that_is_hardly_sooner() -> None:
+    # local: 1 s and 1 s; split: 0.14 s of others' prompts, 0.7 s, 1 s
+    quick = node("p1", "prefill", Rates(token_s=0.007))
+    assert names(plan([quick, D1], {"p1": reading(10, 10)})) == ("d1", [])
+    with pytest.raises(Overloaded, match="will still be sooner"):
+        plan([node("p1", "prefill", Rates(token_s=0.002)), D1], {"p1": reading(10, 10)})
+
+
 # -- pools
 
 
