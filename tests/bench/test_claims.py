@@ -262,7 +262,7 @@ def test_what_a_quick_run_cannot_tell_is_not_tested() -> None:
 
 def test_a_full_run_beats_a_newer_quick_one_and_a_quick_one_says_that_it_is() -> None:
     claim = by_id("gateway.cpu")
-    full = decided(claim)
+    full = changed(decided(claim), "cpu_us_per_token", 50.0)
     slow = changed(full, "cpu_us_per_token", 999.0)
     quick = msgspec.structs.replace(
         slow.record, command=["edge-llm", "bench", "gateway", "--quick"], started_at=full.record.finished_at
