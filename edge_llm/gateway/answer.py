@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -18,6 +19,7 @@ from edge_llm.gateway.intake import Arrival
 from edge_llm.gateway.openai import Ask
 from edge_llm.gateway.running import Finish, Job, Progress, Running, Silence, Text
 from edge_llm.gateway.shape import DONE, KEEP_ALIVE, Shape, Usage, error_body, sse
+from edge_llm.gateway.wire import Outlet
 
 Result = TypeVar("Result")
 
@@ -110,24 +112,22 @@ async def _disconnected(request: Request) -> None:
 
 
 async def stream(
-    arrival: Arrival, ask: Ask, job: Job, shape: Shape, arrived_s: float, keep_alive_s: float
+    arrival: Arrival, ask: Ask, job: Job, shape: Shape, arrived_s: float, keep_alive_s: float, outlet: Outlet | None
 ) -> AsyncGenerator[bytes, None]:
     """SSE of one answer. The first part comes when the request is accepted, and is empty: there is nothing to say yet.
-    Then something comes at least every `keep_alive_s`."""
+    Then something comes at least every `keep_alive_s`; text past this generator through the outlet, while it waits and
+    the client keeps up."""
     with arrival:
         async with arrival.running(job, arrived_s) as running:
-            beat = _Beat(running, keep_alive_s)
+            beat, said = _Beat(running, keep_alive_s), _Said(ask, shape, arrived_s)
+            if outlet is not None:
+                running.at_once = partial(_at_once, outlet, beat, said)
             try:
                 yield b""
-                head = shape.first()
                 while not isinstance(update := await running.heard(), Finish):
-                    if isinstance(update, Silence):
+                    if part := said.part(update):
                         beat.said_s = time.monotonic()
-                        yield KEEP_ALIVE
-                    elif part := _part(ask, shape, update, arrived_s):
-                        beat.said_s = time.monotonic()
-                        yield head + part
-                        head = b""
+                        yield part
             finally:
                 beat.end()
             if update.error is not None:
@@ -135,7 +135,46 @@ async def stream(
                 return
             timings = _timings(running, ask, arrived_s)
             usage = shape.usage(_usage(running), timings) if ask.wants_usage else b""
-            yield head + shape.last(update.reason or "stop", timings) + usage + DONE
+            yield said.head() + shape.last(update.reason or "stop", timings) + usage + DONE
+
+
+def _at_once(outlet: Outlet, beat: _Beat, said: _Said, text: str) -> bool:
+    """Whether this text needs no further way to its client."""
+    if not text:
+        return True
+    if not outlet.is_free:
+        return False
+    beat.said_s = time.monotonic()
+    outlet.write(said.text(text))
+    return True
+
+
+class _Said:
+    """What a stream's client hears of each update. The head goes with the first chunk, whichever that is."""
+
+    def __init__(self, ask: Ask, shape: Shape, arrived_s: float) -> None:
+        self._ask, self._shape, self._arrived_s = ask, shape, arrived_s
+        self._head = shape.first()
+
+    def head(self) -> bytes:
+        """Once."""
+        head, self._head = self._head, b""
+        return head
+
+    def text(self, text: str) -> bytes:
+        return self.head() + self._shape.text(text)
+
+    def part(self, update: Text | Progress | Silence) -> bytes:
+        """Nothing of withheld text and of progress that it did not ask for."""
+        match update:
+            case Text(text):
+                return self.text(text) if text else b""
+            case Progress(done, total) if self._ask.wants_progress:
+                elapsed_ms = 1e3 * (time.monotonic() - self._arrived_s)
+                return self.head() + self._shape.progress(done, total, elapsed_ms)
+            case Silence():
+                return KEEP_ALIVE
+        return b""
 
 
 class _Beat:
@@ -157,15 +196,6 @@ class _Beat:
             if self._running.updates.empty():
                 self._running.tell(Silence())
         self._timer = asyncio.get_running_loop().call_later(left_s, self._look)
-
-
-def _part(ask: Ask, shape: Shape, update: Text | Progress, arrived_s: float) -> bytes:
-    """What the client hears of an update: nothing of withheld text and of progress that it did not ask for."""
-    match update:
-        case Text(text):
-            return shape.text(text) if text else b""
-        case Progress(done, total):
-            return shape.progress(done, total, 1e3 * (time.monotonic() - arrived_s)) if ask.wants_progress else b""
 
 
 def _usage(running: Running) -> Usage:

@@ -46,6 +46,7 @@ from edge_llm.gateway.policies import policy_of
 from edge_llm.gateway.queue import Bounds
 from edge_llm.gateway.shape import Shape, error_body, error_headers, together
 from edge_llm.gateway.tokenizing import Tokenizers
+from edge_llm.gateway.wire import outlet_of
 from edge_llm.worker.client import WorkerClient
 from edge_llm.worker.stream import ClosingStream
 from edge_llm.worker.tickets import KeyRing
@@ -300,7 +301,8 @@ async def _answer(gateway: Gateway, request: Request, *, is_chat: bool) -> Respo
         job, node = await answer.while_connected(request, arrival.job())
         shape = Shape(caller.request_id, int(time.time()), node.status.model, is_chat)
         held.pop_all()  # the stream leaves what it holds when it ends
-        parts = answer.stream(arrival, ask, job, shape, arrived_s, gateway.config.keep_alive_s)
+        outlet = outlet_of(request.scope)
+        parts = answer.stream(arrival, ask, job, shape, arrived_s, gateway.config.keep_alive_s, outlet)
         await anext(parts)  # what is refused at once is an HTTP error, not an error in a stream
         return ClosingStream(parts, "text/event-stream", gateway.config.stall_s)
 

@@ -17,9 +17,8 @@ import structlog
 from edge_llm.cluster.view import ClusterView, Node, Place
 from edge_llm.errors import Draining, EdgeLLMError, ReaderTooSlow, RemoteProtocolError, WorkerUnreachable
 from edge_llm.gateway.metrics import GatewayMetrics
-from edge_llm.gateway.running import Finish, Progress, Running, Text
+from edge_llm.gateway.running import Finish, Progress, Running
 from edge_llm.gateway.session import Event, State
-from edge_llm.request import TokenEvent
 from edge_llm.worker import messages
 from edge_llm.worker.client import Peer, WorkerClient, error_of
 from edge_llm.worker.messages import ErrorReply, EventBatch
@@ -131,16 +130,18 @@ class Listener:
         otherwise hold their slots until they are whole, here or beside the same request in a later epoch. One
         cancellation each."""
         for token in batch.tokens:
-            stray = (token.request_id, token.epoch)
-            if token.finish_reason is None and stray not in self._strays and self._is_stray(*stray):
-                self._strays[stray] = None
-                if len(self._strays) > MAX_STRAYS:
-                    self._strays.popitem(last=False)
-                self._outcomes.stray(node, *stray)
+            running = self._running.get(token.request_id)
+            if (running is None or token.epoch < running.session.epoch) and token.finish_reason is None:
+                self._end_stray(node, token.request_id, token.epoch)
 
-    def _is_stray(self, request_id: str, epoch: int) -> bool:
-        running = self._running.get(request_id)
-        return running is None or epoch < running.session.epoch
+    def _end_stray(self, node: Node, request_id: str, epoch: int) -> None:
+        stray = (request_id, epoch)
+        if stray in self._strays:
+            return
+        self._strays[stray] = None
+        if len(self._strays) > MAX_STRAYS:
+            self._strays.popitem(last=False)
+        self._outcomes.stray(node, *stray)
 
     async def _on_batch(self, batch: EventBatch) -> None:
         for prompted in batch.prompted:
@@ -181,9 +182,8 @@ class Listener:
         if running is None:
             self._drop(token)
             return
-        event = TokenEvent(token.request_id, token.epoch, token.index, token.token_id, token.text, token.finish_reason)
         try:
-            if not running.session.deliver(event):
+            if not running.session.deliver(token):
                 return
         except RemoteProtocolError as error:
             self._outcomes.lose(running, error)
@@ -194,7 +194,7 @@ class Listener:
         self._metrics.token(running, now_s)
         running.last_token_s = now_s
         running.first_token_s = running.first_token_s or now_s
-        running.tell(Text(token.text))
+        running.say(token.text)
         if token.finish_reason is not None:
             running.tell(Finish(token.finish_reason))
             running.turn_ends()

@@ -146,7 +146,7 @@ class Planner:
         """Decide for a request that has no worker; `waiting` others have none either. Raises what `decide` raises."""
         known = self._known.setdefault(running.job.request_id, _Known())
         situation = Situation(
-            self.works(view),
+            self.works(view, running.job.model),
             waiting,
             self.pool_of,
             self._cross_class,
@@ -252,8 +252,14 @@ class Planner:
             waited_s=wish.waited_s,
         )
         self._decisions.append(decision)
-        log.info("planned", **{key: value for key, value in decision.entry(now_s).items() if key not in _UNTOLD})
         return decision
+
+    def log(self, running: Running) -> None:
+        """Write down what was decided for it last. Apart from deciding, because workers wait for that."""
+        known = self._known.get(running.job.request_id)
+        if known is not None and known.decision is not None:
+            entry = known.decision.entry(known.decision.at_s)
+            log.info("planned", **{key: value for key, value in entry.items() if key not in _UNTOLD})
 
     def waits(self, running: Running, plan: Plan, view: ClusterView) -> Waits:
         """How long the decode worker of a plan that was just made will wait for KV."""
@@ -368,10 +374,14 @@ class Planner:
             for event in self._pools.observe(self._standings(view), now_s):
                 _tell(event)
 
-    def works(self, view: ClusterView) -> Mapping[str, Work]:
-        """What each worker has to do, as far as is known here."""
+    def works(self, view: ClusterView, model: str | None = None) -> Mapping[str, Work]:
+        """What each worker, or each of a model, has to do, as far as is known here."""
         now_s = self._clock()
-        return {node.worker: self._book.work(node.worker, now_s) for node in view.nodes}
+        return {
+            node.worker: self._book.work(node.worker, now_s)
+            for node in view.nodes
+            if model is None or node.status.model == model
+        }
 
     def booked(self, view: ClusterView) -> dict[str, Work]:
         """The same of those that have something to do."""

@@ -6,6 +6,7 @@ Owns the record that dispatch.py, listen.py and the HTTP side share. Refuses to 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -88,7 +89,8 @@ class Running:
     a decode worker that takes KV over from `holder` has not read anything. `made_by` is the worker that gave the latest
     token: a plan after it may have made none. `sending` is the call that hands it to its
     worker, while that is waited for: a timeout and not a task, which would wait for its turn. `checkpoint_tokens`: how
-    long the answer was when its last checkpoint was begun.
+    long the answer was when its last checkpoint was begun. `at_once` passes text on in the turn of the loop in which it
+    came, if it can; it is asked while its stream waits with nothing before it, so that order is kept.
     """
 
     job: Job
@@ -97,6 +99,8 @@ class Running:
     arrived_s: float
     updates: asyncio.Queue[Update] = field(default_factory=asyncio.Queue)
     unread_bytes: int = 0
+    at_once: Callable[[str], bool] | None = None
+    is_awaited: bool = False
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     sending: asyncio.Timeout | None = None
     place: queue.Place | None = None
@@ -126,9 +130,19 @@ class Running:
         self.unread_bytes += _size(update)
         self.updates.put_nowait(update)
 
+    def say(self, text: str) -> None:
+        """More of the answer, for its client: at once where that is possible."""
+        if self.is_awaited and self.at_once is not None and self.updates.empty() and self.at_once(text):
+            return
+        self.tell(Text(text))
+
     async def heard(self) -> Update:
         """The next thing to hear."""
-        update = await self.updates.get()
+        self.is_awaited = True
+        try:
+            update = await self.updates.get()
+        finally:
+            self.is_awaited = False
         self.unread_bytes -= _size(update)
         return update
 

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from enum import Enum
-from typing import Final
+from enum import StrEnum
+from typing import Final, Protocol
 
 from edge_llm.errors import LocalProtocolError, RemoteProtocolError
-from edge_llm.request import FinishReason, TokenEvent
+from edge_llm.request import FinishReason
 
 
-class State(Enum):
+class State(StrEnum):
     QUEUED = "queued"
     PREFILLING = "prefilling"
     DECODING = "decoding"
@@ -28,7 +28,7 @@ class State(Enum):
     CANCELLED = "cancelled"
 
 
-class Event(Enum):
+class Event(StrEnum):
     PLANNED = "planned"
     PROMPTED = "prompted"
     TOKEN = "token"
@@ -69,6 +69,22 @@ TRANSITIONS: Final[dict[State, dict[Event, State]]] = {
 # A worker has the request, and a slot for it.
 HELD: Final = frozenset({State.PREFILLING, State.DECODING})
 FINAL: Final = frozenset(state for state, edges in TRANSITIONS.items() if not edges)
+
+
+class Made(Protocol):
+    """A token as its worker tells it."""
+
+    @property
+    def epoch(self) -> int: ...
+
+    @property
+    def index(self) -> int: ...
+
+    @property
+    def token_id(self) -> int: ...
+
+    @property
+    def finish_reason(self) -> FinishReason | None: ...
 
 
 def _nobody(_change: int) -> None:
@@ -112,7 +128,7 @@ class Session:
         """Whether what a worker says in `epoch` counts: some worker has this request now, in that epoch."""
         return epoch == self.epoch and self.is_with_worker
 
-    def deliver(self, token: TokenEvent) -> bool:
+    def deliver(self, token: Made) -> bool:
         """Accept the next token; False for one of an old epoch or after the end.
 
         Raises RemoteProtocolError when the worker skipped or repeated an index, or did not report the prompt first;

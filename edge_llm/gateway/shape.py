@@ -8,7 +8,7 @@ workers, sessions and requests (openai.py).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import orjson
@@ -65,6 +65,12 @@ class Shape:
     created: int
     model: str
     is_chat: bool
+    _around_text: tuple[bytes, bytes] = field(init=False, repr=False, compare=False)
+    """Of a chunk of text all but the text: it is the same for every token."""
+
+    def __post_init__(self) -> None:
+        before, _, after = self._chunk({"content": ""} if self.is_chat else "", None).rpartition(b'""')
+        object.__setattr__(self, "_around_text", (before, after))
 
     def whole(self, text: str, finish_reason: str, usage: Usage, timings: Mapping[str, Any]) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
@@ -83,7 +89,8 @@ class Shape:
         return self._chunk({"role": "assistant", "content": ""}, None) if self.is_chat else b""
 
     def text(self, text: str) -> bytes:
-        return self._chunk({"content": text} if self.is_chat else text, None)
+        before, after = self._around_text
+        return before + orjson.dumps(text) + after
 
     def last(self, finish_reason: str, timings: Mapping[str, Any]) -> bytes:
         """The chunk with the finish reason and the timings."""

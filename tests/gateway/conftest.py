@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import aiohttp
 import pytest
@@ -19,6 +18,7 @@ from edge_llm.config import GatewayConfig
 from edge_llm.engine.simulated import SimulatedBackend, SimulatedSettings
 from edge_llm.gateway.app import Gateway, create_app
 from edge_llm.gateway.keys import Credentials, NoKeys
+from edge_llm.gateway.wire import bounded
 from edge_llm.worker.client import Peer
 from edge_llm.worker.messages import Role
 from tests.loopback import DEADLINE_S, KEYS, Cluster, LoopbackServer, Node, listening, running_cluster, until
@@ -191,7 +191,6 @@ class Service:
 async def serving(
     cluster: Cluster,
     credentials: Credentials = NO_KEYS,
-    http: type[asyncio.Protocol] | Literal["auto"] = "auto",
     **config: Any,
 ) -> AsyncIterator[Service]:
     """A gateway before `cluster`, which may still be empty; `config` are fields of GatewayConfig."""
@@ -199,7 +198,8 @@ async def serving(
     gateway = Gateway(GatewayConfig(**{"name": "gateway", "probe_s": PROBE_S, **config}), KEYS, discovery, credentials)
     timeout = aiohttp.ClientTimeout(total=DEADLINE_S)
     app = create_app(gateway)
-    async with listening(app, http, config.get("stall_s")) as (address, server):
+    protocol = bounded(gateway.config.max_head_bytes, gateway.config.read_s)
+    async with listening(app, protocol, config.get("stall_s")) as (address, server):
         url = f"http://{address}"
         async with aiohttp.ClientSession(url, timeout=timeout) as client:
             yield Service(gateway, cluster, discovery, client, url, app, server)

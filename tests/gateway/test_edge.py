@@ -7,12 +7,11 @@ import json
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Final
+from typing import Any, Final
 
 import pytest
 
 from edge_llm.gateway.edge import SECURITY
-from edge_llm.gateway.wire import bounded
 from tests.gateway.conftest import CHAT, COMPLETIONS, HELLO, Service, asking, serving
 from tests.loopback import DEADLINE_S, prompt_of, running_cluster
 
@@ -29,10 +28,15 @@ def anyio_backend() -> str:
 
 @pytest.fixture(scope="module")
 async def service() -> AsyncIterator[Service]:
-    protocol = bounded(HEAD_BYTES, READ_S)
+    bounds: dict[str, Any] = {
+        "max_head_bytes": HEAD_BYTES,
+        "max_body_bytes": 64 << 10,
+        "queue_bytes": 128 << 10,
+        "read_s": READ_S,
+    }
     async with (
         running_cluster() as cluster,
-        serving(cluster, http=protocol, max_body_bytes=64 << 10, queue_bytes=128 << 10, read_s=READ_S) as made,
+        serving(cluster, **bounds) as made,
     ):
         await made.start("mixed", "m1")
         yield made

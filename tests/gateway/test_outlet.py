@@ -1,0 +1,158 @@
+"""The short way of a token to its client, and the long one for clients that lag: every text once, in order."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from typing import Any, Final
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_llm.engine.simulated import SimulatedSettings
+from edge_llm.gateway.running import Job, Running, Text
+from edge_llm.gateway.session import Session
+from edge_llm.request import SamplingParams
+from tests.gateway.conftest import CHAT, COMPLETIONS, HELLO, Service, asking, serving
+from tests.loopback import DEADLINE_S, prompt_of, running_cluster
+
+pytestmark = pytest.mark.anyio
+LONG_ANSWER: Final = 3000
+
+
+def running_one() -> Running:
+    job = Job("r", "m", (1, 2), 8, SamplingParams(temperature=0.0), (), (), "auto")
+    return Running(job, Session("r"), 0.0, 0.0)
+
+
+class Hearer:
+    """A stream: takes what its request has to say, is busy for some turns with each, and is asked for what goes at
+    once."""
+
+    def __init__(self, running: Running, busy_turns: int) -> None:
+        self.heard: list[str] = []
+        self.at_once, self.is_free = 0, True
+        self._running, self._busy_turns = running, busy_turns
+        running.at_once = self._take
+
+    def _take(self, text: str) -> bool:
+        if self.is_free:
+            self.heard.append(text)
+            self.at_once += 1
+        return self.is_free
+
+    async def hear(self) -> None:
+        while True:
+            update = await self._running.heard()
+            assert isinstance(update, Text)
+            for _ in range(self._busy_turns):
+                await asyncio.sleep(0)
+            self.heard.append(update.text)
+
+
+@given(
+    st.lists(st.sampled_from(["say", "turn", "client lags", "client keeps up"]), max_size=40),
+    st.integers(0, 3),
+)
+def test_whatever_the_client_does_it_hears_every_text_once_and_in_order(steps: list[str], busy_turns: int) -> None:
+    async def scene() -> None:
+        running = running_one()
+        hearer = Hearer(running, busy_turns)
+        hearing = asyncio.create_task(hearer.hear())
+        said = 0
+        for step in steps:
+            if step == "say":
+                running.say(str(said))
+                said += 1
+            elif step == "turn":
+                await asyncio.sleep(0)
+            else:
+                hearer.is_free = step == "client keeps up"
+        for _ in range((busy_turns + 2) * (said + 1)):
+            await asyncio.sleep(0)
+        hearing.cancel()
+        assert hearer.heard == [str(number) for number in range(said)]
+        assert running.unread_bytes == 0
+
+    asyncio.run(scene())
+
+
+async def test_text_goes_at_once_only_while_its_stream_waits_with_nothing_before_it() -> None:
+    running = running_one()
+    hearer = Hearer(running, busy_turns=0)
+    running.say("before anybody waits")
+    assert hearer.at_once == 0
+    hearing = asyncio.create_task(hearer.hear())
+    running.say("behind it")
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    running.say("to a stream that waits")
+    assert hearer.at_once == 1
+    assert hearer.heard == ["before anybody waits", "behind it", "to a stream that waits"]
+    hearing.cancel()
+
+
+def asking_raw(service: Service, body: dict[str, Any]) -> socket.socket:
+    """A connection with a receive buffer of a few tokens, on which this was asked."""
+    host, port = service.url.removeprefix("http://").split(":")
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    connection.connect((host, int(port)))
+    data = json.dumps(body | {"stream": True}).encode()
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-type: application/json\r\n"
+    connection.sendall(f"{head}content-length: {len(data)}\r\n\r\n".encode() + data)
+    connection.settimeout(DEADLINE_S)
+    return connection
+
+
+def unchunked(body: bytes) -> bytes:
+    """RFC 9112, 7.1."""
+    parts: list[bytes] = []
+    while True:
+        size, _, body = body.partition(b"\r\n")
+        length = int(size, 16)
+        if not length:
+            assert body == b"\r\n", "something came after the last chunk"
+            return b"".join(parts)
+        assert body[length : length + 2] == b"\r\n"
+        parts.append(body[:length])
+        body = body[length + 2 :]
+
+
+async def test_a_client_that_reads_by_fits_and_starts_hears_what_others_hear() -> None:
+    settings = SimulatedSettings(n_ctx=4096, slots=2, decode_run_s=0.0002)
+    async with running_cluster() as cluster, serving(cluster, stream_buffer_bytes=64 << 20) as service:
+        await service.start("mixed", "m1", settings)
+        body = asking(prompt_of(6), max_tokens=LONG_ANSWER)
+        whole = await service.post(COMPLETIONS, body)
+        connection = asking_raw(service, body)
+
+        async def by_fits() -> bytes:
+            received, size = b"", 1
+            while part := await asyncio.to_thread(connection.recv, size):
+                received += part
+                size = size * 3 % 65537  # from single bytes to whole buffers, and back
+                if len(received) % 7 == 0:
+                    await asyncio.sleep(0.002)
+            return received
+
+        try:
+            head, _, rest = (await by_fits()).partition(b"\r\n\r\n")
+        finally:
+            connection.close()
+    assert head.startswith(b"HTTP/1.1 200")
+    *events, done, end = unchunked(rest).split(b"\n\n")
+    assert (done, end) == (b"data: [DONE]", b"")
+    chunks = [json.loads(event.removeprefix(b"data: ")) for event in events]
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == whole.body["choices"][0]["text"]
+    assert chunks[-1]["timings"]["edge_llm"]["token_ids"] == whole.own["token_ids"]
+
+
+async def test_the_second_answer_on_a_connection_goes_the_same_way_as_the_first() -> None:
+    async with running_cluster() as cluster, serving(cluster) as service:
+        await service.start("mixed", "m1", SimulatedSettings(n_ctx=512, slots=2))
+        answers = [await service.stream(CHAT, HELLO) for _ in range(3)]
+    assert len({answer.text for answer in answers}) == 1
+    assert all(answer.is_done and answer.choices[0]["delta"]["role"] == "assistant" for answer in answers)
