@@ -13,8 +13,9 @@ Rule: of all plans that can be carried out now, the one for which everybody toge
 until its last token, the streams that run on either node, the prompts that will wait behind it. Local is the plan in
 which the decode node computes the prompt. A node of the other pool (pools.py) helps out when its pool is overloaded:
 with tokens when no decode worker has room, with prompts when all prefill workers have one and it is better by a margin.
-So must a node of another exactness class be: predictions err, and promises are not given up for noise. Nor is a second
-node's time: where an idle one can do all of it, a split must be sooner by a margin, too. When a full node is predicted
+So must a node of another exactness class be: predictions err, and promises are not given up for noise. Nor is a node's
+time: a mixed one reads for another one by the same margin only, since it could do all of a request, and where an idle
+one can do all of this, no two do it without a margin either. When a full node is predicted
 to serve sooner than the free ones, the request waits for it, but never longer than the free one would have taken. Who
 asks for `split` waits for a decode worker that somebody can prefill for, and gets local only when there is none.
 """
@@ -143,6 +144,7 @@ class _Option:
     helpers: tuple[tuple[Node, Pool], ...]
     is_cross_class: bool = False
     is_full: bool = False
+    is_read_by_mixed: bool = False
     verdict: Verdict = NOBODY_LATE
 
     @property
@@ -152,8 +154,13 @@ class _Option:
     @property
     def weight_s(self) -> float:
         """What options are compared by."""
-        margin = (SPILL_MARGIN if self.helpers else 1.0) * (FOREIGN_MARGIN if self.is_cross_class else 1.0)
+        margin = (SPILL_MARGIN if self.takes else 1.0) * (FOREIGN_MARGIN if self.is_cross_class else 1.0)
         return self.prediction.everybody_s * margin
+
+    @property
+    def takes(self) -> bool:
+        """Whether a node does this that would otherwise do something else: another pool's work, or all of a request."""
+        return bool(self.helpers) or self.is_read_by_mixed
 
     @property
     def order(self) -> tuple[Verdict, float, bool, bool, str, str]:
@@ -225,7 +232,7 @@ def _by_prediction(wish: Wish, decoders: Sequence[Node], readers: Sequence[Node]
         candidates=_candidates(best, splits),
         note=note,
         prediction=best.prediction,
-        reason=_reason(wish, best, others[0] if others else None, note) if best is free[0] else "one_node",
+        reason=_reason(wish, best, others[0] if others else None, note),
         spills=best.helpers or _overflow(best, readers, situation),
         is_cross_class=best.is_cross_class,
         verdict=best.verdict,
@@ -238,7 +245,7 @@ def _on_one_node(free: Sequence[_Option], situation: Situation) -> _Option | Non
     if not best.prefill or alone is None or alone.verdict != best.verdict:
         return None
     work = situation.work(alone.decode)
-    is_as_good = alone.weight_s <= SECOND_NODE_MARGIN * best.weight_s
+    is_as_good = alone.prediction.everybody_s <= SECOND_NODE_MARGIN * best.prediction.everybody_s
     return alone if is_as_good and not work.sequences and not work.prompts else None
 
 
@@ -306,6 +313,7 @@ def _options(
                 spills,
                 _is_foreign(prefill, decode),
                 sides[prefill.worker].work.served >= PROMPTS_PER_WORKER,
+                situation.pool_of(prefill) == "mixed",
             )
 
 
@@ -338,6 +346,8 @@ def _reason(wish: Wish, best: _Option, other: _Option | None, note: str | None) 
         return "only_choice"
     if best.verdict < other.verdict:
         return "limits"
+    if not best.prefill and other.prediction.everybody_s < best.prediction.everybody_s:
+        return "one_node"
     return "sooner" if best.prediction.completion_s <= other.prediction.completion_s else "less_harm"
 
 

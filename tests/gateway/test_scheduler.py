@@ -90,6 +90,19 @@ def test_a_second_node_that_is_hardly_faster_is_left_to_who_comes_next() -> None
     assert names(plan([M1, other(0.009)], mode="split")) == ("m1", ["m2"]), "as asked"
 
 
+def test_a_node_that_could_do_all_of_a_request_reads_for_another_one_only_where_that_is_clearly_better() -> None:
+    def other(role: Role) -> Node:
+        return node("m2", role, Rates(run_s=0.10, row_s=0.01, token_s=0.008))
+
+    # beside m1's stream, which ends soon, everybody together waits 2.32 s for m1 alone, 1.99 s for m2 and m1
+    beside = {"m1": streams(1, left_each=1.0)}
+    made = plan([M1, other("mixed")], beside)
+    assert (names(made), made.reason) == (("m1", []), "one_node")
+    assert names(plan([M1, other("prefill")], beside)) == ("m1", ["m2"]), "it can do nothing else"
+    longer = {"m1": streams(1, left_each=3.0)}
+    assert names(plan([M1, other("mixed")], longer)) == ("m1", ["m2"]), "2.57 s to 1.99 s"
+
+
 def test_beside_streams_a_prompt_goes_elsewhere() -> None:
     made = plan([P1, D1], {"d1": streams(3)})
     assert (names(made), made.mode, made.reason) == (("d1", ["p1"]), "split", "sooner")

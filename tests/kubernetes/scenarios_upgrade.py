@@ -41,13 +41,19 @@ class Side:
     since_s: float
     status: str
 
+    @property
+    def good(self) -> list[Followed]:
+        """Answers that were asked for since then."""
+        return [one for one in self.load.finished if not one.failure and one.sent_s >= self.since_s]
+
     def answers(self, worker: str) -> list[Followed]:
-        """Of this worker, asked for since then."""
-        good = [one for one in self.load.finished if not one.failure and one.sent_s >= self.since_s]
-        return [one for one in good if one.own["decode_node"] == worker]
+        """Those that this worker wrote."""
+        return [one for one in self.good if one.own["decode_node"] == worker]
 
     def split(self, worker: str) -> list[Followed]:
-        return [one for one in self.answers(worker) if one.own["mode"] == "split"]
+        """Those for which KV came to this worker, or from it."""
+        own = ((one, one.own) for one in self.good)
+        return [one for one, by in own if by["mode"] == "split" and worker in (by["prefill_node"], by["decode_node"])]
 
     async def until(self, what: str, found: Callable[[], list[Followed]]) -> list[Followed]:
         """Answers, once there are enough of them. Raises Broken."""
@@ -127,7 +133,7 @@ async def _beside(stage: Stage, load: Load, build: Build) -> Side:
 
 
 async def _same(side: Side) -> str:
-    """Another version with the same llama.cpp and settings: one class, KV goes from old to new, token for token."""
+    """Another version with the same llama.cpp and settings: one class, KV goes between old and new, token for token."""
     side.must_say(f"{', '.join((_OLD[0], _NEW, _OLD[1]))} exchange KV of", "token for token (class ")
     split = await side.until("split answers of the new build", lambda: side.split(_NEW))
     tokens = 0
@@ -137,7 +143,7 @@ async def _same(side: Side) -> str:
         if wrong := differences(answer, whole):
             raise Broken(f"split between two versions is not what one worker answers: {wrong}")
         tokens += len(answer.ids)
-    return f"{SAME.version} adopts KV of {edge_llm.__version__}, {tokens} tokens equal to one worker's"
+    return f"{SAME.version} and {edge_llm.__version__} exchange KV, {tokens} tokens equal to one worker's"
 
 
 async def _other_class(side: Side) -> str:
