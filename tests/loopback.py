@@ -18,7 +18,6 @@ from typing import Final, Literal
 
 import aiohttp
 import uvicorn
-from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -148,7 +147,7 @@ class LoopbackServer(uvicorn.Server):
 
 @asynccontextmanager
 async def listening(
-    app: Starlette, http: type[asyncio.Protocol] | Literal["auto"] = "auto", stall_s: float | None = None
+    app: ASGIApp, http: type[asyncio.Protocol] | Literal["auto"] = "auto", stall_s: float | None = None
 ) -> AsyncIterator[tuple[str, LoopbackServer]]:
     """An app on a loopback port; gives `ip:port` and the server. With `stall_s` connections are bounded as a gateway's
     are."""

@@ -1,6 +1,7 @@
 """How one answer travels to its client: as SSE while it is made, or whole; and what it says about how it was made.
 
-Owns keep-alives, hanging up, and `timings` with `timings.edge_llm`. Refuses to know routes, admission and planning.
+Owns keep-alives, hanging up, when text may go past its own task (wire.py, `Outlet`), and `timings` with
+`timings.edge_llm`. Refuses to know routes, admission and planning.
 """
 
 from __future__ import annotations
@@ -129,6 +130,7 @@ async def stream(
                         beat.said_s = time.monotonic()
                         yield part
             finally:
+                running.at_once = None
                 beat.end()
             if update.error is not None:
                 yield sse(error_body(update.error))
@@ -144,8 +146,12 @@ def _at_once(outlet: Outlet, beat: _Beat, said: _Said, text: str) -> bool:
         return True
     if not outlet.is_free:
         return False
+    try:
+        part = said.text(text)
+    except TypeError:  # text that is no Unicode: its own stream is to fail of it, not all that this worker feeds
+        return False
     beat.said_s = time.monotonic()
-    outlet.write(said.text(text))
+    outlet.write(part)
     return True
 
 
@@ -162,7 +168,8 @@ class _Said:
         return head
 
     def text(self, text: str) -> bytes:
-        return self.head() + self._shape.text(text)
+        chunk = self._shape.text(text)
+        return self.head() + chunk
 
     def part(self, update: Text | Progress | Silence) -> bytes:
         """Nothing of withheld text and of progress that it did not ask for."""

@@ -206,8 +206,6 @@ class Dispatcher:
         request = self._orders.decode_request(running, plan, self._time_left_s(running.job) or 0.0, waits, age_s)
         running.sent_s = running.sent_s or self._clock()  # its tokens may be here sooner than the reply
         sending = asyncio.timeout(None)
-        # when the request is on its way: a line of the log takes longer than a plan
-        asyncio.get_running_loop().call_soon(self._planner.log, running)
         try:
             async with sending:
                 running.sending = sending
@@ -217,6 +215,7 @@ class Dispatcher:
                 raise
         finally:
             running.sending = None
+            self._planner.write_down(running.job.request_id)
 
     def _plan(self, running: Running) -> Plan:
         job = running.job

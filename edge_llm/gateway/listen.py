@@ -25,8 +25,9 @@ from edge_llm.worker.messages import ErrorReply, EventBatch
 
 RECONNECT_S: Final = 0.5
 MAX_STRAYS: Final = 1024
-# A step of many sequences wakes as many streams: all at once they would hold up whoever comes in meanwhile, several
-# times on its way. So many tokens, of one worker at a time, and then whoever else is ready gets the loop.
+# A step of many sequences writes to, or wakes, as many streams: all at once they would hold up whoever comes in
+# meanwhile, several times on its way. So many tokens, of one worker at a time, and then whoever else is ready gets
+# the loop.
 TOKENS_AT_ONCE: Final = 4
 log = structlog.get_logger()
 

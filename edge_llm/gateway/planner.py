@@ -139,6 +139,7 @@ class Planner:
         self._seen_s: dict[str, float] = {}
         self._observed_s = 0.0
         self._decisions: deque[Decision] = deque(maxlen=DECISIONS_KEPT)
+        self._unlogged: dict[str, Decision] = {}
 
     # -- planning
 
@@ -252,13 +253,14 @@ class Planner:
             waited_s=wish.waited_s,
         )
         self._decisions.append(decision)
+        self.write_down(job.request_id)  # the one before, if nothing came of it
+        self._unlogged[job.request_id] = decision
         return decision
 
-    def log(self, running: Running) -> None:
-        """Write down what was decided for it last. Apart from deciding, because workers wait for that."""
-        known = self._known.get(running.job.request_id)
-        if known is not None and known.decision is not None:
-            entry = known.decision.entry(known.decision.at_s)
+    def write_down(self, request_id: str) -> None:
+        """Log what was decided for it, once. Not when it is: its worker waits for that, and this takes longer."""
+        if (decision := self._unlogged.pop(request_id, None)) is not None:
+            entry = decision.entry(decision.at_s)
             log.info("planned", **{key: value for key, value in entry.items() if key not in _UNTOLD})
 
     def waits(self, running: Running, plan: Plan, view: ClusterView) -> Waits:
@@ -320,6 +322,7 @@ class Planner:
     def over(self, running: Running) -> None:
         """Nobody waits for it any more."""
         self._book.remove(running.job.request_id)
+        self.write_down(running.job.request_id)
         known = self._known.pop(running.job.request_id, None)
         if known is None or known.decision is None:
             return

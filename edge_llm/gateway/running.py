@@ -90,7 +90,7 @@ class Running:
     token: a plan after it may have made none. `sending` is the call that hands it to its
     worker, while that is waited for: a timeout and not a task, which would wait for its turn. `checkpoint_tokens`: how
     long the answer was when its last checkpoint was begun. `at_once` passes text on in the turn of the loop in which it
-    came, if it can; it is asked while its stream waits with nothing before it, so that order is kept.
+    came, if it can; it is asked while its stream waits (`is_awaited`) with nothing before it, so that order is kept.
     """
 
     job: Job

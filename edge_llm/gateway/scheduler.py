@@ -12,12 +12,12 @@ seconds:
 Rule: of all plans that can be carried out now, the one for which everybody together waits least: the request itself
 until its last token, the streams that run on either node, the prompts that will wait behind it. Local is the plan in
 which the decode node computes the prompt. A node of the other pool (pools.py) helps out when its pool is overloaded:
-with tokens when no decode worker has room, with prompts when all prefill workers have one and it is better by a margin.
-So must a node of another exactness class be: predictions err, and promises are not given up for noise. Nor is a node's
-time: a mixed one reads for another one by the same margin only, since it could do all of a request, and where an idle
-one can do all of this, no two do it without a margin either. When a full node is predicted
-to serve sooner than the free ones, the request waits for it, but never longer than the free one would have taken. Who
-asks for `split` waits for a decode worker that somebody can prefill for, and gets local only when there is none.
+with tokens when no decode worker has room, with prompts when all prefill workers have one and it is better by a margin;
+so must it be for a mixed node to read for another one, since it could do all of a request. So must a node of another
+exactness class be: predictions err, and promises are not given up for noise. Nor is a second node's time: where an idle
+one can do all of it, a split must be sooner by a margin, too. When a full node is predicted to serve sooner than the
+free ones, the request waits for it, but never longer than the free one would have taken. Who asks for `split` waits for
+a decode worker that somebody can prefill for, and gets local only when there is none.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ MAX_CANDIDATES: Final = 2
 SHORTLIST: Final = 4
 # A worker computes one prompt and lets one more wait (worker/prefill.py); further ones wait here.
 PROMPTS_PER_WORKER: Final = 2
-# By how much a plan must be better to be worth a node of the other pool, the promise of exactness, or a second node.
+# By how much a plan must be better to be worth another pool's or a mixed node, the promise of exactness, a second node.
 SPILL_MARGIN: Final = 1.25
 FOREIGN_MARGIN: Final = 1.10
 SECOND_NODE_MARGIN: Final = 1.10
@@ -154,13 +154,13 @@ class _Option:
     @property
     def weight_s(self) -> float:
         """What options are compared by."""
-        margin = (SPILL_MARGIN if self.takes else 1.0) * (FOREIGN_MARGIN if self.is_cross_class else 1.0)
-        return self.prediction.everybody_s * margin
+        return self.shared_s * (SPILL_MARGIN if self.is_read_by_mixed and not self.helpers else 1.0)
 
     @property
-    def takes(self) -> bool:
-        """Whether a node does this that would otherwise do something else: another pool's work, or all of a request."""
-        return bool(self.helpers) or self.is_read_by_mixed
+    def shared_s(self) -> float:
+        """The same, as if a mixed reader had nothing else to do."""
+        margin = (SPILL_MARGIN if self.helpers else 1.0) * (FOREIGN_MARGIN if self.is_cross_class else 1.0)
+        return self.prediction.everybody_s * margin
 
     @property
     def order(self) -> tuple[Verdict, float, bool, bool, str, str]:
@@ -245,7 +245,7 @@ def _on_one_node(free: Sequence[_Option], situation: Situation) -> _Option | Non
     if not best.prefill or alone is None or alone.verdict != best.verdict:
         return None
     work = situation.work(alone.decode)
-    is_as_good = alone.prediction.everybody_s <= SECOND_NODE_MARGIN * best.prediction.everybody_s
+    is_as_good = alone.shared_s <= SECOND_NODE_MARGIN * best.shared_s
     return alone if is_as_good and not work.sequences and not work.prompts else None
 
 

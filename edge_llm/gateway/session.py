@@ -19,6 +19,7 @@ from edge_llm.request import FinishReason
 
 
 class State(StrEnum):
+    # strings hash in C, other members in Python, and every token looks its state up
     QUEUED = "queued"
     PREFILLING = "prefilling"
     DECODING = "decoding"
@@ -71,7 +72,7 @@ HELD: Final = frozenset({State.PREFILLING, State.DECODING})
 FINAL: Final = frozenset(state for state, edges in TRANSITIONS.items() if not edges)
 
 
-class Made(Protocol):
+class MadeToken(Protocol):
     """A token as its worker tells it."""
 
     @property
@@ -128,7 +129,7 @@ class Session:
         """Whether what a worker says in `epoch` counts: some worker has this request now, in that epoch."""
         return epoch == self.epoch and self.is_with_worker
 
-    def deliver(self, token: Made) -> bool:
+    def deliver(self, token: MadeToken) -> bool:
         """Accept the next token; False for one of an old epoch or after the end.
 
         Raises RemoteProtocolError when the worker skipped or repeated an index, or did not report the prompt first;

@@ -9,6 +9,7 @@ way out for what is streamed. Bodies are read by edge.py. Refuses to know routes
 from __future__ import annotations
 
 import asyncio
+import weakref
 from socket import IPPROTO_TCP, SO_SNDBUF, SOL_SOCKET, TCP_USER_TIMEOUT, socket
 from typing import ClassVar, Final
 
@@ -33,23 +34,25 @@ class Outlet:
     for its task's turn and then passes every layer around the app: more than half of what a token costs."""
 
     def __init__(self, cycle: RequestResponseCycle) -> None:
-        self._cycle = cycle
+        self._cycle = weakref.ref(cycle)  # which holds the scope that holds this
 
     @property
     def is_free(self) -> bool:
         """Whether a body in chunks (RFC 9112, 7.1) has begun and goes on, and all of it so far is with the kernel."""
-        cycle, transport = self._cycle, self._cycle.transport
+        cycle = self._cycle()
         return (
-            cycle.chunked_encoding is True
+            cycle is not None
+            and cycle.chunked_encoding is True
             and not cycle.response_complete
             and not cycle.disconnected
-            and not transport.is_closing()
-            and not transport.get_write_buffer_size()
+            and not cycle.transport.is_closing()
+            and not cycle.transport.get_write_buffer_size()
         )
 
     def write(self, part: bytes) -> None:
         """The next part, which is not empty, while `is_free`."""
-        self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(part), part))
+        if (cycle := self._cycle()) is not None:
+            cycle.transport.write(b"%x\r\n%b\r\n" % (len(part), part))
 
 
 def outlet_of(scope: Scope) -> Outlet | None:

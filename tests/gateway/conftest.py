@@ -11,6 +11,7 @@ from typing import Any, Final
 import aiohttp
 import pytest
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from edge_llm.cluster.discovery import Discovery
 from edge_llm.cluster.view import Place
@@ -191,15 +192,17 @@ class Service:
 async def serving(
     cluster: Cluster,
     credentials: Credentials = NO_KEYS,
+    wrapped: Callable[[ASGIApp], ASGIApp] = lambda app: app,
     **config: Any,
 ) -> AsyncIterator[Service]:
-    """A gateway before `cluster`, which may still be empty; `config` are fields of GatewayConfig."""
+    """A gateway before `cluster`, which may still be empty; `config` are fields of GatewayConfig. `wrapped`: its app
+    behind something of the test's."""
     discovery = Written()
     gateway = Gateway(GatewayConfig(**{"name": "gateway", "probe_s": PROBE_S, **config}), KEYS, discovery, credentials)
     timeout = aiohttp.ClientTimeout(total=DEADLINE_S)
     app = create_app(gateway)
     protocol = bounded(gateway.config.max_head_bytes, gateway.config.read_s)
-    async with listening(app, protocol, config.get("stall_s")) as (address, server):
+    async with listening(wrapped(app), protocol, config.get("stall_s")) as (address, server):
         url = f"http://{address}"
         async with aiohttp.ClientSession(url, timeout=timeout) as client:
             yield Service(gateway, cluster, discovery, client, url, app, server)

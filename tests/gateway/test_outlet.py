@@ -5,18 +5,25 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+from dataclasses import dataclass
 from typing import Any, Final
 
+import aiohttp
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from edge_llm.engine.simulated import SimulatedSettings
+from edge_llm.gateway.answer import _at_once, _Said
+from edge_llm.gateway.openai import Ask
 from edge_llm.gateway.running import Job, Running, Text
 from edge_llm.gateway.session import Session
+from edge_llm.gateway.shape import Shape
+from edge_llm.gateway.wire import Outlet, bounded, outlet_of
 from edge_llm.request import SamplingParams
 from tests.gateway.conftest import CHAT, COMPLETIONS, HELLO, Service, asking, serving
-from tests.loopback import DEADLINE_S, prompt_of, running_cluster
+from tests.loopback import DEADLINE_S, listening, prompt_of, running_cluster
 
 pytestmark = pytest.mark.anyio
 LONG_ANSWER: Final = 3000
@@ -123,7 +130,7 @@ def unchunked(body: bytes) -> bytes:
 
 async def test_a_client_that_reads_by_fits_and_starts_hears_what_others_hear() -> None:
     settings = SimulatedSettings(n_ctx=4096, slots=2, decode_run_s=0.0002)
-    async with running_cluster() as cluster, serving(cluster, stream_buffer_bytes=64 << 20) as service:
+    async with running_cluster() as cluster, serving(cluster, stream_buffer_bytes=64 << 20, stall_s=60.0) as service:
         await service.start("mixed", "m1", settings)
         body = asking(prompt_of(6), max_tokens=LONG_ANSWER)
         whole = await service.post(COMPLETIONS, body)
@@ -150,9 +157,94 @@ async def test_a_client_that_reads_by_fits_and_starts_hears_what_others_hear() -
     assert chunks[-1]["timings"]["edge_llm"]["token_ids"] == whole.own["token_ids"]
 
 
-async def test_the_second_answer_on_a_connection_goes_the_same_way_as_the_first() -> None:
-    async with running_cluster() as cluster, serving(cluster) as service:
-        await service.start("mixed", "m1", SimulatedSettings(n_ctx=512, slots=2))
+@dataclass
+class Counted:
+    """An outlet that notes what it writes, or is never free."""
+
+    real: Outlet
+    parts: list[bytes]
+    is_open: bool
+
+    @property
+    def is_free(self) -> bool:
+        return self.is_open and self.real.is_free
+
+    def write(self, part: bytes) -> None:
+        self.parts.append(part)
+        self.real.write(part)
+
+
+class Counting:
+    """An app behind a connection whose outlets are counted: what went through each, and whether it may."""
+
+    def __init__(self, app: ASGIApp, is_open: bool) -> None:
+        self.parts: list[list[bytes]] = []
+        self._app, self._is_open = app, is_open
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if (real := outlet_of(scope)) is not None:
+            self.parts.append([])
+            scope["state"]["outlet"] = Counted(real, self.parts[-1], self._is_open)
+        await self._app(scope, receive, send)
+
+
+@pytest.mark.parametrize("is_open", [True, False], ids=["the short way", "the long way"])
+async def test_answers_on_one_connection_go_token_by_token_through_their_own_outlets(is_open: bool) -> None:
+    apps: list[Counting] = []
+
+    def wrapped(app: ASGIApp) -> ASGIApp:
+        apps.append(Counting(app, is_open))
+        return apps[0]
+
+    settings = SimulatedSettings(n_ctx=512, slots=2, decode_run_s=0.01)
+    async with running_cluster() as cluster, serving(cluster, wrapped=wrapped) as service:
+        await service.start("mixed", "m1", settings)
         answers = [await service.stream(CHAT, HELLO) for _ in range(3)]
     assert len({answer.text for answer in answers}) == 1
     assert all(answer.is_done and answer.choices[0]["delta"]["role"] == "assistant" for answer in answers)
+    counts = [len(parts) for parts in apps[0].parts]
+    # eight tokens, the first one with the role; of the last one the text only
+    assert counts == [len(answer.chunks) - 2 if is_open else 0 for answer in answers]
+
+
+async def test_an_outlet_is_free_from_the_head_of_a_streamed_answer_to_its_end() -> None:
+    seen: list[bool] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await receive()
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
+            await send({"type": "lifespan.shutdown.complete"})
+            return
+        outlet = outlet_of(scope)
+        assert outlet is not None
+        seen.append(outlet.is_free)
+        length = [(b"content-length", b"4")] if scope["path"] == "/whole" else []
+        await send({"type": "http.response.start", "status": 200, "headers": length})
+        seen.append(outlet.is_free)
+        if outlet.is_free:
+            outlet.write(b"one ")
+        await send({"type": "http.response.body", "body": b"two ", "more_body": bool(not length)})
+        if not length:
+            await send({"type": "http.response.body", "body": b"three", "more_body": False})
+        seen.append(outlet.is_free)
+
+    async with listening(app, bounded(4096, 5.0)) as (address, _), aiohttp.ClientSession(f"http://{address}") as client:
+        async with client.get("/streamed") as reply:
+            assert await reply.read() == b"one two three"
+        async with client.get("/whole") as reply:
+            assert await reply.read() == b"two "
+    assert seen == [False, True, False, False, False, False]
+
+
+async def test_text_that_cannot_be_written_ends_its_own_answer_only() -> None:
+    class Free:
+        is_free = True
+
+        def write(self, part: bytes) -> None:
+            raise AssertionError(f"{part!r} was written")
+
+    said = _Said(Ask.__new__(Ask), Shape("r", 0, "m", is_chat=True), 0.0)
+    assert not _at_once(Free(), None, said, "\ud800")  # type: ignore[arg-type]
+    assert said.head(), "what failed took nothing with it"

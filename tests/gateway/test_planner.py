@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from structlog.testing import capture_logs
 
 from edge_llm.cluster.cost import TYPICAL_ANSWER_TOKENS
 from edge_llm.cluster.slo import Slo, Verdict
@@ -470,3 +471,25 @@ def test_an_answer_goes_on_in_the_class_that_made_its_tokens_not_in_that_of_a_wo
     another = node("a-other-2", "decode", exactness_class="y" * 64)
     scene.see(another, same)
     assert scene.plan(running).decode.worker == "d-first-2"
+
+
+# -- what is written down
+
+
+def test_every_decision_is_logged_once_whatever_becomes_of_it() -> None:
+    scene = Scene(P1, D1, D2)
+    sent, replanned, refused = (scene.request(range(start, start + 100)) for start in (0, 100, 200))
+    with capture_logs() as logs:
+        for running in (sent, replanned, refused):
+            scene.plan(running)
+        assert not logs, "workers wait for plans, not for the log"
+        scene.planner.write_down(sent.job.request_id)
+        scene.planner.write_down(sent.job.request_id)
+        scene.fail(replanned)
+        scene.plan(replanned)
+        for running in (sent, replanned, refused):
+            scene.planner.over(running)
+    told = [entry for entry in logs if entry["event"] == "planned"]
+    expected = [one.job.request_id for one in (sent, replanned, replanned, refused)]
+    assert [entry["request_id"] for entry in told] == expected
+    assert all(entry["predicted"]["ttft_s"] > 0 and entry["mode"] in ("split", "local") for entry in told)

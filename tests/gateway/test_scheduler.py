@@ -80,14 +80,14 @@ def test_on_an_idle_cluster_a_prompt_stays_where_its_answer_is_made() -> None:
 
 def test_a_second_node_that_is_hardly_faster_is_left_to_who_comes_next() -> None:
     def other(token_s: float) -> Node:
-        return node("m2", "mixed", Rates(run_s=0.10, row_s=0.01, token_s=token_s))
+        return node("p1", "prefill", Rates(run_s=0.10, row_s=0.01, token_s=token_s))
 
-    # m1 reads 100 tokens in 1 s and writes 20 in 1 s, m2 would be a twentieth sooner for all of it, or a quarter
+    # m1 reads 100 tokens in 1 s and writes 20 in 1 s, with p1 it would be a twentieth sooner, or a quarter
     made = plan([M1, other(0.009)])
     assert (names(made), made.reason) == (("m1", []), "one_node")
-    assert names(plan([M1, other(0.005)])) == ("m1", ["m2"]), "clearly sooner"
-    assert names(plan([M1, other(0.009)], {"m1": streams(1)})) == ("m1", ["m2"]), "not idle"
-    assert names(plan([M1, other(0.009)], mode="split")) == ("m1", ["m2"]), "as asked"
+    assert names(plan([M1, other(0.005)])) == ("m1", ["p1"]), "clearly sooner"
+    assert names(plan([M1, other(0.009)], {"m1": streams(1)})) == ("m1", ["p1"]), "not idle"
+    assert names(plan([M1, other(0.009)], mode="split")) == ("m1", ["p1"]), "as asked"
 
 
 def test_a_node_that_could_do_all_of_a_request_reads_for_another_one_only_where_that_is_clearly_better() -> None:

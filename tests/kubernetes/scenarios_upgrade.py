@@ -143,7 +143,7 @@ async def _same(side: Side) -> str:
         if wrong := differences(answer, whole):
             raise Broken(f"split between two versions is not what one worker answers: {wrong}")
         tokens += len(answer.ids)
-    return f"{SAME.version} and {edge_llm.__version__} exchange KV, {tokens} tokens equal to one worker's"
+    return f"KV goes between {SAME.version} and {edge_llm.__version__}, {tokens} tokens equal to one worker's"
 
 
 async def _other_class(side: Side) -> str:
