@@ -101,7 +101,7 @@ def node_facts(root: Path = Path("/")) -> NodeFacts:
         usable_cores=tuple(sorted(os.sched_getaffinity(0))),
         ram_bytes=psutil.virtual_memory().total,
         kernel=platform.release(),
-        board=file_text(root / "proc/device-tree/model"),
+        board=_board(root),
         governor=file_text(cpu / "scaling_governor"),
         frequency_mhz=None if frequency is None else frequency / 1000,
         temperature_c=None if temperature is None else temperature / 1000,
@@ -358,6 +358,13 @@ def _cpu_quota(root: Path) -> tuple[float | None, float | None]:
         return (float(words[0]), float(words[1])) if words[0].isdigit() and words[1].isdigit() else (None, None)
     quota = file_number(root / "sys/fs/cgroup/cpu/cpu.cfs_quota_us")
     return (quota if quota and quota > 0 else None), file_number(root / "sys/fs/cgroup/cpu/cpu.cfs_period_us")
+
+
+def _board(root: Path) -> str | None:
+    """Container runtimes hide what /proc/device-tree links to; the kernels of Raspberry Pis say it in cpuinfo, too."""
+    lines = (file_text(root / "proc/cpuinfo") or "").splitlines()
+    said = [value.strip() for name, _, value in (line.partition(":") for line in lines) if name.strip() == "Model"]
+    return file_text(root / "proc/device-tree/model") or next(iter(said), None)
 
 
 def _cpu_name(root: Path) -> str:

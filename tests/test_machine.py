@@ -75,6 +75,11 @@ def test_a_pi_says_what_it_is_and_how_it_feels(pi: Path) -> None:
     assert (facts.governor, facts.frequency_mhz, facts.temperature_c) == ("ondemand", 2400.0, 61.45)
 
 
+def test_a_pi_says_what_it_is_in_a_container_too(pi: Path) -> None:
+    (pi / "proc/device-tree/model").unlink()
+    assert node_facts(pi).board == "Raspberry Pi 5 Model B Rev 1.0"
+
+
 def test_what_a_board_does_not_have_is_none_and_the_rest_is_there(tmp_path: Path) -> None:
     facts = node_facts(tmp_path)
     assert (facts.board, facts.governor, facts.frequency_mhz, facts.temperature_c) == (None, None, None, None)

@@ -43,13 +43,13 @@ def _row(*cells: str) -> str:
 def _cell(verdict: Verdict | None) -> str:
     if verdict is None:
         return ""
-    if verdict.verdict == UNTESTED:
-        return f"{UNTESTED}: {verdict.reason}"
-    word = f"**{MISSED}**" if verdict.verdict == MISSED else HOLDS
     records = ", ".join(
         f"[{'record' if len(verdict.records) == 1 else number}]({file})"
         for number, file in enumerate(verdict.records, 1)
     )
+    if verdict.verdict == UNTESTED:
+        return f"{UNTESTED}: {verdict.reason}" + (f" ({records})" if verdict.figures else "")
+    word = f"**{MISSED}**" if verdict.verdict == MISSED else HOLDS
     quick = ", a quick run" if verdict.is_quick else ""
     beside = f"; {verdict.reason}" if verdict.reason else ""
     return f"{word}: {figures_words(verdict, '**')} ({records}{quick}){beside}"

@@ -39,7 +39,7 @@ class Plan:
     seed: int = 0
 
     def answer_tokens_of(self, kind: Kind) -> int:
-        return self.long_answer_tokens if kind.is_long else self.answer_tokens
+        return self.long_answer_tokens * kind.times_as_long if kind.is_long else self.answer_tokens
 
     def resumed_bound_s(self, kind: Kind) -> float:
         """The median over this kind's streams is to be within it: one hiccup of the machine is no broken promise."""

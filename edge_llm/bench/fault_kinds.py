@@ -42,7 +42,8 @@ _LATENCY_S: Final = 0.1
 @dataclass(frozen=True, slots=True)
 class Kind:
     """`proof` says, after the streams ended, whether the blow met the target: empty means it did not. `detection_s`:
-    within it the fault is to be found, or passes by itself. `is_long`: its answers must outlast what is done.
+    within it the fault is to be found, or passes by itself. `is_long`, and how often: its answers must outlast what is
+    done.
     `keeps_streams`: one stream follows another as long as the blow's second half falls. `moves_kv`: the victim lives
     long enough to give its KV away, so nothing need be computed again."""
 
@@ -55,6 +56,7 @@ class Kind:
     needs_strangers: bool = False
     needs_all: bool = False
     is_long: bool = False
+    times_as_long: int = 1
     keeps_streams: bool = False
     moves_kv: bool = False
 
@@ -290,6 +292,12 @@ def touched_and_went_on(scene: Scene, blow: Blow) -> str:
     return f"{blow.rule.action}: {blow.rule.touched_bytes} bytes; {said}" if blow.rule.touched_bytes and said else ""
 
 
+def outlasted(scene: Scene, blow: Blow) -> str:
+    """The same for longer than a gateway believes in a worker that does not answer it."""
+    said, lasted_s = touched_and_went_on(scene, blow), max(scene.target.arrivals_s, default=0.0) - blow.struck_s
+    return f"{said} for {lasted_s:.1f} s" if said and lasted_s >= SILENT_S else ""
+
+
 def _slow(scene: Scene) -> Rule:
     return Rule(
         "slow", route="prefill", request=scene.target.request_id, bytes_per_s=max(1.0, scene.kv_bytes / _SLOWER_S)
@@ -394,11 +402,13 @@ _ALL: Final = (
     ),
     Kind(
         "hole_to_decode",
-        "what D is told is swallowed",
-        "middle",
+        "what D is told is swallowed, for longer than it is believed in",
+        "early",
         by_rule(lambda s: events(s, "swallow", "request")),
-        touched_and_went_on,
+        outlasted,
         SILENT_S,
+        is_long=True,
+        times_as_long=2,
     ),
     Kind("slow_transfer", "bandwidth cut: KV takes 1.5 s more", "before", by_rule(_slow), rule_touched, _SLOWER_S),
     Kind("late_decode", "50-150 ms for everything D says", "middle", by_rule(_late), touched_and_went_on),

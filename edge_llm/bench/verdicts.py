@@ -238,9 +238,15 @@ def _of_a_regime(where: str, regime: Regime, found: Mapping[str, Any]) -> Iterat
         loser = SPLIT if to_local["ratio"] < 1 else LOCAL
         why = _why_lost(loser, rows[loser]["curve"])
         yield f"{where}: split over local {_with_interval(to_local)}, {expected}; {why}"
-        verdict = "within 5 %" if to_better["ratio"] >= AUTO_BAR else "worse by more than 5 %"
-        verdict = verdict if to_better["is_decided"] else _undecided(to_better)
+        verdict = _against_bar(to_better) if to_better["is_decided"] else _undecided(to_better)
         yield f"{where}: auto over the better of split and local {_with_interval(to_better)}: {verdict}"
+
+
+def _against_bar(found: Mapping[str, Any]) -> str:
+    """What may be said of auto over the better: it is never worse by more than a twentieth, or that is not known."""
+    if found["low"] < AUTO_BAR <= found["high"]:
+        return "so few requests do not tell whether that is within 5 %"
+    return "within 5 %" if found["ratio"] >= AUTO_BAR else "worse by more than 5 %"
 
 
 def _undecided(found: Mapping[str, Any]) -> str:
@@ -297,6 +303,8 @@ def missed(found: Mapping[str, Any]) -> list[str]:
             to_better, to_local = result["auto_to_better"], result["split_to_local"]
             if not to_better["is_decided"]:
                 lines.append(f"{where}: auto over the better of split and local: {_undecided(to_better)}")
+            elif to_better["low"] < AUTO_BAR <= to_better["high"]:
+                lines.append(f"{where}: auto over the better of split and local: {_against_bar(to_better)}")
             elif to_better["ratio"] < AUTO_BAR:
                 lines.append(
                     f"{where}: auto has {to_better['ratio']:.2f} of the goodput of the better of split and local, not "

@@ -14,7 +14,7 @@ from edge_llm.config import DEFAULT_MODEL
 # Slow enough that a blow can be aimed at any moment of a stream, fast enough for hundreds of them.
 _SPEED: Final = ("--simulated-prompt-tokens-per-s", "1500", "--simulated-step-s", "0.015")
 _FAST: Final = ("--simulated-prompt-tokens-per-s", "0", "--simulated-step-s", "0")
-_SIZE: Final = ("--n-ctx", "1024", "--slots", "8")
+_SIZE: Final = ("--n-ctx", "1280", "--slots", "8")
 
 
 @click.command()

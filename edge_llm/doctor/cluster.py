@@ -179,11 +179,19 @@ def images(nodes: Sequence[Thing], works: Sequence[Thing]) -> Finding:
             f"{', '.join(missing)}: no {', '.join(lacks[missing[0]])}",
             why="an image of a local name is not pulled: pods there end in ErrImagePull",
             do=f"import it on the board ({_MADE_BY}, step 3); a node tells of a new image after a minute",
-            commands=["sudo k3s ctr images import edge-llm-*.oci.tar"],
+            commands=[f"sudo k3s ctr images import {_archive(lacks[missing[0]][0], missing[0], nodes)}"],
         )
     if any(what for what in lacks.values()):
         return unknown(check, f"nodes with more images than they name: {', '.join(sorted(cut))}")
     return ok(check, f"{', '.join(wanted)} on {len(used)} nodes")
+
+
+def _archive(image: str, node: str, nodes: Sequence[Thing]) -> str:
+    """The file that `make image` leaves for this board; of any other image it is not known what it is called."""
+    name, _, version = image.removeprefix("localhost/").partition(":")
+    found = next((one for one in nodes if _name(one) == node), {})
+    machine = found.get("status", {}).get("nodeInfo", {}).get("architecture", "arm64")
+    return f"{name}-{version}-{machine}.oci.tar" if name == "edge-llm" and version else "FILE"
 
 
 def pods_run(pods: Sequence[Thing], namespace: str) -> Finding:

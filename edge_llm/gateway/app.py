@@ -7,6 +7,7 @@ Owns HTTP status codes, limits, keep-alives from a wall clock, and what an answe
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -47,11 +48,14 @@ from edge_llm.gateway.queue import Bounds
 from edge_llm.gateway.shape import Shape, error_body, error_headers, together
 from edge_llm.gateway.tokenizing import Tokenizers
 from edge_llm.gateway.wire import outlet_of
+from edge_llm.trace import follow
 from edge_llm.worker.client import WorkerClient
 from edge_llm.worker.stream import ClosingStream
 from edge_llm.worker.tickets import KeyRing
 
 _DRAIN_POLL_S: Final = 0.05
+_UNUSUAL: Final = re.compile(r"[^A-Za-z0-9._:-]")
+_ID_CHARS: Final = 64
 # Of one request: more would wait for each other's slots, and be refused as waiting too long.
 _PROMPTS_AT_ONCE: Final = 4
 # Workers close connections that were idle for 5 s (uvicorn): let go before, so that no request meets one that closes.
@@ -340,8 +344,10 @@ async def _whole(gateway: Gateway, request: Request, ask: Ask, size: int, arrive
 
 
 def _arriving(gateway: Gateway, caller: Caller, ask: Ask, size: int, arrived_s: float) -> Arrival:
-    job_id = f"{caller.request_id}.{secrets.token_hex(4)}"
+    # workers' messages take fewer characters than a client's header may have
+    job_id = f"{_UNUSUAL.sub('_', caller.request_id)[:_ID_CHARS]}.{secrets.token_hex(4)}"
     structlog.contextvars.bind_contextvars(request_id=job_id)
+    follow(caller.trace)
     return gateway.intake.arrive(caller, ask, job_id, size, arrived_s)
 
 

@@ -20,6 +20,7 @@ from typing import Final
 
 import structlog
 
+from edge_llm.cluster.capacity import serves_per_s
 from edge_llm.cluster.probe import Prober
 from edge_llm.cluster.view import ClusterView, Node
 from edge_llm.errors import (
@@ -40,6 +41,7 @@ from edge_llm.gateway.planner import Planner
 from edge_llm.gateway.running import Finish, Job, Running
 from edge_llm.gateway.scheduler import Plan
 from edge_llm.gateway.session import Event, Session, State
+from edge_llm.trace import HEADER
 from edge_llm.worker.client import WorkerClient
 from edge_llm.worker.messages import CancelRequest
 
@@ -50,6 +52,7 @@ MIN_TIME_S: Final = 0.001
 CLOSE_S: Final = 1.0
 # How long news of workers may lie before those who wait are planned for again.
 LOOK_AGAIN_S: Final = 0.1
+HOPE: Final = 1.5
 log = structlog.get_logger()
 
 
@@ -112,7 +115,17 @@ class Dispatcher:
     def enter(self, demand: queue.Demand) -> queue.Place:
         """A place in the queue, on an estimate of the prompt. Raises Overloaded."""
         demand = replace(demand, answer_tokens=self._planner.typical_answer(demand.model))
-        return self._queue.enter(demand, self._free_slots(demand.model))
+        return self._queue.enter(self._promised(demand), self._free_slots(demand.model))
+
+    def _promised(self, demand: queue.Demand) -> queue.Demand:
+        """With what the workers' rates promise, while nothing else is known: a gateway that has just begun would let in
+        more than can be served. Rates of idle engines flatter, and who is refused for nothing is worse off than who
+        waits a little: so much more is believed possible."""
+        if self._queue.service.tokens_per_s(demand.model) is not None:
+            return demand
+        answer = max(1, demand.expected_tokens - demand.prompt_tokens)
+        per_s = serves_per_s(self.view.ready(demand.model), demand.prompt_tokens, answer)
+        return replace(demand, promised_tokens_per_s=per_s and HOPE * per_s * (demand.prompt_tokens + answer))
 
     def _free_slots(self, model: str) -> int:
         slots = sum(node.status.slots for node in self.view.ready(model) if node.decodes)
@@ -171,7 +184,7 @@ class Dispatcher:
 
     def _demand(self, running: Running) -> queue.Demand:
         job, delivered = running.job, len(running.session.delivered)
-        return queue.Demand(
+        demand = queue.Demand(
             request_id=job.request_id,
             key=job.key,
             model=job.model,
@@ -182,6 +195,7 @@ class Dispatcher:
             deadline_s=job.deadline_s,
             answer_tokens=self._planner.answer_left(running),
         )
+        return self._promised(demand)
 
     def _time_left_s(self, job: Job) -> float | None:
         return None if job.deadline_s is None else max(MIN_TIME_S, job.deadline_s - self._clock())
@@ -238,7 +252,10 @@ class Dispatcher:
         if not session.is_with_worker:
             return
         worker = running.plan.decode.worker if running.plan else "?"
-        log.warning("replanning", request_id=session.request_id, worker=worker, code=error.code, epoch=session.epoch)
+        said = {"worker": worker, "code": error.code, "epoch": session.epoch}
+        if running.job.trace:  # this may be the task that hears workers
+            said[HEADER] = running.job.trace
+        log.warning("replanning", request_id=session.request_id, **said)
         is_full = isinstance(error, Overloaded)
         is_draining = isinstance(error, Draining)
         if running.plan is not None and is_draining:

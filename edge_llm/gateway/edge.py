@@ -37,6 +37,7 @@ from edge_llm.errors import (
 from edge_llm.gateway.intake import Caller
 from edge_llm.gateway.keys import ANYBODY, ApiKey, Credentials
 from edge_llm.gateway.shape import error_body, error_headers
+from edge_llm.trace import HEADER, believed
 
 PUBLIC: Final = frozenset({"/health", "/healthz", "/readyz"})
 METRICS: Final = "/metrics"
@@ -48,9 +49,8 @@ SECURITY: Final[dict[str, str]] = {
     "referrer-policy": "no-referrer",
     "x-frame-options": "DENY",
 }
-_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,64}")
-# W3C Trace Context, version 00; ids of zeros mean none
-_TRACE: Final = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+# what is printed and has no space: load balancers write `Root=1-67891233-abcdef`, others UUIDs or base64
+_REQUEST_ID: Final = re.compile(r"[!-~]{1,128}")
 _JSON: Final = re.compile(r"application/(json|[a-z0-9.-]+\+json)(\s*;.*)?", re.IGNORECASE)
 # What proxies add, by default or as their manuals say: one on this machine speaks for others.
 _FORWARDED: Final = frozenset({"forwarded", "via", "x-real-ip", "x-client-ip", "x-original-forwarded-for"})
@@ -79,8 +79,7 @@ class Edge:
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
-        trace = headers.get("traceparent", "")
-        trace = trace if _TRACE.fullmatch(trace) else ""
+        trace = believed(headers.get(HEADER, ""))
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -88,7 +87,7 @@ class Edge:
                 for name, value in ({"x-request-id": request_id} | SECURITY).items():
                     answer[name] = value
                 if trace:
-                    answer["traceparent"] = trace
+                    answer[HEADER] = trace
                 if self._is_leaving():
                     answer["connection"] = "close"
             await send(message)

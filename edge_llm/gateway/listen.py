@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextvars import Context
 from typing import Final, Protocol
 
 import structlog
@@ -87,7 +88,9 @@ class Listener:
         for node in after.nodes:
             task = self._connections.get(node.place)
             if node.decodes and (task is None or task.done()):
-                self._connections[node.place] = asyncio.create_task(self._follow(node), name=f"events {node.worker}")
+                self._connections[node.place] = asyncio.create_task(
+                    self._follow(node), name=f"events {node.worker}", context=Context()
+                )
         self._places = frozenset(node.place for node in after.nodes)
         self.hang_up()
 

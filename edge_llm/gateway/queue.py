@@ -50,7 +50,8 @@ class Bounds:
 @dataclass(frozen=True, slots=True)
 class Demand:
     """What a request wants of the cluster, and of the queue's memory. `deadline_s` on the queue's clock. Its answer is
-    expected to have `answer_tokens` (None: as many as it may have)."""
+    expected to have `answer_tokens` (None: as many as it may have). `promised_tokens_per_s`: what the workers' rates
+    promise to do of such requests, for as long as no service was measured (None: nothing is known of that either)."""
 
     request_id: str
     key: str
@@ -61,6 +62,7 @@ class Demand:
     held_bytes: int = 0
     deadline_s: float | None = None
     answer_tokens: float | None = None
+    promised_tokens_per_s: float | None = None
 
     @property
     def tokens(self) -> int:
@@ -250,6 +252,8 @@ class PlanQueue:
             ahead = ahead * (others - free_slots) // others
         others -= free_slots
         wait_s = self.service.wait_s(model, ahead, free_slots)
+        if wait_s is None and (promised_per_s := self._promised_per_s(demand)):
+            wait_s = ahead / promised_per_s
         if others >= bounds.length:
             retry_s = self.service.retry_after_s(model, None, 0.0)
             raise Overloaded(f"{others} requests wait for a slot already", retry_after_s=retry_s)
@@ -267,6 +271,14 @@ class PlanQueue:
                 f"{ahead} tokens of work wait before this request, about {wait_s:.0f} s: more than {bound_s:.0f} s",
                 retry_after_s=self.service.retry_after_s(model, wait_s, bound_s),
             )
+
+    def _promised_per_s(self, demand: Demand) -> float | None:
+        """Tokens a second of what is held here and of this one together: it is others' work that is waited for, and a
+        prompt's tokens are done several times as fast as an answer's."""
+        held = (place.demand for place in self._held_new())
+        known = [one for one in (*held, demand) if one.model == demand.model and one.promised_tokens_per_s]
+        seconds = sum(one.expected_tokens / (one.promised_tokens_per_s or math.inf) for one in known)
+        return sum(one.expected_tokens for one in known) / seconds if seconds else None
 
     def _check_bytes(self, demand: Demand) -> None:
         held = sum(place.demand.held_bytes for place in self._held_new())

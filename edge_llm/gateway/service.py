@@ -77,7 +77,7 @@ class Service:
         """When to come back: once as much has drained as is too much now, at least until the next request ends."""
         pace, rate = self._paces.get(model), self.tokens_per_s(model)
         if pace is None or rate is None:
-            return UNKNOWN_RETRY_S
+            return max(UNKNOWN_RETRY_S, min(MAX_RETRY_S, math.ceil((wait_s or 0.0) - bound_s)))
         # both sums are decayed alike: their mean request is that of as many as the weights add up to
         requests = (1 - _KEEP**pace.ended) / (1 - _KEEP)
         next_end_s = pace.tokens / requests / rate

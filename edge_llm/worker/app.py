@@ -18,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from edge_llm import trace
 from edge_llm.errors import EdgeLLMError, InvalidRequest, Unauthorized, WorkerError
 from edge_llm.exposition import CONTENT_TYPE
 from edge_llm.worker.bodies import error_reply, proven_reply_of, reply_of
@@ -155,6 +156,7 @@ def gated(worker: Worker, operation: Operation, handler: Handler) -> Route:
 
     async def endpoint(request: Request) -> Response:
         admitted = await worker.admit(request, operation)
+        trace.follow(request.headers.get(trace.HEADER, ""))
         if admitted.claims.request_id:
             structlog.contextvars.bind_contextvars(request_id=admitted.claims.request_id)
         return await handler(worker, request, admitted)

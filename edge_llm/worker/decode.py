@@ -21,11 +21,12 @@ from __future__ import annotations
 import asyncio
 import heapq
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import structlog
 
+from edge_llm import trace
 from edge_llm.engine.batch import smoothed
 from edge_llm.engine.engine import Engine, EngineFacts, Failure, KeptKV, PromptProgress, Step
 from edge_llm.errors import (
@@ -68,6 +69,7 @@ class _Running:
     is_posted: bool = False
     is_begun: bool = False
     is_prompted: bool = False
+    traced: Mapping[str, str] = field(default_factory=trace.headers)
     task: asyncio.Task[None] | None = field(default=None, repr=False)
     alarm: asyncio.TimerHandle | None = field(default=None, repr=False)
 
@@ -159,7 +161,7 @@ class DecodeRole:
         running = self._running.get(request_id)
         if running is None or running.request.epoch > epoch:
             return False
-        log.info("cancelled", request_id=request_id, epoch=epoch)
+        log.info("cancelled", request_id=request_id, epoch=epoch, **running.traced)
         self._drop(running)
         return True
 
@@ -183,9 +185,8 @@ class DecodeRole:
             self._report(running)
             self._outboxes.add_token(running.request.gateway, event)
             if event.finish_reason is not None:
-                log.info(
-                    "finished", request_id=event.request_id, tokens=event.index + 1, finish_reason=event.finish_reason
-                )
+                ending = {"tokens": event.index + 1, "finish_reason": event.finish_reason}
+                log.info("finished", request_id=event.request_id, **ending, **running.traced)
                 self._release(running)
         for failure in step.failures:
             running = self._of(failure)
@@ -369,7 +370,8 @@ class DecodeRole:
 
     def _fail(self, running: _Running, error: EdgeLLMError) -> None:
         if self._running.get(running.request_id) is running:
-            log.warning("failed", request_id=running.request_id, code=error.code, message=error.message)
+            said = {"code": error.code, "message": error.message}
+            log.warning("failed", request_id=running.request_id, **said, **running.traced)
             self._outboxes.add_failed(running.request.gateway, running.generation, error)
             self._drop(running)
 

@@ -21,6 +21,7 @@ from typing import Final
 
 import aiohttp
 
+from edge_llm import trace
 from edge_llm.errors import RemoteProtocolError, Unauthorized, WorkerSilent, WorkerUnreachable
 from edge_llm.kv.frames import Chunk, Event, FrameDecoder, Header, NeedData, Progress
 from edge_llm.kv.payload import check_finite
@@ -109,7 +110,7 @@ class Puller:
                 reply = await self._session.post(
                     f"http://{candidate.address}/prefill",
                     data=encode(request),
-                    headers=authorization(candidate.ticket),
+                    headers=authorization(candidate.ticket) | trace.headers(),
                     allow_redirects=False,
                 )
             meter.answered()

@@ -4,8 +4,9 @@ Pure: time and randomness are arguments. Owns the key file format, signing, veri
 derivation of a transfer's own key, and the proof that an answer comes from a holder of the key. Refuses to know HTTP
 and what an operation does.
 
-Key file: one `kid:hex` line per key (at least 32 bytes each), the first signs, all verify: for a rotation put the
-new key first, restart all, then remove the old one. Clocks of the boards may differ by MAX_SKEW_S.
+Key file: one `kid:hex` line per key (at least 32 bytes each), the first signs, all verify. Only gateways sign: for a
+rotation put the new key second and restart all, then first and restart gateways, then remove the old one. Clocks of the
+boards may differ by MAX_SKEW_S.
 
 Invariants: the MAC is compared in constant time before the claims are parsed; a ticket works once, for one
 audience, one operation, one body (or one list of token ids), and starts within its lifetime: LIFETIME_S after it was

@@ -29,6 +29,7 @@ QUICK = (
     "slow_transfer",
     "drain_decode",
     "drain_prefill",
+    "restore_refused",
     "stop_decode_untold",
 )
 

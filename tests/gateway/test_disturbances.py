@@ -35,6 +35,8 @@ pytestmark = pytest.mark.anyio
 ENDLESS: Final = 400
 SLOW: Final = replace(settings_of("decode"), decode_run_s=0.005)
 ONE_SLOT: Final = replace(SLOW, slots=1)
+# What a client held is free again on both nodes.
+FREED_S: Final = 1.0
 PROMPT: Final = prompt_of(3 * CHUNK + 5)
 TOKENS: Final = 60
 SAMPLED: Final = SamplingParams(temperature=0.9, top_p=0.95, repeat_penalty=1.1, seed=12345)
@@ -45,8 +47,13 @@ def after(events: int) -> Any:
     return lambda streamed: len(streamed.chunks) >= events
 
 
-async def is_idle(service: Service, *nodes: Node) -> None:
+async def is_idle(service: Service, *nodes: Node, within_s: float = DEADLINE_S) -> None:
     """Nobody holds anything any more, at the gateway and at the workers."""
+    async with asyncio.timeout(within_s):
+        await _is_idle(service, *nodes)
+
+
+async def _is_idle(service: Service, *nodes: Node) -> None:
     await until(lambda: not service.gateway.dispatcher.requests)
     for node in nodes:
         if node.worker.decode is not None:
@@ -62,7 +69,7 @@ async def test_a_client_that_hangs_up_mid_stream_frees_its_slot(service: Service
     async with service.streaming(COMPLETIONS, asking(PROMPT, max_tokens=ENDLESS)) as streamed:
         await streamed.heard(after(3))
         assert decode.slots_free == 0
-    await is_idle(service, decode)
+    await is_idle(service, decode, within_s=FREED_S)
     assert (await service.post(COMPLETIONS, asking(PROMPT))).own["token_ids"] == undisturbed(PROMPT, 8)
 
 
@@ -80,7 +87,7 @@ async def test_a_client_that_hangs_up_while_its_prompt_is_read_ends_that_work_to
     prefill, decode = await service.start("prefill", "p1", backend=backend), await service.start("decode", "d1")
     async with service.streaming(COMPLETIONS, asking(PROMPT, "split")):
         await until(backend.is_held.is_set)
-    await is_idle(service, prefill, decode)
+    await is_idle(service, prefill, decode, within_s=FREED_S)
     backend.go_on.set()
     own = (await service.post(COMPLETIONS, asking(PROMPT, "split"))).own
     assert (own["mode"], own["fallback"], own["token_ids"]) == ("split", None, undisturbed(PROMPT, 8))

@@ -10,6 +10,8 @@ from contextlib import asynccontextmanager
 from typing import Any, Final
 
 import pytest
+from structlog.contextvars import merge_contextvars
+from structlog.testing import capture_logs
 
 from edge_llm.gateway.edge import SECURITY
 from tests.gateway.conftest import CHAT, COMPLETIONS, HELLO, Service, asking, serving
@@ -280,6 +282,21 @@ async def test_a_trace_is_given_back_and_reaches_the_workers(service: Service) -
     assert f"traceparent: {TRACE}".encode() in answer
     seen = {path: headers.get("traceparent") for path, headers in service.cluster.heard}
     assert seen["/tokenize"] == seen["/decode"] == TRACE
+
+
+async def test_a_trace_follows_a_prompt_to_who_reads_it_and_stands_in_every_log_line() -> None:
+    async with running_cluster() as cluster, serving(cluster) as split:
+        for role, name in (("prefill", "p1"), ("decode", "d1")):
+            await split.start(role, name)  # type: ignore[arg-type]
+        with capture_logs(processors=[merge_contextvars]) as logs:
+            reply = await split.post(COMPLETIONS, asking(prompt_of(12), "split"), {"traceparent": TRACE})
+            assert reply.own["mode"] == "split"
+            await split.post(COMPLETIONS, asking(prompt_of(12)))
+    reading = [headers.get("traceparent") for path, headers in cluster.heard if path == "/prefill"]
+    assert reading[0] == TRACE
+    assert reading[1:] in ([], [None]), "the next request has another trace"
+    told = {entry["event"] for entry in logs if entry.get("traceparent") == TRACE}
+    assert {"planned", "accepted", "finished", "request over"} <= told
 
 
 @pytest.mark.parametrize(

@@ -263,6 +263,12 @@ async def test_a_request_id_is_the_clients_or_a_new_one_and_answers_carry_it(ser
     assert given.body["id"] == "chatcmpl-my-id.1"
     again = await service.post(CHAT, HELLO, {"x-request-id": "my-id.1"})
     assert again.status == 200, "an id is a name for people, not a key"
+    balancer = "Root=1-67891233-abcdef012345678912345678;Parent=53995c3f42cd8ad8"
+    assert (await service.post(CHAT, HELLO, {"x-request-id": balancer})).body["id"] == f"chatcmpl-{balancer}"
+    longest = "/" * 128
+    assert (await service.post(CHAT, HELLO, {"x-request-id": longest})).headers["x-request-id"] == longest
+    too_long = await service.post(CHAT, HELLO, {"x-request-id": longest + "/"})
+    assert len(too_long.headers["x-request-id"]) == 16
     made = await service.post(CHAT, HELLO, {"x-request-id": "no spaces please"})
     assert len(made.headers["x-request-id"]) == 16
     assert made.body["id"] == f"chatcmpl-{made.headers['x-request-id']}"

@@ -127,6 +127,20 @@ async def test_a_burst_that_comes_at_once_fills_slots_and_queue_and_no_more() ->
     assert statuses.count(200) + statuses.count(503) == 60
 
 
+async def test_a_gateway_that_has_served_nobody_yet_goes_by_what_its_workers_promise() -> None:
+    async with running_cluster() as cluster:
+        async with serving(cluster) as before:
+            node = await before.start("mixed", "m1", slow())
+            await load(before, 0.5 * CAPACITY_PER_S, 1.0)  # the worker learns what it can do
+        async with serving(cluster, queue_predicted_wait_s=WAIT_S, queue_length=1000) as service:
+            await service.add(node.peer)
+            outcomes = await asyncio.gather(*(ask(service, number) for number in range(150)))
+    statuses = [outcome.status for outcome in outcomes]
+    # in the bound of 0.5 s go four answers in 0.12 s, half as many again are hoped for, and four slots were free
+    assert SLOTS < statuses.count(200) <= 3 * (SLOTS + CAPACITY_PER_S * WAIT_S)
+    assert statuses.count(200) + statuses.count(503) == 150
+
+
 async def test_a_refusal_asks_no_worker(cluster_of_four_slots: Service) -> None:
     service = cluster_of_four_slots
     await load(service, 0.5 * CAPACITY_PER_S, 1.0)

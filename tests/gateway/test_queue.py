@@ -259,6 +259,24 @@ async def test_turns_are_paid_with_what_an_answer_may_have_and_take_what_it_will
         slots.join("e", key="short", max_tokens=190, answer_tokens=10.0, deadline_s=slots.now_s + 29.0)
 
 
+async def test_before_anything_was_measured_the_workers_promise_is_believed_and_then_no_more() -> None:
+    slots = Slots(predicted_wait_s=30.0)
+    for name in "abcd":
+        slots.join(name, promised_tokens_per_s=2.0)  # 20 tokens each: 0, 10, 20, 30 s
+    with pytest.raises(Overloaded, match="about 40 s: more than 30 s") as caught:
+        slots.join("e", promised_tokens_per_s=2.0)
+    assert caught.value.retry_after_s == 10.0
+    slots.serve(seconds=1.0)  # ten times as fast as promised
+    slots.join("e", promised_tokens_per_s=2.0)
+
+
+async def test_a_promise_for_long_prompts_is_not_judged_by_that_for_a_long_answer() -> None:
+    slots = Slots(predicted_wait_s=30.0)
+    for name in "ab":
+        slots.join(name, prompt_tokens=1000, max_tokens=10, promised_tokens_per_s=250.0)  # 4 s each
+    slots.join("chat", prompt_tokens=10, max_tokens=130, promised_tokens_per_s=30.0)  # 2,020 tokens ahead, about 13 s
+
+
 async def test_without_a_measurement_nothing_is_predicted(slots: Slots) -> None:
     slots.serve(seconds=1000.0, requests=2)
     for number in range(50):

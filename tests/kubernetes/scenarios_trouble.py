@@ -88,7 +88,7 @@ async def wrong_sha256(stage: Stage) -> str:
     file = await _model_file(stage)
     whole = await asyncio.to_thread(file.read_bytes)
     file.write_bytes(whole[:-100] + bytes([whole[-100] ^ 0x55]) + whole[-99:])
-    return await _spoilt(stage, lambda: _write(file, whole), r"sha256|sha-256|hash", 102)
+    return await _spoilt(stage, lambda: _write(file, whole), r"has sha256 \w+, models\.yaml says \w+", 102)
 
 
 def _write(file: Path, data: bytes) -> None:

@@ -54,7 +54,7 @@ def needed(roles: Sequence[str], *, downloads: bool = True, is_scraped: bool = F
     # mixed               all of these
     edges |= {(one, other, WORKER) for one in workers for other in workers if one != other}
     # cluster/kubernetes.py: the watch. No selector can name the API server, and it is at a private address
-    edges |= {("gateway", who, API) for who in (*PODS_ELSEWHERE, "board", "client")}
+    edges |= {("gateway", who, API) for who in ("board", "client")}
     # `edge-llm bench` as a Job: by the Service's name, and each worker
     edges |= {("bench", worker, WORKER) for worker in workers} | {("bench", "dns", port) for port in DNS}
     if downloads:  # catalogue/fetch.py, in the init container

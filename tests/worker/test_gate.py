@@ -13,10 +13,11 @@ from typing import Final, get_args
 import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.routing import Route
 
 import edge_llm
 from edge_llm.kv.snapshot import ids_digest
-from edge_llm.worker.app import HANDLERS, PUBLIC
+from edge_llm.worker.app import HANDLERS, PUBLIC, create_app
 from edge_llm.worker.bodies import MAX_BODY_BYTES
 from edge_llm.worker.messages import (
     CancelRequest,
@@ -340,6 +341,12 @@ async def test_unknown_routes_and_methods_are_closed_too(door: Door, method: str
 
 def test_every_operation_that_a_ticket_can_name_has_its_route_and_is_tried_here() -> None:
     assert set(get_args(Operation)) == set(HANDLERS) == set(ROUTES)
+
+
+async def test_the_app_has_the_routes_that_are_tried_here_and_those_without_a_ticket_and_no_other(door: Door) -> None:
+    paths = [route.path for route in create_app(door.node.worker).routes if isinstance(route, Route)]
+    assert sorted(paths) == sorted([*PUBLIC, *(f"/{operation}" for operation in ROUTES)])
+    assert len(create_app(door.node.worker).routes) == len(paths), "nothing is mounted beside them"
 
 
 async def test_head_is_no_way_around_get(door: Door) -> None:
