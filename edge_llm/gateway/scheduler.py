@@ -15,9 +15,9 @@ which the decode node computes the prompt. A node of the other pool (pools.py) h
 with tokens when no decode worker has room, with prompts when all prefill workers have one and it is better by a margin;
 so must it be for a mixed node to read for another one, since it could do all of a request. So must a node of another
 exactness class be: predictions err, and promises are not given up for noise. Nor is a second node's time: where an idle
-one can do all of it, a split must be sooner by a margin, too. When a full node is predicted to serve sooner than the
-free ones, the request waits for it, but never longer than the free one would have taken. Who asks for `split` waits for
-a decode worker that somebody can prefill for, and gets local only when there is none.
+one can do all of it, a split must be sooner by a margin, too. When a full prefill worker, no mixed one, is predicted to
+serve sooner than the free ones, the request waits for it, but never longer than the free one would have taken. Who asks
+for `split` waits for a decode worker that somebody can prefill for, and gets local only when there is none.
 """
 
 from __future__ import annotations
@@ -207,8 +207,7 @@ def _by_prediction(wish: Wish, decoders: Sequence[Node], readers: Sequence[Node]
     if wish.slo.is_set or any(side.work.has_limits for side in sides.values()):
         found = _judged(wish, request, sides, readers, situation, found)
     options = sorted(found, key=lambda option: option.order)
-    splits = [option for option in options if option.prefill]
-    locals_ = [option for option in options if not option.prefill]
+    splits, locals_ = ([one for one in options if bool(one.prefill) is is_split] for is_split in (True, False))
     allowed, note = options, None
     if wish.mode == "local" or wish.prompt_tokens < 2:
         allowed = locals_
@@ -217,7 +216,8 @@ def _by_prediction(wish: Wish, decoders: Sequence[Node], readers: Sequence[Node]
     free = [option for option in allowed if not option.is_full]
     if not free:
         raise Overloaded("all prefill workers have a prompt waiting", retry_after_s=2.0)
-    first, best = (_on_one_node(options, situation) or options[0] for options in (allowed, free))
+    worth_a_wait = [option for option in allowed if not (option.is_full and option.is_read_by_mixed)]
+    first, best = (_on_one_node(options, situation) or options[0] for options in (worth_a_wait, free))
     keeps_more = first.verdict < best.verdict
     if first.is_full and (keeps_more or wish.waited_s <= best.prediction.ttft_s):
         assert first.prefill is not None

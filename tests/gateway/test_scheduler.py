@@ -103,6 +103,14 @@ def test_a_node_that_could_do_all_of_a_request_reads_for_another_one_only_where_
     assert names(plan([M1, other("mixed")], longer)) == ("m1", ["m2"]), "2.57 s to 1.99 s"
 
 
+def test_nobody_waits_for_a_mixed_reader_that_is_full() -> None:
+    fast = Rates(run_s=9.0, row_s=0.01, token_s=0.0001)  # at reading
+    work = {"m1": streams(3), "m2": reading(10, 10)}
+    assert names(plan([M1, node("m2", "mixed", fast)], work)) == ("m1", [])
+    with pytest.raises(Overloaded, match="will still be sooner"):
+        plan([M1, node("m2", "prefill", fast)], work)
+
+
 def test_beside_streams_a_prompt_goes_elsewhere() -> None:
     made = plan([P1, D1], {"d1": streams(3)})
     assert (names(made), made.mode, made.reason) == (("d1", ["p1"]), "split", "sooner")
