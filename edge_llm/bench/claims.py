@@ -25,8 +25,8 @@ Limit = bool | float | str
 @dataclass(frozen=True, slots=True)
 class Bar:
     """`words`: what the figure is, when a claim has several bars. `unit`: `%` shows a share; otherwise it follows.
-    `less`: the name of a figure beside it that is taken off. `has_interval`: `low` and `high` stand beside it; a
-    limit between these is decided neither way."""
+    `less`: the name of a figure beside it that is taken off. `has_interval`: `low` and `high` stand beside it, and
+    while one of these misses the limit a figure that keeps it confirms nothing."""
 
     path: str
     direction: Direction

@@ -156,17 +156,17 @@ def _lack(claim: Claim, figures: Mapping[str, Any]) -> tuple[str, list[Figure]]:
             return f"the record has no {need.bar.path}", []
         if any(figure.keeps is not True for figure in found):
             return need.otherwise, found
-    return _between(claim, figures)
+    return _unsure(claim, figures)
 
 
-def _between(claim: Claim, figures: Mapping[str, Any]) -> tuple[str, list[Figure]]:
-    """Figures whose intervals have the limit in them, and what is to be said of these."""
+def _unsure(claim: Claim, figures: Mapping[str, Any]) -> tuple[str, list[Figure]]:
+    """Figures that keep their limit, and whose intervals do not; and what is to be said of these."""
     said, found = list[str](), list[Figure]()
     for bar in claim.bars if figures else ():
         for figure in _read(bar, figures) if bar.has_interval else ():
             around = figure.where.rpartition("/")[0]
             ends = [value for end in ("low", "high") for _, value in figures_at(figures, f"{around}/{end}")]
-            if len(ends) == 2 and len({keeps(end, bar) for end in ends}) == 2:
+            if figure.keeps and any(keeps(end, bar) is False for end in ends):
                 said.append(f"{shown(figure.value, bar.unit)} ({' to '.join(shown(end, bar.unit) for end in ends)})")
                 found.append(figure)
     return (f"too few requests to tell: {', '.join(said)}" if said else ""), found

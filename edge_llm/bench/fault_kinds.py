@@ -42,10 +42,9 @@ _LATENCY_S: Final = 0.1
 @dataclass(frozen=True, slots=True)
 class Kind:
     """`proof` says, after the streams ended, whether the blow met the target: empty means it did not. `detection_s`:
-    within it the fault is to be found, or passes by itself. `is_long`, and how often: its answers must outlast what is
-    done.
-    `keeps_streams`: one stream follows another as long as the blow's second half falls. `moves_kv`: the victim lives
-    long enough to give its KV away, so nothing need be computed again."""
+    within it the fault is to be found, or passes by itself. `is_long`: its answers, `times_as_long` as other long ones,
+    must outlast what is done. `keeps_streams`: one stream follows another as long as the blow's second half falls.
+    `moves_kv`: the victim lives long enough to give its KV away, so nothing need be computed again."""
 
     name: str
     words: str

@@ -243,10 +243,10 @@ def _of_a_regime(where: str, regime: Regime, found: Mapping[str, Any]) -> Iterat
 
 
 def _against_bar(found: Mapping[str, Any]) -> str:
-    """What may be said of auto over the better: it is never worse by more than a twentieth, or that is not known."""
-    if found["low"] < AUTO_BAR <= found["high"]:
-        return "so few requests do not tell whether that is within 5 %"
-    return "within 5 %" if found["ratio"] >= AUTO_BAR else "worse by more than 5 %"
+    """What may be said of auto over the better: that it is near is said only where all of the interval is."""
+    if found["ratio"] < AUTO_BAR:
+        return "worse by more than 5 %"
+    return "within 5 %" if found["low"] >= AUTO_BAR else "so few requests do not tell whether that is within 5 %"
 
 
 def _undecided(found: Mapping[str, Any]) -> str:
@@ -303,13 +303,13 @@ def missed(found: Mapping[str, Any]) -> list[str]:
             to_better, to_local = result["auto_to_better"], result["split_to_local"]
             if not to_better["is_decided"]:
                 lines.append(f"{where}: auto over the better of split and local: {_undecided(to_better)}")
-            elif to_better["low"] < AUTO_BAR <= to_better["high"]:
-                lines.append(f"{where}: auto over the better of split and local: {_against_bar(to_better)}")
             elif to_better["ratio"] < AUTO_BAR:
                 lines.append(
                     f"{where}: auto has {to_better['ratio']:.2f} of the goodput of the better of split and local, not "
                     f"at least {AUTO_BAR}"
                 )
+            elif to_better["low"] < AUTO_BAR:
+                lines.append(f"{where}: auto over the better of split and local: {_against_bar(to_better)}")
             if not to_local["is_decided"]:
                 lines.append(f"{where}: split over local: {_undecided(to_local)}")
             elif to_local["ratio"] > 1 and (share["share"] or 0.0) < MOSTLY:
