@@ -26,7 +26,7 @@ class _Takes:
 def serves_per_s(nodes: Sequence[Node], prompt_tokens: int, answer_tokens: float) -> float | None:
     """Requests of this size that are done per second when all slots are taken; None where a node that decodes has
     published no rates, or nobody decodes."""
-    decoders = [node for node in nodes if node.decodes and node.status.slots]
+    decoders = [node for node in nodes if node.decodes]
     if not decoders or not all(_is_measured(node) for node in decoders):
         return None
     takes = [_takes(node, prompt_tokens, answer_tokens) for node in decoders]

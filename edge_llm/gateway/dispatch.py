@@ -52,6 +52,7 @@ MIN_TIME_S: Final = 0.001
 CLOSE_S: Final = 1.0
 # How long news of workers may lie before those who wait are planned for again.
 LOOK_AGAIN_S: Final = 0.1
+# Rates of idle engines flatter, and who is refused for nothing is worse off than who waits a little.
 HOPE: Final = 1.5
 log = structlog.get_logger()
 
@@ -119,8 +120,7 @@ class Dispatcher:
 
     def _promised(self, demand: queue.Demand) -> queue.Demand:
         """With what the workers' rates promise, while nothing else is known: a gateway that has just begun would let in
-        more than can be served. Rates of idle engines flatter, and who is refused for nothing is worse off than who
-        waits a little: so much more is believed possible."""
+        more than can be served."""
         if self._queue.service.tokens_per_s(demand.model) is not None:
             return demand
         answer = max(1, demand.expected_tokens - demand.prompt_tokens)

@@ -275,7 +275,7 @@ class PlanQueue:
     def _promised_per_s(self, demand: Demand) -> float | None:
         """Tokens a second of what is held here and of this one together: it is others' work that is waited for, and a
         prompt's tokens are done several times as fast as an answer's."""
-        held = (place.demand for place in self._held_new())
+        held = (place.demand for place in self._held_new() if place.demand is not demand)
         known = [one for one in (*held, demand) if one.model == demand.model and one.promised_tokens_per_s]
         seconds = sum(one.expected_tokens / (one.promised_tokens_per_s or math.inf) for one in known)
         return sum(one.expected_tokens for one in known) / seconds if seconds else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -121,6 +122,20 @@ def asking(prompt: Sequence[int] | Sequence[Sequence[int]], mode: str = "auto", 
     """A greedy completion of token ids that no stop token ends, with the ids of the answer."""
     vendor = {"mode": mode, "return_token_ids": True}
     return {"prompt": prompt, "max_tokens": 8, "temperature": 0, "ignore_eos": True, "edge_llm": vendor, **more}
+
+
+def streaming_raw(service: Service, body: Mapping[str, Any]) -> socket.socket:
+    """A connection on which this completion was asked for as a stream, and nothing is read yet; with as little buffer
+    as the kernel gives. The answer is its last."""
+    host, port = service.url.removeprefix("http://").split(":")
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    connection.settimeout(DEADLINE_S)
+    connection.connect((host, int(port)))
+    data = json.dumps({**body, "stream": True}).encode()
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-type: application/json\r\n"
+    connection.sendall(f"{head}content-length: {len(data)}\r\n\r\n".encode() + data)
+    return connection
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import aiohttp
 import pytest
@@ -22,8 +21,8 @@ from edge_llm.gateway.session import Session
 from edge_llm.gateway.shape import Shape
 from edge_llm.gateway.wire import Outlet, bounded, outlet_of
 from edge_llm.request import SamplingParams
-from tests.gateway.conftest import CHAT, COMPLETIONS, HELLO, Service, asking, serving
-from tests.loopback import DEADLINE_S, listening, prompt_of, running_cluster
+from tests.gateway.conftest import CHAT, COMPLETIONS, HELLO, asking, serving, streaming_raw
+from tests.loopback import listening, prompt_of, running_cluster
 
 pytestmark = pytest.mark.anyio
 LONG_ANSWER: Final = 3000
@@ -101,19 +100,6 @@ async def test_text_goes_at_once_only_while_its_stream_waits_with_nothing_before
     hearing.cancel()
 
 
-def asking_raw(service: Service, body: dict[str, Any]) -> socket.socket:
-    """A connection with a receive buffer of a few tokens, on which this was asked."""
-    host, port = service.url.removeprefix("http://").split(":")
-    connection = socket.socket()
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-    connection.connect((host, int(port)))
-    data = json.dumps(body | {"stream": True}).encode()
-    head = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-type: application/json\r\n"
-    connection.sendall(f"{head}content-length: {len(data)}\r\n\r\n".encode() + data)
-    connection.settimeout(DEADLINE_S)
-    return connection
-
-
 def unchunked(body: bytes) -> bytes:
     """RFC 9112, 7.1."""
     parts: list[bytes] = []
@@ -134,7 +120,7 @@ async def test_a_client_that_reads_by_fits_and_starts_hears_what_others_hear() -
         await service.start("mixed", "m1", settings)
         body = asking(prompt_of(6), max_tokens=LONG_ANSWER)
         whole = await service.post(COMPLETIONS, body)
-        connection = asking_raw(service, body)
+        connection = streaming_raw(service, body)
 
         async def by_fits() -> bytes:
             received, size = b"", 1

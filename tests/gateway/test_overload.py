@@ -22,7 +22,7 @@ from edge_llm.engine.simulated import SimulatedSettings
 from edge_llm.gateway.keys import KeysFile
 from edge_llm.gateway.running import Running
 from edge_llm.gateway.scheduler import Plan
-from tests.gateway.conftest import COMPLETIONS, Service, asking, serving
+from tests.gateway.conftest import COMPLETIONS, Service, asking, serving, streaming_raw
 from tests.gateway.test_keys import line_of
 from tests.loopback import CHUNK, DEADLINE_S, HeldBackend, Node, prompt_of, running_cluster, settings_of, until
 
@@ -286,24 +286,6 @@ async def test_what_does_not_finish_in_time_ends_with_an_error_that_says_why() -
 # -- clients that do not read
 
 
-@dataclass(slots=True)
-class Deaf:
-    """A client that sends a request and reads nothing, with as little buffer as the kernel gives."""
-
-    connection: socket.socket
-
-    @classmethod
-    def asking(cls, service: Service, body: dict[str, Any]) -> Deaf:
-        host, port = service.url.removeprefix("http://").split(":")
-        connection = socket.socket()
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-        connection.connect((host, int(port)))
-        data = json.dumps(body | {"stream": True}).encode()
-        head = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
-        connection.sendall(f"{head}content-length: {len(data)}\r\n\r\n".encode() + data)
-        return cls(connection)
-
-
 LONG_ANSWER: Final = 6000
 
 
@@ -322,14 +304,14 @@ async def test_a_client_that_does_not_read_loses_its_slot_and_disturbs_nobody(bo
     async with running_cluster() as cluster, serving(cluster, **bounds) as service:
         node = await _roomy(service)
         with capture_logs() as logs:
-            deaf = Deaf.asking(service, asking(prompt_of(6), max_tokens=LONG_ANSWER))
+            deaf = streaming_raw(service, asking(prompt_of(6), max_tokens=LONG_ANSWER))
             await until(lambda: node.slots_free < SLOTS)
             reply = await service.post(COMPLETIONS, asking(prompt_of(6)), {"connection": "close"})
             assert reply.status == 200
             await until(lambda: node.slots_free == SLOTS)
             if bounds["stall_s"] < 1:  # though the client holds on to it
                 await until(lambda: not service.server.server_state.connections)
-            deaf.connection.close()
+            deaf.close()
             await until(lambda: service.gateway.dispatcher.requests == {})
         ended = {entry["tokens"]: entry["state"] for entry in logs if entry["event"] == "request over"}
         assert ended.pop(8) == "done"
@@ -341,12 +323,11 @@ async def test_a_client_that_does_not_read_loses_its_slot_and_disturbs_nobody(bo
 async def test_a_stalled_connection_is_closed_by_the_gateway() -> None:
     async with running_cluster() as cluster, serving(cluster, stall_s=0.5) as service:
         await _roomy(service)
-        deaf = Deaf.asking(service, asking(prompt_of(6), max_tokens=LONG_ANSWER))
+        deaf = streaming_raw(service, asking(prompt_of(6), max_tokens=LONG_ANSWER))
         await until(lambda: service.gateway.dispatcher.requests != {})
         await until(lambda: service.gateway.dispatcher.requests == {})
-        deaf.connection.settimeout(DEADLINE_S)
-        received = await asyncio.to_thread(_everything, deaf.connection)
-        deaf.connection.close()
+        received = await asyncio.to_thread(_everything, deaf)
+        deaf.close()
     assert b"[DONE]" not in received
     assert len(received) < 1 << 20
 

@@ -274,7 +274,10 @@ async def test_a_promise_for_long_prompts_is_not_judged_by_that_for_a_long_answe
     slots = Slots(predicted_wait_s=30.0)
     for name in "ab":
         slots.join(name, prompt_tokens=1000, max_tokens=10, promised_tokens_per_s=250.0)  # 4 s each
-    slots.join("chat", prompt_tokens=10, max_tokens=130, promised_tokens_per_s=30.0)  # 2,020 tokens ahead, about 13 s
+    # 2,020 tokens ahead: 67 s at its own rate, 12 s at that of all three
+    slots.join("chat", prompt_tokens=10, max_tokens=130, promised_tokens_per_s=30.0, deadline_s=slots.now_s + 13.0)
+    with pytest.raises(Overloaded, match=r"more than 11 s"):
+        slots.join("late", prompt_tokens=10, max_tokens=130, promised_tokens_per_s=30.0, deadline_s=slots.now_s + 11.0)
 
 
 async def test_without_a_measurement_nothing_is_predicted(slots: Slots) -> None:
