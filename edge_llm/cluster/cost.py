@@ -183,7 +183,7 @@ class NodeCost:
         rates = self.rates
         return pieces * rates.call_s + tokens * rates.token_s + rates.pair_s * tokens * (start + end) / 2
 
-    def step_s(self, rows: int, cells: float) -> float:
+    def step_s(self, rows: float, cells: float) -> float:
         """One decode step."""
         return self.rates.run_s + rows * self.rates.row_s + cells * self.rates.cell_s if rows else 0.0
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import click
 
@@ -34,9 +34,24 @@ SERVER_FLAGS: Final[Mapping[str, tuple[str, ...]]] = {
     "-b 256 -ub 256": ("-b", "256", "-ub", "256"),
     "-b 64 -ub 64": ("-b", "64", "-ub", "64"),
 }
-_SIMULATED_SPEED: Final = ("--simulated-prompt-tokens-per-s", "2000", "--simulated-step-s", "0.01")
+# Of simulated workers, and the worker's option that each becomes: steps that are bound by memory, as decode on boards
+# is, where another stream costs little.
+_SPEED: Final[Mapping[str, tuple[str, float]]] = {
+    "prompt_tokens_per_s": ("--simulated-prompt-tokens-per-s", 250.0),
+    "step_s": ("--simulated-step-s", 0.030),
+    "row_s": ("--simulated-row-s", 0.003),
+}
+_Command = TypeVar("_Command", bound=Callable[..., Any])
 _QUICK_SHARES: Final = (0.3, 0.8)
 _QUICK_S: Final = 10.0
+
+
+def _speed(name: str, meaning: str) -> Callable[[_Command], _Command]:
+    """An option of simulated workers; None: not given."""
+    default = f"  [default: {_SPEED[name][1]:g}]"
+    return click.option(
+        f"--{name.replace('_', '-')}", type=click.FloatRange(min=0, min_open=name != "row_s"), help=meaning + default
+    )
 
 
 @click.command()
@@ -56,6 +71,9 @@ _QUICK_S: Final = 10.0
 @click.option("--n-ctx", type=click.IntRange(256, 1 << 20), default=2048, show_default=True, help="Context per slot.")
 @click.option("--llama-server/--no-llama-server", "with_server", default=True, help="Measure two llama-server beside.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Another seed, other requests of the traces.")
+@_speed("prompt_tokens_per_s", "Tokens of a prompt that a simulated worker reads in a second.")
+@_speed("step_s", "What a step takes a simulated worker, whatever the number of streams.")
+@_speed("row_s", "What each stream adds to it.")
 @quick_option
 @check_option
 @output_option
@@ -75,6 +93,7 @@ def goodput(
     check: bool,
     output: Path,
     as_json: bool,
+    **speed: float | None,
 ) -> None:
     """The highest rate at which 90 % (99 %) of the requests keep their limits of TTFT and TPOT.
 
@@ -88,14 +107,17 @@ def goodput(
 
     check_formats([requantize.upper()] if requantize else [])
     is_simulated = engine == "simulated"
+    if not is_simulated and any(value is not None for value in speed.values()):
+        raise click.UsageError("speeds are of simulated workers: add --engine simulated")
+    speeds = {name: default if speed[name] is None else speed[name] for name, (_, default) in _SPEED.items()}
     cores = _two_cores()
     found_traces = [_read(path) for path in _files(traces)]
     config = {"engine": engine, "traces": [trace.name for trace in found_traces], "cores": cores}
-    run = Run("goodput", command_line(), config, folder=output)
+    run = Run("goodput", command_line(), config | (speeds if is_simulated else {}), folder=output)
     run.notes.append(_who_runs_where(len(os.sched_getaffinity(0))))
     tally = Tally()
     with steps() as report:
-        served = _simulated() if is_simulated else _real(model, requantize, run, report)
+        served = _simulated(speeds) if is_simulated else _real(model, requantize, run, report)
         plan = Plan(
             seconds_per_point=min(_QUICK_S, seconds_per_point) if quick else seconds_per_point,
             budget_s=60 * budget_minutes,
@@ -128,13 +150,14 @@ class _Served:
     vocab_size: int
 
 
-def _simulated() -> _Served:
+def _simulated(speeds: Mapping[str, float | None]) -> _Served:
     from edge_llm.commands.local_cluster import local_cluster
     from edge_llm.commands.supervisor import SIMULATED_MODEL
     from edge_llm.engine.simulated import VOCAB_SIZE
 
+    options = [word for name, (option, _) in _SPEED.items() for word in (option, str(speeds[name]))]
     return _Served(
-        lambda layout: local_cluster(replace(layout, options=(*layout.options, *_SIMULATED_SPEED)), SIMULATED_MODEL),
+        lambda layout: local_cluster(replace(layout, options=(*layout.options, *options)), SIMULATED_MODEL),
         Path(),
         VOCAB_SIZE,
     )

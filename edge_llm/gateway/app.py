@@ -34,6 +34,7 @@ from edge_llm.errors import (
 )
 from edge_llm.exposition import CONTENT_TYPE, Exposition
 from edge_llm.gateway import answer
+from edge_llm.gateway.decision import Decision
 from edge_llm.gateway.dispatch import Dispatcher
 from edge_llm.gateway.edge import SECURITY, Bodies, Edge, caller_of
 from edge_llm.gateway.intake import Arrival, Caller, Intake
@@ -42,7 +43,7 @@ from edge_llm.gateway.metrics import GatewayMetrics
 from edge_llm.gateway.openai import Ask, parse
 from edge_llm.gateway.operating import Operating, add_routes
 from edge_llm.gateway.overview import found_by, overview
-from edge_llm.gateway.planner import Decision, Planner
+from edge_llm.gateway.planner import Planner
 from edge_llm.gateway.policies import policy_of
 from edge_llm.gateway.queue import Bounds
 from edge_llm.gateway.shape import Shape, error_body, error_headers, together

@@ -7,18 +7,21 @@ and judged when the request is over. Refuses to know queues and connections; the
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import structlog
 
-from edge_llm.cluster.cost import TYPICAL_ANSWER_TOKENS, NodeCost, Work
+from edge_llm.cluster.cost import NodeCost, Work
 from edge_llm.cluster.slo import Past, Slo, Watches
 from edge_llm.cluster.view import ClusterView, Node
 from edge_llm.errors import Overloaded
 from edge_llm.gateway.affinity import Affinity, Chain, chain_of
+from edge_llm.gateway.decision import UNTOLD, Decision
+from edge_llm.gateway.demand import Demand
+from edge_llm.gateway.gathering import Candidate, Gathering
 from edge_llm.gateway.policies import Policy
 from edge_llm.gateway.pools import Pool, PoolEvent, Pools, Standing
 from edge_llm.gateway.running import Running
@@ -28,77 +31,8 @@ from edge_llm.gateway.workbook import Booking, WorkBook
 
 DECISIONS_KEPT: Final = 200
 OBSERVE_S: Final = 1.0
-# About the last twenty prompts and answers of a model say how long the next ones will be.
-_SMOOTHING: Final = 0.05
-# What is assumed of answers before any came counts as much as so many of them: one is not typical of others.
-_ASSUMED_ANSWERS: Final = 4
-_UNTOLD: Final = frozenset({"ago_s", "measured", "ttft_error_ratio", "tpot_error_ratio"})
 log = structlog.get_logger()
 Life = tuple[str, int, float]
-
-
-@dataclass(slots=True)
-class Decision:
-    """One plan, what it promised, and how it came out. Durations count from the plan; `held_tokens` of the prompt are
-    believed to be kept where it is computed."""
-
-    request_id: str
-    tenant: str
-    model: str
-    at_s: float
-    plan: Plan
-    prompt_tokens: int
-    answer_tokens: float
-    held_tokens: int
-    waited_s: float
-    ttft_s: float | None = None
-    completion_s: float | None = None
-    tokens: int = 0
-
-    @property
-    def ttft_error_ratio(self) -> float | None:
-        """What came to pass over what was predicted."""
-        predicted = self.plan.prediction
-        return self.ttft_s / predicted.ttft_s if self.ttft_s and predicted and predicted.ttft_s else None
-
-    @property
-    def tpot_error_ratio(self) -> float | None:
-        """The same of the time per token after the first, however long the answer became."""
-        predicted = self.plan.prediction
-        if predicted is None or self.ttft_s is None or self.completion_s is None:
-            return None
-        promised_s = _per_token_s(predicted.ttft_s, predicted.completion_s, self.answer_tokens)
-        measured_s = _per_token_s(self.ttft_s, self.completion_s, self.tokens)
-        return measured_s / promised_s if measured_s and promised_s else None
-
-    def entry(self, now_s: float) -> dict[str, Any]:
-        """For GET /cluster and the log."""
-        plan, predicted = self.plan, self.plan.prediction
-        return {
-            "request_id": self.request_id,
-            "model": self.model,
-            "ago_s": round(now_s - self.at_s, 3),
-            "mode": plan.mode,
-            "reason": plan.reason,
-            "decode_node": plan.decode.worker,
-            "prefill_node": plan.reader.worker,
-            "spills": [node.worker for node, _ in plan.spills],
-            "is_cross_class": plan.is_cross_class,
-            "prompt_tokens": self.prompt_tokens,
-            "held_tokens": self.held_tokens,
-            "waited_s": round(self.waited_s, 4),
-            "predicted": {
-                "ttft_s": round(predicted.ttft_s, 4),
-                "completion_s": round(predicted.completion_s, 4),
-                "harm_s": round(predicted.harm_s, 4),
-                "answer_tokens": round(self.answer_tokens, 1),
-            }
-            if predicted
-            else None,
-            "measured": {"ttft_s": _rounded(self.ttft_s), "completion_s": _rounded(self.completion_s)},
-            "ttft_error_ratio": _rounded(self.ttft_error_ratio),
-            "tpot_error_ratio": _rounded(self.tpot_error_ratio),
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,9 +67,7 @@ class Planner:
         self._book, self._affinity, self._pools = WorkBook(), Affinity(), Pools()
         self._watches = Watches()
         self._known: dict[str, _Known] = {}
-        self._answer_tokens: dict[str, float] = {}
-        self._answers_seen = Counter[str]()
-        self._prompt_tokens: dict[str, float] = {}
+        self._demand, self._gathered = Demand(), dict[str, Gathering]()
         self._seen_s: dict[str, float] = {}
         self._observed_s = 0.0
         self._decisions: deque[Decision] = deque(maxlen=DECISIONS_KEPT)
@@ -145,14 +77,15 @@ class Planner:
 
     def plan(self, running: Running, view: ClusterView, waiting: int = 0) -> Plan:
         """Decide for a request that has no worker; `waiting` others have none either. Raises what `decide` raises."""
-        known = self._known.setdefault(running.job.request_id, _Known())
+        job = running.job
+        known = self._known.get(job.request_id) or self._met(running)
         situation = Situation(
-            self.works(view, running.job.model),
+            self.works(view, job.model),
             waiting,
-            self.pool_of,
+            self._born_pool_of if job.mode == "local" else self.pool_of,
             self._cross_class,
             self._policy,
-            self._prompt_tokens.get(running.job.model),
+            self._demand.prompt_tokens(job.model),
             self._watches,
         )
         plan, wish = self._decide(running, known, view, situation)
@@ -176,6 +109,12 @@ class Planner:
             ),
         )
         return plan
+
+    def _met(self, running: Running) -> _Known:
+        """Seen for the first time. Who never splits is served as if nobody did, and nothing is arranged for it."""
+        if running.job.mode != "local":
+            self._demand.arrived(running.job.model, running.job.slo.tpot_s, self._clock())
+        return self._known.setdefault(running.job.request_id, _Known())
 
     def _decide(self, running: Running, known: _Known, view: ClusterView, situation: Situation) -> tuple[Plan, Wish]:
         """First without any worker that failed this request in its present life; when that leaves nobody, with those
@@ -211,7 +150,7 @@ class Planner:
 
     def typical_answer(self, model: str) -> float:
         """Tokens that an answer of this model is expected to have, as far as its limit allows."""
-        return self._answer_tokens.get(model, float(TYPICAL_ANSWER_TOKENS))
+        return self._demand.answer_tokens(model)
 
     def answer_left(self, running: Running) -> float:
         """Tokens that the answer is expected to go on for: as long as others of its model were, within its limit."""
@@ -236,9 +175,9 @@ class Planner:
 
     def _record(self, running: Running, plan: Plan, wish: Wish) -> Decision:
         now_s, job = self._clock(), running.job
+        held_tokens = min(wish.held.get(plan.reader.worker, 0), wish.prompt_tokens - 1)
         if not running.session.delivered:
-            mean = self._prompt_tokens.get(job.model, float(wish.prompt_tokens))
-            self._prompt_tokens[job.model] = mean + _SMOOTHING * (wish.prompt_tokens - mean)
+            self._demand.planned(job.model, wish.prompt_tokens, held_tokens)
         for node, pool in plan.spills:
             _tell(self._pools.spilled(node.worker, node.status.model, node.status.role, pool, now_s))
         decision = Decision(
@@ -249,7 +188,7 @@ class Planner:
             plan=plan,
             prompt_tokens=wish.prompt_tokens,
             answer_tokens=wish.answer_tokens or 0.0,
-            held_tokens=min(wish.held.get(plan.reader.worker, 0), wish.prompt_tokens - 1),
+            held_tokens=held_tokens,
             waited_s=wish.waited_s,
         )
         self._decisions.append(decision)
@@ -261,7 +200,7 @@ class Planner:
         """Log what was decided for it, once. Not when it is: its worker waits for that, and this takes longer."""
         if (decision := self._unlogged.pop(request_id, None)) is not None:
             entry = decision.entry(decision.at_s)
-            log.info("planned", **{key: value for key, value in entry.items() if key not in _UNTOLD})
+            log.info("planned", **{key: value for key, value in entry.items() if key not in UNTOLD})
 
     def waits(self, running: Running, plan: Plan, view: ClusterView) -> Waits:
         """How long the decode worker of a plan that was just made will wait for KV."""
@@ -337,22 +276,13 @@ class Planner:
 
     def _finished(self, running: Running, decode: Node) -> None:
         job, count = running.job, len(running.session.delivered)
-        self._learn(job.model, count, is_cut=running.session.finish_reason == "length")
+        self._demand.answered(job.model, count, is_cut=running.session.finish_reason == "length")
         if job.cache_prompt:
             # the last token was drawn, never evaluated; elsewhere than at level exact only prompts are kept
             whole = decode.status.level == "exact"
             self._keep(
                 decode, running, ((*job.prompt_ids, *running.session.delivered) if whole else job.prompt_ids)[:-1]
             )
-
-    def _learn(self, model: str, tokens: int, *, is_cut: bool) -> None:
-        """How long answers are. One that was cut by its own limit before it was as long as others says nothing."""
-        mean, seen = self.typical_answer(model), self._answers_seen[model]
-        if is_cut and tokens < mean:
-            return
-        share = max(_SMOOTHING, 1 / (_ASSUMED_ANSWERS + seen + 1))
-        self._answer_tokens[model] = mean + share * (tokens - mean)
-        self._answers_seen[model] += 1
 
     def _correct(self, running: Running, known: _Known, node: Node, found: int) -> None:
         chain = self._chain(running, known, node.status.chunk_tokens)
@@ -376,6 +306,7 @@ class Planner:
             self._observed_s = now_s
             for event in self._pools.observe(self._standings(view), now_s):
                 _tell(event)
+            self._gather(view, now_s)
 
     def works(self, view: ClusterView, model: str | None = None) -> Mapping[str, Work]:
         """What each worker, or each of a model, has to do, as far as is known here."""
@@ -403,7 +334,32 @@ class Planner:
 
     def pool_of(self, node: Node) -> Pool:
         """Where a node stands now, whatever its role."""
+        gathered = self._gathered.get(node.status.model)
+        if gathered is not None and gathered.homes is not None and node.worker not in gathered.homes:
+            return "prompt"
+        return self._born_pool_of(node)
+
+    def _born_pool_of(self, node: Node) -> Pool:
         return self._pools.of(node.worker, node.status.model, node.status.role)
+
+    def _gather(self, view: ClusterView, now_s: float) -> None:
+        """Where streams of mixed nodes run."""
+        self._gathered = {model: self._gathered.get(model, Gathering()) for model in view.models}
+        for model, gathered in self._gathered.items():
+            before = gathered.homes
+            nodes = _alike(view.ready(model))
+            works = [self._book.work(node.worker, now_s) for node in nodes]
+            candidates = [
+                Candidate(node.worker, NodeCost.of(node.status), node.status.slots, work.decoding)
+                for node, work in zip(nodes, works, strict=True)
+            ]
+            change = gathered.observe(candidates, self._demand.typical(model, now_s), now_s)
+            if change is None:
+                continue
+            for node in nodes:
+                was, now = (homes is None or node.worker in homes for homes in (before, gathered.homes))
+                if was != now:
+                    _tell(self._pools.moved(node.worker, model, "return" if now else "repurpose", change.why, now_s))
 
     def _standings(self, view: ClusterView) -> list[Standing]:
         """A prompt that a decode worker computes for itself is work that its model's prompt pool could not take only
@@ -431,6 +387,13 @@ class Planner:
         ]
 
 
+def _alike(nodes: Sequence[Node]) -> Sequence[Node]:
+    """Mixed nodes that can all exchange KV and give the same tokens; none where an operator has given out roles."""
+    kinds = {(node.status.compatibility, node.status.exactness_class) for node in nodes}
+    is_mixed = all(node.status.role == "mixed" and node.prefills and node.decodes for node in nodes)
+    return nodes if is_mixed and len(kinds) == 1 else ()
+
+
 def _tell(told: PoolEvent) -> None:
     log.info("pool", kind=told.kind, worker=told.worker, model=told.model, born=told.born, to=told.to, why=told.why)
 
@@ -439,12 +402,3 @@ def _chunks_kept(node: Node) -> int:
     """Whole chunks that a worker may keep."""
     chunk_bytes = node.status.kv_bytes_per_token * node.status.chunk_tokens
     return node.status.load.prefix_limit_bytes // chunk_bytes if chunk_bytes else 0
-
-
-def _per_token_s(ttft_s: float, completion_s: float, tokens: float) -> float | None:
-    """Between two tokens of an answer; None of one that hardly has two."""
-    return (completion_s - ttft_s) / (tokens - 1) if tokens >= 2 else None
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 4)

@@ -90,6 +90,12 @@ class Pools:
         self.events.append(event)
         return event
 
+    def moved(self, worker: str, model: str, kind: EventKind, why: str, now_s: float) -> PoolEvent:
+        """Note that a mixed node reads prompts only, or does both again (gathering.py)."""
+        event = PoolEvent(kind, worker, model, "mixed", "prompt" if kind == "repurpose" else "mixed", now_s, why)
+        self.events.append(event)
+        return event
+
     def observe(self, nodes: Iterable[Standing], now_s: float) -> list[PoolEvent]:
         """Lend or give back at most one node of each model. Returns what happened."""
         by_model: dict[str, list[Standing]] = {}

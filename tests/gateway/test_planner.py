@@ -14,7 +14,8 @@ from edge_llm.cluster.cost import TYPICAL_ANSWER_TOKENS
 from edge_llm.cluster.slo import Slo, Verdict
 from edge_llm.cluster.view import ClusterView, Node
 from edge_llm.errors import Overloaded
-from edge_llm.gateway.planner import DECISIONS_KEPT, Decision, Planner
+from edge_llm.gateway.decision import Decision
+from edge_llm.gateway.planner import DECISIONS_KEPT, Planner
 from edge_llm.gateway.running import Job, Running
 from edge_llm.gateway.scheduler import Mode, Plan
 from edge_llm.gateway.session import Event, Session

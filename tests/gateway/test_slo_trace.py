@@ -63,9 +63,9 @@ def trace_of(name: str) -> Trace:
     return scaled(parse(path.read_text(), name).beginning(600.0), 0.25, N_CTX)[0]
 
 
-def limits_of(name: str, regime: str) -> Limits:
+def limits_of(name: str, regime: str, rates: Rates = RATES) -> Limits:
     prompt = trace_of(name).prompt_percentile(0.9)
-    cost = NodeCost.of(_node("m", "mixed").status)
+    cost = NodeCost.of(_node("m", "mixed", rates).status)
     alone = Unloaded(cost.prefill_s(prompt) + cost.step_s(1, prompt), cost.step_s(1, prompt))
     return next(one.limits(alone) for one in REGIMES if one.name == regime)
 
@@ -132,12 +132,12 @@ class Machine:
 
 
 class Simulation:
-    """The beginning of a trace at one rate, on two nodes."""
+    """The beginning of a trace at one rate, on pairs of nodes."""
 
-    def __init__(self, name: str, rate_per_s: float, mode: Mode, slo: Slo, rates: Rates) -> None:
+    def __init__(self, name: str, rate_per_s: float, mode: Mode, slo: Slo, rates: Rates, pairs: int = 1) -> None:
         self.now_s, self._mode, self._slo = 0.0, mode, slo
         self.planner = Planner(clock=lambda: self.now_s)
-        nodes = [_node(f"n{number}", role, rates) for number, role in enumerate(ROLES[mode])]
+        nodes = [_node(f"n{number}", role, rates) for number, role in enumerate(ROLES[mode] * pairs)]
         self.view = ClusterView(tuple(nodes))
         self.machines = {node.worker: Machine(NodeCost.of(node.status)) for node in nodes}
         self.waiting: list[Served] = []
@@ -231,8 +231,8 @@ def _node(worker: str, role: Role, rates: Rates = RATES) -> Node:
 
 
 @cache
-def ran(name: str, rate_per_s: float, mode: Mode, slo: Slo, rates: Rates = RATES) -> Simulation:
-    return Simulation(name, rate_per_s, mode, slo, rates)
+def ran(name: str, rate_per_s: float, mode: Mode, slo: Slo, rates: Rates = RATES, pairs: int = 1) -> Simulation:
+    return Simulation(name, rate_per_s, mode, slo, rates, pairs)
 
 
 def curve(name: str, mode: Mode, regime: str, *, is_told: bool) -> list[Point]:
