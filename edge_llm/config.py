@@ -114,8 +114,9 @@ class WorkerConfig(_Settings):
     """Show the figures of /metrics under another server's names, too."""
     gateway_lease_s: Annotated[float, Field(gt=0, le=600)] = 10.0
     """A sequence whose gateway is gone for so long is freed."""
-    drain_s: Annotated[float, Field(ge=0, le=3600)] = 30.0
-    """How long running answers may go on after SIGTERM."""
+    drain_s: Annotated[float, Field(ge=0, le=3600)] = 120.0
+    """At most so long after SIGTERM it gives away what runs. It takes as long as its KV needs on the slowest way known
+    (worker/handover.py), and no longer."""
 
     @field_validator("allowed_peers")
     @classmethod

@@ -20,7 +20,7 @@ from edge_llm.worker.messages import Link, Rates, WorkerStatus
 _UNMEASURED_TOKENS_PER_S: Final = 100.0
 _UNMEASURED_STEP_S: Final = 0.05
 # Assumed of a way that has carried nothing: 1 GbE (blueprint section 1).
-_UNMEASURED_BYTES_PER_S: Final = 117e6
+UNMEASURED_BYTES_PER_S: Final = 117e6
 _UNMEASURED_ROUND_TRIP_S: Final = 0.001
 # A sequence of which nothing is known but that it is there: medians of the Azure conversation trace (papers.md 2.2).
 TYPICAL_PROMPT_TOKENS: Final = 1020
@@ -237,7 +237,7 @@ def beside(prompt_s: float, piece: Piece, step_s: float, tokens: float) -> Besid
 def handoff_tail_s(link: Link | None, total_bytes: float, last_bytes: float, compute_s: float) -> float:
     """What remains to be carried when the last piece was computed: that piece, or more on a way that is slower than
     the computing."""
-    rate = link.bytes_per_s if link and link.bytes_per_s else _UNMEASURED_BYTES_PER_S
+    rate = link.bytes_per_s if link and link.bytes_per_s else UNMEASURED_BYTES_PER_S
     round_trip_s = link.round_trip_s if link and link.samples else _UNMEASURED_ROUND_TRIP_S
     return round_trip_s + max(last_bytes / rate, total_bytes / rate - compute_s)
 

@@ -1,106 +1,154 @@
 """What a model's requests are like: how often they come, how long prompts and answers are, which pace they ask for.
 
-Pure: time is an argument. Owns running means over about the last twenty requests of each model, of the whole cluster.
-Refuses to know nodes and plans.
+Pure: time is an argument. Owns running means of requests that come to this gateway. Refuses to know nodes and plans.
+
+Two kinds: what is expected of the next request (`prompt_tokens`, `answer_tokens`), and what those that may be split are
+like on average (`typical`), which is what nodes are arranged for.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import exp, log
 from typing import Final
 
 from edge_llm.cluster.cost import TYPICAL_ANSWER_TOKENS
 
-# About the last twenty prompts and answers of a model say how long the next ones will be.
+# About the last twenty requests of a model say how the next ones will be.
 SMOOTHING: Final = 0.05
+# Arrivals are counted over about so long: what came before a pause says nothing of what comes after it.
+WINDOW_S: Final = 30.0
 # What is assumed of answers before any came counts as much as so many of them: one is not typical of others.
 _ASSUMED_ANSWERS: Final = 4
-# Fewer gaps between arrivals say nothing of how often requests come.
-_LEAST_GAPS: Final = 5
+# Fewer arrivals in the window say nothing of how often requests come.
+_LEAST_ARRIVALS: Final = 3.0
 
 
 @dataclass(frozen=True, slots=True)
 class Typical:
-    """A model's requests: so many a second, each with so many prompt tokens to compute and tokens to answer, at most
-    `tpot_s` apart on average (None: most ask for no pace)."""
+    """Requests that may be split: so many a second, each with a prompt of which so much has to be computed and so many
+    tokens to answer. Of those that have a limit of time per token, `limited_share` of all, it is `tpot_s` on average.
+    """
 
     rate_per_s: float
     prompt_tokens: float
     answer_tokens: float
-    tpot_s: float | None
+    tpot_s: float
+    computed_tokens: float
+    limited_share: float = 1.0
 
 
 @dataclass(slots=True)
-class _Means:
-    """Of one model. limited: the share of requests that ask for a pace, `tpot_s` on average. gap_s: between two
-    arrivals, of which the last was at `arrived_s`; computed: tokens of a prompt that no worker was believed to hold."""
+class _Mean:
+    """Of about the last twenty; the first ones count alike. `assumed` counts as so many samples."""
 
-    prompt_tokens: float | None = None
-    computed: float = 0.0
-    answer_tokens: float = float(TYPICAL_ANSWER_TOKENS)
-    answers: int = 0
-    limited: float = 0.0
-    tpot_s: float = 0.0
-    gap_s: float = 0.0
-    gaps: int = 0
-    arrived_s: float | None = None
+    value: float = 0.0
+    samples: int = 0
+
+    def add(self, sample: float) -> None:
+        self.samples += 1
+        self.value += max(SMOOTHING, 1 / self.samples) * (sample - self.value)
+
+
+@dataclass(slots=True)
+class _Splittable:
+    """Requests of one model that may be split. arrivals: of the window, older ones count less; log_tpot: the mean of
+    logarithms, which one odd limit hardly moves."""
+
+    prompt: _Mean = field(default_factory=_Mean)
+    computed: _Mean = field(default_factory=_Mean)
+    answer: _Mean = field(default_factory=_Mean)
+    limited: _Mean = field(default_factory=_Mean)
+    log_tpot: _Mean = field(default_factory=_Mean)
+    arrivals: float = 0.0
+    arrived_s: float = 0.0
+    since_s: float | None = None
+
+    def arrived(self, now_s: float) -> None:
+        if self.since_s is None:
+            self.since_s = now_s
+        self.arrivals = self.arrivals_at(now_s) + 1.0
+        self.arrived_s = now_s
+
+    def arrivals_at(self, now_s: float) -> float:
+        return self.arrivals * exp(-(now_s - self.arrived_s) / WINDOW_S) if self.arrivals else 0.0
+
+    def rate_per_s(self, now_s: float) -> float | None:
+        """None: too few came."""
+        arrivals = self.arrivals_at(now_s)
+        if self.since_s is None or arrivals < _LEAST_ARRIVALS:
+            return None
+        # of a window that is not full yet as much as there is of it
+        return arrivals / (WINDOW_S * (1 - exp(-max(1.0, now_s - self.since_s) / WINDOW_S)))
 
 
 @dataclass(slots=True)
 class Demand:
     """All models' requests."""
 
-    _means: dict[str, _Means] = field(default_factory=dict)
+    _prompts: dict[str, float] = field(default_factory=dict)
+    _answers: dict[str, _Mean] = field(default_factory=dict)
+    _splittable: dict[str, _Splittable] = field(default_factory=dict)
 
-    def arrived(self, model: str, tpot_s: float | None, now_s: float) -> None:
-        """A request came for which the cluster may choose how it is served; tpot_s: its limit, if any."""
-        means = self._of(model)
-        if means.arrived_s is not None:
-            means.gap_s = _mean(means.gap_s, now_s - means.arrived_s, means.gaps)
-            means.gaps += 1
-        means.limited = _mean(means.limited, float(tpot_s is not None), means.gaps)
-        if tpot_s is not None:
-            means.tpot_s += (tpot_s - means.tpot_s) * (SMOOTHING if means.tpot_s else 1.0)
-        means.arrived_s = now_s
-
-    def planned(self, model: str, prompt_tokens: int, held_tokens: int) -> None:
-        """A prompt is given to a worker that is believed to hold so many of its positions."""
-        means, computed = self._of(model), float(prompt_tokens - held_tokens)
-        if means.prompt_tokens is None:
-            means.prompt_tokens, means.computed = float(prompt_tokens), computed
-        means.prompt_tokens += SMOOTHING * (prompt_tokens - means.prompt_tokens)
-        means.computed += SMOOTHING * (computed - means.computed)
-
-    def answered(self, model: str, tokens: int, *, is_cut: bool) -> None:
-        """How long an answer was. One that was cut by its own limit before it was as long as others says nothing."""
-        means = self._of(model)
-        if is_cut and tokens < means.answer_tokens:
-            return
-        share = max(SMOOTHING, 1 / (_ASSUMED_ANSWERS + means.answers + 1))
-        means.answer_tokens += share * (tokens - means.answer_tokens)
-        means.answers += 1
-
-    def answer_tokens(self, model: str) -> float:
-        """How long an answer is expected to be, as far as its limit allows."""
-        return self._means[model].answer_tokens if model in self._means else float(TYPICAL_ANSWER_TOKENS)
+    # -- what is expected
 
     def prompt_tokens(self, model: str) -> float | None:
         """How long the next prompt is expected to be; None before the first."""
-        return self._means[model].prompt_tokens if model in self._means else None
+        return self._prompts.get(model)
+
+    def answer_tokens(self, model: str) -> float:
+        """How long an answer is expected to be, as far as its limit allows."""
+        return self._of_answers(model).value
+
+    # -- what happens
+
+    def arrived(self, model: str, tpot_s: float | None, now_s: float) -> None:
+        """A request came that may be split; tpot_s: its limit, if any."""
+        known = self._of(model)
+        known.arrived(now_s)
+        known.limited.add(float(tpot_s is not None))
+        if tpot_s:
+            known.log_tpot.add(log(tpot_s))
+
+    def planned(self, model: str, prompt_tokens: int, held_tokens: int, *, may_split: bool) -> None:
+        """A prompt is given to a worker that is believed to hold so many of its positions."""
+        mean = self._prompts.get(model, float(prompt_tokens))
+        self._prompts[model] = mean + SMOOTHING * (prompt_tokens - mean)
+        if may_split:
+            known = self._of(model)
+            known.prompt.add(prompt_tokens)
+            known.computed.add(prompt_tokens - held_tokens)
+
+    def answered(self, model: str, tokens: int, *, is_cut: bool, may_split: bool) -> None:
+        """How long an answer was. Of what is to be expected, one says nothing that was cut by its own limit before it
+        was as long as others; what nodes had to do is what they did."""
+        if may_split:
+            self._of(model).answer.add(tokens)
+        mean = self._of_answers(model)
+        if not (is_cut and tokens < mean.value):
+            mean.add(tokens)
+
+    # -- what it is like
 
     def typical(self, model: str, now_s: float) -> Typical | None:
-        """All of it; None before enough came."""
-        means = self._means.get(model)
-        if means is None or means.arrived_s is None or means.prompt_tokens is None or means.gaps < _LEAST_GAPS:
+        """None before enough is known."""
+        known = self._splittable.get(model)
+        rate_per_s = known.rate_per_s(now_s) if known else None
+        if known is None or rate_per_s is None:
             return None
-        gap_s = means.gap_s + SMOOTHING * max(0.0, now_s - means.arrived_s - means.gap_s)  # nobody has come since
-        tpot_s = means.tpot_s if means.limited > 0.5 else None
-        return Typical(1 / max(gap_s, 1e-6), max(1.0, means.computed), means.answer_tokens, tpot_s)
+        if not (known.prompt.samples and known.answer.samples and known.log_tpot.samples):
+            return None
+        return Typical(
+            rate_per_s,
+            known.prompt.value,
+            max(1.0, known.answer.value),
+            exp(known.log_tpot.value),
+            max(1.0, known.computed.value),
+            known.limited.value,
+        )
 
-    def _of(self, model: str) -> _Means:
-        return self._means.setdefault(model, _Means())
+    def _of(self, model: str) -> _Splittable:
+        return self._splittable.setdefault(model, _Splittable())
 
-
-def _mean(mean: float, sample: float, samples: int) -> float:
-    """A running mean that counts its first samples alike."""
-    return mean + max(SMOOTHING, 1 / (samples + 1)) * (sample - mean)
+    def _of_answers(self, model: str) -> _Mean:
+        return self._answers.setdefault(model, _Mean(float(TYPICAL_ANSWER_TOKENS), _ASSUMED_ANSWERS))

@@ -12,14 +12,15 @@ Where another stream costs a step as much as the first one, nothing is gained, a
 
 Rule: of all numbers of homes the one with which the cluster serves most requests a second (`capacity_per_s`), if that
 is `GAIN` of what it serves with streams everywhere, and so many requests come that it counts (`BUSY`). A change is made
-when it has been due for `SUSTAINED_S`.
+when it has been due for `SUSTAINED_S`. Equal nodes are told apart by name, so that two gateways choose the same ones.
+The figures are those with which the simulated traces of tests/gateway/test_gathering_trace.py are served best.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from math import exp, sqrt
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import ceil, exp, isfinite, sqrt
 from typing import Final
 
 from edge_llm.cluster.cost import Limits, NodeCost
@@ -33,155 +34,186 @@ BETTER: Final = 1.05
 # Of what is served with streams everywhere, so much must come before that counts; until it does not any more.
 BUSY: Final = 0.5
 STILL_BUSY: Final = 0.35
+# So many of the requests must ask for a pace; until they do not any more.
+LIMITED: Final = 0.6
+STILL_LIMITED: Final = 0.4
 SUSTAINED_S: Final = 5.0
-# Streams come at random: a node must have room for so many standard deviations (of a Poisson number) more than on
+# Streams come at random: a home must have room for so many standard deviations (of a Poisson number) more than it has
+# on average.
 _MORE_THAN_MEAN: Final = 1.0
 # Of a large cluster only so many numbers of homes are tried.
-_TRIED: Final = 16
-_HALVINGS: Final = 24
+_TRIED: Final = 12
+_HALVINGS: Final = 14
 _NOTHING_S: Final = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A mixed node that all others can exchange KV with. `streams` run on it now."""
+    """A mixed node that all others can exchange KV with; `kv_bytes_per_s` come to it at most."""
 
     worker: str
     cost: NodeCost
     slots: int
-    streams: int = 0
+    kv_bytes_per_s: float
 
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """Streams go to `homes` from now on: everybody, or fewer."""
-
-    homes: frozenset[str]
-    why: str
+    @property
+    def is_known(self) -> bool:
+        """Whether what it says of itself can be counted with."""
+        costs_s = (self.cost.step_s(1, 1), self.cost.prefill_s(self.cost.chunk_tokens), self.cost.row_s(1))
+        return self.slots > 0 and all(isfinite(cost_s) and cost_s > 0.0 for cost_s in costs_s)
 
 
 @dataclass(slots=True)
 class Gathering:
-    """Of one model. `homes`: where streams go; None: everywhere."""
+    """Of one model. `homes`: where streams go, and how many each has room for; empty: everywhere. `why`: of the last
+    change."""
 
-    homes: frozenset[str] | None = None
-    _since_s: float | None = None
+    homes: Mapping[str, float] = field(default_factory=dict)
+    why: str = ""
+    _due: frozenset[str] = frozenset()
+    _since_s: float = 0.0
 
-    def observe(self, nodes: Sequence[Candidate], typical: Typical | None, now_s: float) -> Change | None:
-        """Call every second or so. Returns what was changed."""
-        known = {node.worker for node in nodes}
-        if self.homes is not None and not self.homes <= known:
-            self.homes = None  # who is gone is nobody's home: begin anew with those who are left
-        homes, why = self._wanted(nodes, typical)
-        if homes == self.homes:
-            self._since_s = None
-            return None
-        if self._since_s is None:
-            self._since_s = now_s
+    def keep(self, ready: Collection[str]) -> bool:
+        """Forget homes that are not there any more; whether there were some. At once: answers that ran there are
+        planned anew in the same moment."""
+        if self.homes.keys() <= set(ready):
+            return False
+        self.homes = {worker: room for worker, room in self.homes.items() if worker in ready}
+        self._due, self.why = frozenset(self.homes), "a node with streams is gone"
+        return True
+
+    def observe(self, nodes: Sequence[Candidate], typical: Typical | None, now_s: float) -> bool:
+        """Call every second or so, after `keep`. Whether streams go elsewhere now."""
+        known = [node for node in nodes if node.is_known]
+        wanted, why = self._wanted(known, typical)
+        if wanted == self.homes.keys():
+            self._due = wanted
+            return False
+        if wanted != self._due:
+            self._due, self._since_s = wanted, now_s
         if now_s - self._since_s < SUSTAINED_S:
-            return None
-        self.homes, self._since_s = homes, None
-        return Change(frozenset(known) if homes is None else homes, why)
+            return False
+        assert typical is not None or not wanted
+        self.homes = {
+            node.worker: _Home.of(node, typical).most_streams
+            for node in known
+            if typical is not None and node.worker in wanted
+        }
+        self.why = why
+        return True
 
-    def _wanted(self, nodes: Sequence[Candidate], typical: Typical | None) -> tuple[frozenset[str] | None, str]:
-        if typical is None or typical.tpot_s is None or len(nodes) < 2:
-            return None, "nothing is known that speaks for it"
-        everywhere = capacity_per_s(nodes, {node.worker for node in nodes}, typical)
-        found = best_homes(nodes, typical, self.homes or frozenset())
-        gathered = capacity_per_s(nodes, found, typical)
-        if self.homes is not None and gathered < BETTER * capacity_per_s(nodes, self.homes, typical):
-            found, gathered = self.homes, capacity_per_s(nodes, self.homes, typical)
-        gain, busy = (GAIN, BUSY) if self.homes is None else (STILL_A_GAIN, STILL_BUSY)
-        figures = f"{everywhere:.2f} requests/s with streams everywhere, {gathered:.2f} gathered on {len(found)}"
-        why = f"{figures}, {typical.rate_per_s:.2f} come"
-        is_due = gathered >= gain * everywhere > 0.0 and typical.rate_per_s >= busy * everywhere
-        return (found if is_due else None), why
+    def _wanted(self, nodes: Sequence[Candidate], typical: Typical | None) -> tuple[frozenset[str], str]:
+        """Homes; none: everywhere."""
+        nowhere = frozenset[str]()
+        busy, limited = (STILL_BUSY, STILL_LIMITED) if self.homes else (BUSY, LIMITED)
+        if typical is None or len(nodes) < 2 or typical.limited_share < limited:
+            return nowhere, "too few requests, nodes, or limits of time per token"
+        cluster = _Cluster(nodes, typical)
+        everywhere_per_s = cluster.capacity_per_s([node.worker for node in nodes])
+        if typical.rate_per_s < busy * everywhere_per_s:
+            return nowhere, f"{typical.rate_per_s:.2f} requests/s come, nodes that do both serve {everywhere_per_s:.2f}"
+        found = cluster.best_homes(self.homes)
+        found_per_s = cluster.capacity_per_s(found)
+        if self.homes and found_per_s < BETTER * (now_per_s := cluster.capacity_per_s(self.homes)):
+            found, found_per_s = frozenset(self.homes), now_per_s
+        why = f"{everywhere_per_s:.2f} requests/s with streams everywhere, {found_per_s:.2f} on {len(found)} nodes"
+        gain = STILL_A_GAIN if self.homes else GAIN
+        is_due = len(found) < len(nodes) and found_per_s >= gain * everywhere_per_s > 0.0
+        return (found if is_due else nowhere), why
 
 
 def best_homes(nodes: Sequence[Candidate], typical: Typical, now: Collection[str] = ()) -> frozenset[str]:
-    """The homes with which most requests are served; all when no node can keep the pace. Nodes are tried in order of
-    how little prompt work is lost to streams there, of equals those that are homes or have streams now."""
-    able = [node for node in nodes if _Home.of(node, typical).most] or list(nodes)
-    able.sort(key=lambda node: (_loses(node, typical), node.worker not in now, -node.streams, node.worker))
-    tried = min(len(able), _TRIED)
-    counts = [round(len(able) * number / tried) for number in range(1, tried + 1)]
-    sets = [frozenset(node.worker for node in able[:count]) for count in counts]
-    return max(sets, key=lambda homes: (capacity_per_s(nodes, homes, typical), len(homes)))
+    """The homes with which most requests are served; all when no node can keep the pace."""
+    return _Cluster(nodes, typical).best_homes(now)
 
 
 def capacity_per_s(nodes: Sequence[Candidate], homes: Collection[str], typical: Typical) -> float:
     """Requests a second that nodes serve within a limit of time per token when streams run on `homes` only. A model of
-    averages: what is left of homes' time, and all of the others', reads prompts."""
-    paced = [_Home.of(node, typical) for node in nodes if node.worker in homes]
-    readers = sum(1 / _prompt_s(node, typical) for node in nodes if node.worker not in homes)
-    low, high = 0.0, sum(1 / _prompt_s(node, typical) for node in nodes)
-    for _ in range(_HALVINGS):
-        rate = (low + high) / 2
-        if _is_served(rate, paced, readers, typical):
-            low = rate
-        else:
-            high = rate
-    return low
+    averages: what is left of homes' time, and all of the others', reads prompts; what others read has to be carried."""
+    return _Cluster(nodes, typical).capacity_per_s(homes)
+
+
+class _Cluster:
+    """Nodes under one kind of request: what is the same for all choices of homes is worked out once."""
+
+    def __init__(self, nodes: Sequence[Candidate], typical: Typical) -> None:
+        self._answer_tokens = typical.answer_tokens
+        self._homes = {node.worker: _Home.of(node, typical) for node in nodes}
+
+    def best_homes(self, now: Collection[str]) -> frozenset[str]:
+        """Nodes are tried in order of how little prompt work is lost to streams there, of equals homes first."""
+        able = [worker for worker, home in self._homes.items() if home.most_streams] or list(self._homes)
+        able.sort(key=lambda worker: (self._homes[worker].loses_per_s, worker not in now, worker))
+        tried = min(len(able), _TRIED)
+        counts = [round(len(able) * number / tried) for number in range(1, tried + 1)]
+        sets = [frozenset(able[:count]) for count in counts]
+        return max(sets, key=lambda homes: (self.capacity_per_s(homes), len(homes)))
+
+    def capacity_per_s(self, homes: Collection[str]) -> float:
+        paced = [home for worker, home in self._homes.items() if worker in homes]
+        reads_per_s = sum(home.alone_per_s for worker, home in self._homes.items() if worker not in homes)
+        low_per_s, high_per_s = 0.0, sum(home.alone_per_s for home in self._homes.values())
+        for _ in range(_HALVINGS):
+            rate_per_s = (low_per_s + high_per_s) / 2
+            if self._is_served(rate_per_s, paced, reads_per_s):
+                low_per_s = rate_per_s
+            else:
+                high_per_s = rate_per_s
+        return low_per_s
+
+    def _is_served(self, rate_per_s: float, homes: Sequence[_Home], others_read_per_s: float) -> bool:
+        room, own_per_s, carried_per_s = sum(home.most_streams for home in homes), 0.0, 0.0
+        if not room:
+            return False
+        for home in homes:
+            streams = rate_per_s * home.most_streams / room * self._answer_tokens * home.gap_s
+            if streams + _MORE_THAN_MEAN * sqrt(streams) > home.most_streams:
+                return False
+            own_per_s += home.reads_per_s(streams)
+            carried_per_s += home.carried_per_s
+        return own_per_s + min(others_read_per_s, carried_per_s) >= rate_per_s
 
 
 @dataclass(frozen=True, slots=True)
 class _Home:
-    """A node with streams: so many at most, each of its tokens `gap_s` after the one before when prompts are read
-    beside."""
+    """A node with streams, `most_streams` at most, each of its tokens `gap_s` after the one before when prompts are
+    read beside. Prompts a second: `alone_per_s` that it reads without streams, `beside_per_s` beside 1, 2, ... of them;
+    `carried_per_s` that can come to it from elsewhere; `loses_per_s` that it does not read because of a stream."""
 
-    cost: NodeCost
-    most: float
+    most_streams: float
     gap_s: float
-    prompt_s: float
+    alone_per_s: float
+    beside_per_s: tuple[float, ...]
+    carried_per_s: float
 
     @classmethod
     def of(cls, node: Candidate, typical: Typical) -> _Home:
-        cost, depth, limits = node.cost, _depth(typical), _limits(typical)
-        alone_s = cost.step_s(1, depth)
-        bearable_s = (cost.rates.of_limit or 1.0) * limits.tpots_s[0]
-        most = max(0.0, min(float(node.slots), (bearable_s - cost.rates.run_s) / max(cost.row_s(depth), _NOTHING_S)))
-        return cls(
-            cost, most if most >= 1.0 else 0.0, alone_s + cost.piece(alone_s, limits).takes_s, _prompt_s(node, typical)
-        )
+        cost, limits = node.cost, Limits((typical.tpot_s,))
+        depth, held = typical.prompt_tokens + typical.answer_tokens / 2, typical.prompt_tokens - typical.computed_tokens
+        bearable_s = (cost.rates.of_limit or 1.0) * typical.tpot_s
+        room = (bearable_s - cost.rates.run_s) / max(cost.row_s(depth), _NOTHING_S)
+        most = min(float(node.slots), room) if room >= 1.0 else 0.0
+        alone_s, beside = cost.step_s(1, depth), list[float]()
+        alone_per_s = 1 / max(cost.prefill_s(round(typical.computed_tokens), round(held)), _NOTHING_S)
+        for rows in range(1, ceil(most) + 1):
+            step_s = cost.step_s(rows, rows * depth)
+            piece = cost.piece(step_s, limits)
+            beside.append(alone_per_s * piece.reads_s / max(step_s + piece.takes_s, _NOTHING_S))
+        gap_s = alone_s + cost.piece(alone_s, limits).takes_s
+        prompt_bytes = max(1.0, cost.kv_bytes_per_token * typical.computed_tokens)
+        return cls(most, gap_s, alone_per_s, tuple(beside), node.kv_bytes_per_s / prompt_bytes)
 
-    def reads_per_s(self, streams: float, typical: Typical) -> float:
-        """Prompts that it reads beside so many streams on average; none of the time there is none, none are beside."""
-        is_busy = 1 - exp(-streams)
-        rows = max(1.0, streams)
-        step_s = self.cost.step_s(rows, rows * _depth(typical))
-        piece = self.cost.piece(step_s, _limits(typical))
-        turn_s = max(step_s + piece.takes_s, _NOTHING_S)
-        return (1 - is_busy + is_busy * piece.reads_s / turn_s) / self.prompt_s
+    @property
+    def loses_per_s(self) -> float:
+        """To two digits, so that equals are equal."""
+        return float(f"{self.alone_per_s - self.beside_per_s[0]:.1e}") if self.beside_per_s else self.alone_per_s
 
-
-def _is_served(rate: float, homes: Sequence[_Home], reads_per_s: float, typical: Typical) -> bool:
-    room = sum(home.most for home in homes)
-    if not room:
-        return False
-    for home in homes:
-        streams = rate * home.most / room * typical.answer_tokens * home.gap_s
-        if streams + _MORE_THAN_MEAN * sqrt(streams) > home.most:
-            return False
-        reads_per_s += home.reads_per_s(streams, typical)
-    return reads_per_s >= rate
-
-
-def _loses(node: Candidate, typical: Typical) -> float:
-    """How much prompt work a stream costs a node: to two digits, so that equals are equal."""
-    home = _Home.of(node, typical)
-    if not home.most:
-        return float("inf")
-    return float(f"{node.cost.step_s(1, _depth(typical)) / max(home.gap_s, _NOTHING_S) / home.prompt_s:.1e}")
-
-
-def _prompt_s(node: Candidate, typical: Typical) -> float:
-    return max(1e-6, node.cost.prefill_s(round(typical.prompt_tokens)))
-
-
-def _depth(typical: Typical) -> float:
-    return typical.prompt_tokens + typical.answer_tokens / 2
-
-
-def _limits(typical: Typical) -> Limits:
-    assert typical.tpot_s is not None
-    return Limits((typical.tpot_s,))
+    def reads_per_s(self, streams: float) -> float:
+        """Beside so many streams on average: by chance there is none at times."""
+        if not self.beside_per_s:
+            return self.alone_per_s
+        is_busy, at = 1 - exp(-streams), max(0.0, streams - 1.0)
+        lower = min(int(at), len(self.beside_per_s) - 1)
+        upper = min(lower + 1, len(self.beside_per_s) - 1)
+        beside = self.beside_per_s[lower] + (at - lower) * (self.beside_per_s[upper] - self.beside_per_s[lower])
+        return (1 - is_busy) * self.alone_per_s + is_busy * max(0.0, beside)

@@ -9,24 +9,25 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import structlog
 
-from edge_llm.cluster.cost import NodeCost, Work
+from edge_llm.cluster.cost import UNMEASURED_BYTES_PER_S, NodeCost, Work
 from edge_llm.cluster.slo import Past, Slo, Watches
 from edge_llm.cluster.view import ClusterView, Node
 from edge_llm.errors import Overloaded
 from edge_llm.gateway.affinity import Affinity, Chain, chain_of
 from edge_llm.gateway.decision import UNTOLD, Decision
-from edge_llm.gateway.demand import Demand
+from edge_llm.gateway.demand import Demand, Typical
 from edge_llm.gateway.gathering import Candidate, Gathering
 from edge_llm.gateway.policies import Policy
-from edge_llm.gateway.pools import Pool, PoolEvent, Pools, Standing
+from edge_llm.gateway.pools import EventKind, Pool, PoolEvent, Pools, Standing
 from edge_llm.gateway.running import Running
-from edge_llm.gateway.scheduler import CrossClass, Plan, Situation, Wish, decide
+from edge_llm.gateway.scheduler import Plan, decide
 from edge_llm.gateway.session import State
+from edge_llm.gateway.situation import CrossClass, Situation, Wish
 from edge_llm.gateway.workbook import Booking, WorkBook
 
 DECISIONS_KEPT: Final = 200
@@ -67,7 +68,7 @@ class Planner:
         self._book, self._affinity, self._pools = WorkBook(), Affinity(), Pools()
         self._watches = Watches()
         self._known: dict[str, _Known] = {}
-        self._demand, self._gathered = Demand(), dict[str, Gathering]()
+        self._demand, self._gathered, self._readers = Demand(), dict[str, Gathering](), set[str]()
         self._seen_s: dict[str, float] = {}
         self._observed_s = 0.0
         self._decisions: deque[Decision] = deque(maxlen=DECISIONS_KEPT)
@@ -83,6 +84,7 @@ class Planner:
             self.works(view, job.model),
             waiting,
             self._born_pool_of if job.mode == "local" else self.pool_of,
+            {} if job.mode == "local" else self._gathering(job.model).homes,
             self._cross_class,
             self._policy,
             self._demand.prompt_tokens(job.model),
@@ -177,7 +179,7 @@ class Planner:
         now_s, job = self._clock(), running.job
         held_tokens = min(wish.held.get(plan.reader.worker, 0), wish.prompt_tokens - 1)
         if not running.session.delivered:
-            self._demand.planned(job.model, wish.prompt_tokens, held_tokens)
+            self._demand.planned(job.model, wish.prompt_tokens, held_tokens, may_split=job.mode != "local")
         for node, pool in plan.spills:
             _tell(self._pools.spilled(node.worker, node.status.model, node.status.role, pool, now_s))
         decision = Decision(
@@ -276,7 +278,8 @@ class Planner:
 
     def _finished(self, running: Running, decode: Node) -> None:
         job, count = running.job, len(running.session.delivered)
-        self._demand.answered(job.model, count, is_cut=running.session.finish_reason == "length")
+        is_cut = running.session.finish_reason == "length"
+        self._demand.answered(job.model, count, is_cut=is_cut, may_split=job.mode != "local")
         if job.cache_prompt:
             # the last token was drawn, never evaluated; elsewhere than at level exact only prompts are kept
             whole = decode.status.level == "exact"
@@ -302,11 +305,14 @@ class Planner:
                 self._affinity.meet(node.worker, node.life, _chunks_kept(node))
                 self._book.seen(node.status)
         now_s = self._clock()
-        if now_s - self._observed_s >= OBSERVE_S:
+        is_due = now_s - self._observed_s >= OBSERVE_S
+        if is_due:
             self._observed_s = now_s
+            self._readers.intersection_update(node.worker for node in view.nodes)
             for event in self._pools.observe(self._standings(view), now_s):
                 _tell(event)
-            self._gather(view, now_s)
+        for model in view.models if self._policy is None else ():
+            self._gather(model, view, now_s, is_due=is_due)
 
     def works(self, view: ClusterView, model: str | None = None) -> Mapping[str, Work]:
         """What each worker, or each of a model, has to do, as far as is known here."""
@@ -334,32 +340,41 @@ class Planner:
 
     def pool_of(self, node: Node) -> Pool:
         """Where a node stands now, whatever its role."""
-        gathered = self._gathered.get(node.status.model)
-        if gathered is not None and gathered.homes is not None and node.worker not in gathered.homes:
+        if node.worker in self._readers and node.status.role == "mixed":
             return "prompt"
         return self._born_pool_of(node)
 
     def _born_pool_of(self, node: Node) -> Pool:
         return self._pools.of(node.worker, node.status.model, node.status.role)
 
-    def _gather(self, view: ClusterView, now_s: float) -> None:
-        """Where streams of mixed nodes run."""
-        self._gathered = {model: self._gathered.get(model, Gathering()) for model in view.models}
-        for model, gathered in self._gathered.items():
-            before = gathered.homes
-            nodes = _alike(view.ready(model))
-            works = [self._book.work(node.worker, now_s) for node in nodes]
-            candidates = [
-                Candidate(node.worker, NodeCost.of(node.status), node.status.slots, work.decoding)
-                for node, work in zip(nodes, works, strict=True)
-            ]
-            change = gathered.observe(candidates, self._demand.typical(model, now_s), now_s)
-            if change is None:
+    def _gathering(self, model: str) -> Gathering:
+        return self._gathered.setdefault(model, Gathering())
+
+    def _gather(self, model: str, view: ClusterView, now_s: float, *, is_due: bool) -> None:
+        """Where streams of a model's mixed nodes run: homes that are gone are known at once, others found in time."""
+        nodes, gathering = _alike(view.ready(model)), self._gathering(model)
+        is_changed = gathering.keep([node.worker for node in nodes])
+        if is_due:
+            seen = [Candidate(n.worker, NodeCost.of(n.status), n.status.slots, _kv_bytes_per_s(n)) for n in nodes]
+            is_changed |= gathering.observe(seen, self._typical(model, nodes, now_s), now_s)
+        gathered = {node.worker for node in nodes} if gathering.homes else set()
+        for node in view.nodes if is_changed or is_due else ():
+            if node.status.model != model:
                 continue
-            for node in nodes:
-                was, now = (homes is None or node.worker in homes for homes in (before, gathered.homes))
-                if was != now:
-                    _tell(self._pools.moved(node.worker, model, "return" if now else "repurpose", change.why, now_s))
+            reads = node.worker in gathered - gathering.homes.keys()
+            if reads != (node.worker in self._readers):
+                (self._readers.add if reads else self._readers.discard)(node.worker)
+                kind: EventKind = "repurpose" if reads else "return"
+                _tell(self._pools.moved(node.worker, model, kind, gathering.why, now_s))
+
+    def _typical(self, model: str, nodes: Sequence[Node], now_s: float) -> Typical | None:
+        """Requests that come to all gateways: as many more than ours as there are more streams."""
+        typical = self._demand.typical(model, now_s)
+        works = [self._book.work(node.worker, now_s) for node in nodes]
+        running, foreign = sum(work.decoding for work in works), sum(work.unknown for work in works)
+        if typical is None or not 0 < foreign < running:
+            return typical
+        return replace(typical, rate_per_s=typical.rate_per_s * running / (running - foreign))
 
     def _standings(self, view: ClusterView) -> list[Standing]:
         """A prompt that a decode worker computes for itself is work that its model's prompt pool could not take only
@@ -388,10 +403,20 @@ class Planner:
 
 
 def _alike(nodes: Sequence[Node]) -> Sequence[Node]:
-    """Mixed nodes that can all exchange KV and give the same tokens; none where an operator has given out roles."""
-    kinds = {(node.status.compatibility, node.status.exactness_class) for node in nodes}
-    is_mixed = all(node.status.role == "mixed" and node.prefills and node.decodes for node in nodes)
-    return nodes if is_mixed and len(kinds) == 1 else ()
+    """Mixed nodes that can all exchange KV and give the same tokens, the largest such group; none where an operator has
+    given out roles."""
+    if any(node.status.role != "mixed" for node in nodes):
+        return ()
+    groups: dict[tuple[str, str], list[Node]] = {}
+    for node in nodes:
+        if node.prefills and node.decodes:
+            groups.setdefault((node.status.compatibility, node.status.exactness_class), []).append(node)
+    return max(groups.values(), key=len, default=())
+
+
+def _kv_bytes_per_s(node: Node) -> float:
+    """At most so much comes to a node, as it measured its best way."""
+    return max((link.bytes_per_s for link in node.status.load.links), default=0.0) or UNMEASURED_BYTES_PER_S
 
 
 def _tell(told: PoolEvent) -> None:

@@ -6,7 +6,8 @@ events. Refuses to know how a single request is planned (scheduler.py) and how s
 A node is born into a pool by its role: prefill -> prompt, decode -> token, mixed -> mixed, which counts in both.
 First mechanism, at once: a single request spills to a node of the other pool (the scheduler does that; the node keeps
 its identity). Second, slow: a pool that stays short while the other has room is lent a node (`repurpose`), until it can
-do without or its own pool needs it (`return`).
+do without or its own pool needs it (`return`). Which mixed nodes read prompts only is chosen by gathering.py and told
+here.
 
 Every model has pools of its own: its nodes can help nobody else, and what others have to do says nothing about it.
 

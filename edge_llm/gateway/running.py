@@ -14,8 +14,9 @@ from edge_llm.cluster.slo import NO_LIMITS, Slo
 from edge_llm.cluster.view import Node
 from edge_llm.errors import EdgeLLMError
 from edge_llm.gateway import queue
-from edge_llm.gateway.scheduler import Mode, Plan
+from edge_llm.gateway.scheduler import Plan
 from edge_llm.gateway.session import Session
+from edge_llm.gateway.situation import Mode
 from edge_llm.kv.snapshot import Level
 from edge_llm.request import FinishReason, SamplingParams
 from edge_llm.worker.messages import PromptReport

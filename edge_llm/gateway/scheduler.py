@@ -23,7 +23,7 @@ for `split` waits for a decode worker that somebody can prefill for, and gets lo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from edge_llm.cluster.cost import (
@@ -32,20 +32,26 @@ from edge_llm.cluster.cost import (
     Prediction,
     Request,
     Side,
-    Work,
     predict_local,
     predict_split,
-    work_of,
 )
-from edge_llm.cluster.slo import NO_LIMITS, NOBODY_LATE, NOTHING_PAST, Judge, Past, Slo, Verdict, Watches
+from edge_llm.cluster.slo import NOBODY_LATE, Judge, Verdict
 from edge_llm.cluster.view import ClusterView, Node
 from edge_llm.errors import Overloaded, UnknownModel
 from edge_llm.gateway.policies import Policy, Standby
 from edge_llm.gateway.pools import Pool
+from edge_llm.gateway.situation import (
+    Situation,
+    Wish,
+    can_feed,
+    fed,
+    has_room,
+    is_foreign,
+    of_the_same_class,
+    standing_by,
+)
 from edge_llm.worker.messages import Link
 
-Mode = Literal["auto", "split", "local"]
-CrossClass = Literal["never", "when_faster"]
 Reason = Literal["asked", "not_possible", "only_choice", "limits", "sooner", "less_harm", "one_node", "policy"]
 MAX_CANDIDATES: Final = 2
 # Pairs that are predicted: in a large cluster only those of the best few on either side.
@@ -56,34 +62,6 @@ PROMPTS_PER_WORKER: Final = 2
 SPILL_MARGIN: Final = 1.25
 FOREIGN_MARGIN: Final = 1.10
 SECOND_NODE_MARGIN: Final = 1.10
-
-
-@dataclass(frozen=True, slots=True)
-class Wish:
-    """What the scheduler needs to know of a request.
-
-    answer_tokens: how long the answer is expected to be (None: typical). avoid: workers that failed it and have not
-    come back. held: how many positions of its prompt a worker is believed to hold. exactness_class: of the worker that
-    gave the tokens delivered so far. waited_s: how long it has been without a plan. slo: its limits of latency; past:
-    what of them is used up.
-    """
-
-    model: str
-    prompt_tokens: int
-    max_tokens: int
-    mode: Mode = "auto"
-    avoid: frozenset[str] = frozenset()
-    answer_tokens: float | None = None
-    held: Mapping[str, int] = field(default_factory=dict)
-    exactness_class: str | None = None
-    waited_s: float = 0.0
-    slo: Slo = NO_LIMITS
-    past: Past = NOTHING_PAST
-
-    @property
-    def cells(self) -> int:
-        """KV cells to reserve."""
-        return self.prompt_tokens + self.max_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,27 +88,6 @@ class Plan:
     def reader(self) -> Node:
         """Who computes the prompt."""
         return self.candidates[0] if self.candidates else self.decode
-
-
-@dataclass(frozen=True, slots=True)
-class Situation:
-    """What else is known now. A worker that `works` does not name has the work that it says it has.
-
-    waiting: requests that have no plan yet. pool_of: where a node stands (none: everybody stands by for both).
-    next_prompt_tokens: how long the next prompt is expected to be (None: as this one). watches: kept between
-    decisions.
-    """
-
-    works: Mapping[str, Work] = field(default_factory=dict)
-    waiting: int = 0
-    pool_of: Callable[[Node], Pool] = lambda _node: "mixed"
-    cross_class: CrossClass = "when_faster"
-    policy: Policy | None = None
-    next_prompt_tokens: float | None = None
-    watches: Watches = field(default_factory=Watches)
-
-    def work(self, node: Node) -> Work:
-        return self.works.get(node.worker) or work_of(node.status)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,23 +132,23 @@ def decide(wish: Wish, view: ClusterView, situation: Situation) -> Plan:
         known = ", ".join(view.models) or "none yet"
         raise UnknownModel(f"no worker serves the model {wish.model!r}; served are: {known}", param="model")
     able = [node for node in view.ready(wish.model) if node.decodes and node.worker not in wish.avoid]
-    able = _of_the_same_class(wish, able, situation)
+    able = of_the_same_class(wish, able, situation)
     readers = [node for node in view.ready(wish.model) if node.prefills and node.worker not in wish.avoid]
-    decoders = [node for node in able if _has_room(node, wish, situation)]
+    decoders = [node for node in able if has_room(node, wish, situation)]
     if not decoders:
         raise Overloaded(_why_nobody(wish, view, able), retry_after_s=2.0)
     must_split = wish.mode == "split" and wish.prompt_tokens >= 2
-    if must_split and _fed([node for node in able if wish.cells <= node.status.n_ctx], readers, wish, situation):
-        decoders = _fed(decoders, readers, wish, situation)
+    if must_split and fed([node for node in able if wish.cells <= node.status.n_ctx], readers, wish, situation):
+        decoders = fed(decoders, readers, wish, situation)
         if not decoders:
             raise Overloaded("all slots of the decode workers that can take over a prompt are taken", retry_after_s=2.0)
-    decoders = [node for node in decoders if situation.pool_of(node) != "prompt"] or decoders
+    decoders = standing_by(decoders, wish, situation)
     home = [node for node in readers if situation.pool_of(node) != "token"]
     idle = [node for node in home if not situation.work(node).prompts]
-    if any(_can_feed(reader, decoder, wish, situation) for reader in idle for decoder in decoders):
+    if any(can_feed(reader, decoder, wish, situation) for reader in idle for decoder in decoders):
         readers = home
     if must_split:
-        decoders = _fed(decoders, readers, wish, situation) or decoders
+        decoders = fed(decoders, readers, wish, situation) or decoders
     if situation.policy is not None:
         return _by_policy(situation.policy, wish, decoders, readers, situation)
     return _by_prediction(wish, decoders, readers, situation)
@@ -288,12 +245,12 @@ def _options(
     situation: Situation,
 ) -> Iterator[_Option]:
     """Every way to serve the request, with what it is predicted to cost."""
-    able = [node for node in readers if any(_can_feed(node, decode, wish, situation) for decode in decoders)]
+    able = [node for node in readers if any(can_feed(node, decode, wish, situation) for decode in decoders)]
     near = _shortlist(able, lambda node: predict_local(request, sides[node.worker]).everybody_s)
     # a decode worker without this prompt's work: the prompt comes from elsewhere
     bare = replace(request, prompt_tokens=1)
-    fed = _fed(decoders, near, wish, situation)
-    far = _shortlist(fed, lambda node: predict_local(bare, replace(sides[node.worker], held=0)).everybody_s)
+    able_decoders = fed(decoders, near, wish, situation)
+    far = _shortlist(able_decoders, lambda node: predict_local(bare, replace(sides[node.worker], held=0)).everybody_s)
     for decode in decoders:
         helping: tuple[tuple[Node, Pool], ...] = ()
         if situation.pool_of(decode) == "prompt":
@@ -303,7 +260,7 @@ def _options(
         if wish.prompt_tokens < 2 or decode not in far:
             continue
         for prefill in near:
-            if not _can_feed(prefill, decode, wish, situation):
+            if not can_feed(prefill, decode, wish, situation):
                 continue
             spills = (*helping, (prefill, "prompt")) if situation.pool_of(prefill) == "token" else helping
             yield _Option(
@@ -311,7 +268,7 @@ def _options(
                 prefill,
                 predict_split(request, sides[prefill.worker], own, _link(prefill, decode)),
                 spills,
-                _is_foreign(prefill, decode),
+                is_foreign(prefill, decode),
                 sides[prefill.worker].work.served >= PROMPTS_PER_WORKER,
                 situation.pool_of(prefill) == "mixed",
             )
@@ -363,7 +320,7 @@ def _by_policy(
     wants_split = wish.mode == "split" or (wish.mode == "auto" and wish.prompt_tokens > decode.status.chunk_tokens)
     if not wants_split or wish.prompt_tokens < 2:
         return Plan(decode, (), reason="policy")
-    fitting = [node for node in readers if _can_feed(node, decode, wish, situation)]
+    fitting = [node for node in readers if can_feed(node, decode, wish, situation)]
     if not fitting:
         note = _why_not_split(wish, [decode], readers, situation) if wish.mode == "split" else None
         return Plan(decode, (), note, reason="policy")
@@ -373,7 +330,7 @@ def _by_policy(
     first = policy.choose("prompt", _standby(free, "token", situation))
     rest = [node for node in free if node is not first]
     second = sorted(rest, key=lambda node: node.worker)[: MAX_CANDIDATES - 1]
-    return Plan(decode, (first, *second), reason="policy", is_cross_class=_is_foreign(first, decode))
+    return Plan(decode, (first, *second), reason="policy", is_cross_class=is_foreign(first, decode))
 
 
 def _standby(nodes: Sequence[Node], other_pool: Pool, situation: Situation) -> list[Standby]:
@@ -381,44 +338,7 @@ def _standby(nodes: Sequence[Node], other_pool: Pool, situation: Situation) -> l
     return [Standby(node, situation.work(node)) for node in sorted(home, key=lambda node: node.worker)]
 
 
-# -- what is possible
-
-
-def _has_room(node: Node, wish: Wish, situation: Situation) -> bool:
-    """A free slot, and cells for prompt and longest answer."""
-    status, work = node.status, situation.work(node)
-    reserved = work.reserved_cells + wish.cells
-    return work.sequences < status.slots and wish.cells <= status.n_ctx and reserved <= status.slots * status.n_ctx
-
-
-def _can_feed(prefill: Node, decode: Node, wish: Wish, situation: Situation) -> bool:
-    """Whether `prefill` can compute this prompt so that `decode` can adopt it, and may."""
-    return (
-        decode.status.splits
-        and prefill.worker != decode.worker
-        and prefill.status.compatibility == decode.status.compatibility
-        and prefill.status.n_ctx >= wish.prompt_tokens
-        and not (situation.cross_class == "never" and _is_foreign(prefill, decode))
-    )
-
-
-def _fed(decoders: Sequence[Node], readers: Sequence[Node], wish: Wish, situation: Situation) -> list[Node]:
-    """Those for which another worker can compute this prompt."""
-    return [node for node in decoders if any(_can_feed(reader, node, wish, situation) for reader in readers)]
-
-
-def _is_foreign(prefill: Node, decode: Node) -> bool:
-    return prefill.status.exactness_class != decode.status.exactness_class
-
-
-def _of_the_same_class(wish: Wish, nodes: list[Node], situation: Situation) -> list[Node]:
-    """An answer that has begun goes on where the same tokens would have come, if anywhere."""
-    if wish.exactness_class is None:
-        return nodes
-    same = [node for node in nodes if node.status.exactness_class == wish.exactness_class]
-    if situation.cross_class == "never":
-        return same
-    return same if any(_has_room(node, wish, situation) for node in same) else nodes
+# -- words
 
 
 def _link(prefill: Node, decode: Node) -> Link | None:
@@ -432,7 +352,7 @@ def _why_not_split(wish: Wish, decoders: Sequence[Node], readers: Sequence[Node]
     if not any(node.status.splits for node in decoders):
         return f"not split: {decoders[0].status.split_reason}"
     loose = replace(situation, cross_class="when_faster")
-    if any(_can_feed(reader, decoder, wish, loose) for reader in readers for decoder in decoders):
+    if any(can_feed(reader, decoder, wish, loose) for reader in readers for decoder in decoders):
         return "not split: the other prefill workers are of another exactness class (setting cross_class)"
     return "not split: no other worker prefills this model"
 

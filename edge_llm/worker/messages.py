@@ -345,8 +345,8 @@ class Load(Message, frozen=True, kw_only=True, forbid_unknown_fields=False):
     sequences_waiting: int
     pending_prompt_tokens: int
     kv_cells_free: int
-    decode_step_s: float
-    prefill_tokens_per_s: float
+    decode_step_s: Seconds
+    prefill_tokens_per_s: Rate
     widest_decode_rows: int = 0
     wide_decode_calls: int = 0
     prompts_met: int = 0
@@ -380,7 +380,7 @@ class WorkerStatus(Message, frozen=True, kw_only=True, forbid_unknown_fields=Fal
     memory: MemoryKind
     n_ctx: int
     slots: int
-    chunk_tokens: int
+    chunk_tokens: Annotated[int, Meta(ge=1, le=1 << 20)]
     vocab_size: int
     kv_bytes_per_token: int
     splits: bool

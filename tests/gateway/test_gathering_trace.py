@@ -13,7 +13,7 @@ from msgspec import structs
 
 from edge_llm.bench.goodput import GOALS, STRICT_TPOT, STRICT_TTFT, Goodput, Regime, goodput
 from edge_llm.cluster.slo import Slo
-from edge_llm.gateway.scheduler import Mode
+from edge_llm.gateway.situation import Mode
 from edge_llm.worker.messages import Rates
 from tests.gateway.test_slo_trace import RATES, Simulation, limits_of, ran
 from tests.nodes import PACED

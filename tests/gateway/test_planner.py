@@ -17,8 +17,9 @@ from edge_llm.errors import Overloaded
 from edge_llm.gateway.decision import Decision
 from edge_llm.gateway.planner import DECISIONS_KEPT, Planner
 from edge_llm.gateway.running import Job, Running
-from edge_llm.gateway.scheduler import Mode, Plan
+from edge_llm.gateway.scheduler import Plan
 from edge_llm.gateway.session import Event, Session
+from edge_llm.gateway.situation import Mode
 from edge_llm.request import FinishReason, SamplingParams, TokenEvent
 from edge_llm.worker.messages import PromptReport, Rates, Role
 from tests.nodes import load_of, node_of

@@ -7,8 +7,8 @@ import msgspec
 from edge_llm.cluster.view import ClusterView, Node
 from edge_llm.gateway.planner import Planner
 from edge_llm.gateway.running import Job, Running
-from edge_llm.gateway.scheduler import Mode
 from edge_llm.gateway.session import Session
+from edge_llm.gateway.situation import Mode
 from edge_llm.request import SamplingParams
 from edge_llm.worker.messages import Rates, Role
 from tests.nodes import load_of, node_of

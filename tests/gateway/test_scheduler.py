@@ -16,7 +16,8 @@ from edge_llm.cluster.view import ClusterView, Node
 from edge_llm.errors import Overloaded, UnknownModel
 from edge_llm.gateway.policies import LeastBusy, Policy, Random, RoundRobin
 from edge_llm.gateway.pools import Pool
-from edge_llm.gateway.scheduler import MAX_CANDIDATES, SHORTLIST, Mode, Plan, Situation, Wish, decide
+from edge_llm.gateway.scheduler import MAX_CANDIDATES, SHORTLIST, Plan, decide
+from edge_llm.gateway.situation import Mode, Situation, Wish
 from edge_llm.worker.messages import Link, Rates, Role
 from tests.nodes import load_of, node_of
 

@@ -37,8 +37,9 @@ from edge_llm.engine.pacing import Pace, room_s, whole_rows
 from edge_llm.errors import Overloaded
 from edge_llm.gateway.planner import Planner
 from edge_llm.gateway.running import Job, Running
-from edge_llm.gateway.scheduler import Mode, Plan
+from edge_llm.gateway.scheduler import Plan
 from edge_llm.gateway.session import Event, Session
+from edge_llm.gateway.situation import Mode
 from edge_llm.request import SamplingParams
 from edge_llm.worker.messages import Rates, Role
 from tests.nodes import PACED, load_of, node_of
@@ -198,6 +199,7 @@ class Simulation:
             if served.made == served.row.answer_tokens:
                 served.last_s = served.running.last_token_s = machine.step_s
                 served.running.session.on(Event.FINISHED)
+                served.running.session.finish_reason = "length"
                 self.planner.over(served.running)
                 machine.streams.remove(served)
                 is_moved = True
