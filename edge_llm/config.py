@@ -115,8 +115,8 @@ class WorkerConfig(_Settings):
     gateway_lease_s: Annotated[float, Field(gt=0, le=600)] = 10.0
     """A sequence whose gateway is gone for so long is freed."""
     drain_s: Annotated[float, Field(ge=0, le=3600)] = 120.0
-    """At most so long after SIGTERM it gives away what runs. It takes as long as its KV needs on the slowest way known
-    (worker/handover.py), and no longer."""
+    """At most so long after SIGTERM it goes on: until other workers have the KV of what runs here, for which they have
+    as long as it takes on the slowest way known (worker/handover.py), and what it reads for others is read."""
 
     @field_validator("allowed_peers")
     @classmethod

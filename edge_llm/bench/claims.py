@@ -293,9 +293,18 @@ SCHEDULING: Final = (
         needs=_decided(_STRICT_TTFT),
     ),
     Claim(
+        "goodput.memory",
+        "recorded traffic, strict time per token, to two simulated nodes whose steps are bound by memory: requests/s "
+        "within limits of auto, over the better of split and local",
+        "goodput-simulated",
+        (Bar(f"{_STRICT_TPOT}/auto_to_better/ratio", "at least", 0.95, has_interval=True),),
+        _MEASURED,
+        needs=_decided(_STRICT_TPOT),
+    ),
+    Claim(
         "goodput.splits",
-        "at the rates at which always splitting beats never splitting, auto splits most answers",
-        "goodput",
+        "to two such nodes, at the rates at which always splitting beats never splitting, auto splits most answers",
+        "goodput-simulated",
         (Bar(f"{_STRICT_TPOT}/auto_split_share_where_split_wins/share", "at least", 0.5, unit="%"),),
         "Measuring",
         needs=(

@@ -112,6 +112,19 @@ STEPS: Final[Mapping[str, Step]] = {
             parts="traces",
             without_tools=("--no-llama-server",),
         ),
+        Step(
+            "goodput-simulated",
+            ("bench", "goodput", "--engine", "simulated", "--budget-minutes", "40"),
+            40,
+            ("--budget-minutes", "20"),
+            20,
+            kind="goodput",
+            model="",
+            cores=2,
+            config={"engine": "simulated", "prompt_tokens_per_s": "250.0", "step_s": "0.03", "row_s": "0.003"},
+            parts="traces",
+            is_of_model=False,
+        ),
     )
 }
 

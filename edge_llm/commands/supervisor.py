@@ -34,6 +34,8 @@ from edge_llm.machine import available_memory_bytes, usable_cores
 GATEWAY_DRAIN_S: Final = 3.0
 # What stopping takes beside the drain: open connections (5 s, serving.py), the engine's last step, the interpreter.
 BESIDE_DRAIN_S: Final = 12.0
+# Here the gateway ends first, and nobody fetches what a worker gives away: only one that hangs takes so long.
+WORKER_DRAIN_S: Final = 30.0
 MAX_BACKOFF_S: Final = 10.0
 LOOPBACK: Final = "127.0.0.1"
 _given: Final = deque[int](maxlen=1000)
@@ -106,7 +108,8 @@ class Supervisor:
         threads = config.threads or max(1, usable_cores() // len(roles))
         settings = _worker_settings()
         share = () if config.simulated or settings.memory_limit_bytes else self._memory_share(len(roles))
-        stop_s = settings.drain_s + BESIDE_DRAIN_S
+        drain_s = settings.drain_s if "drain_s" in settings.model_fields_set else WORKER_DRAIN_S
+        stop_s = drain_s + BESIDE_DRAIN_S
         workers = []
         for number, role in enumerate(roles):
             name = f"{role}-{roles[:number].count(role) + 1}"

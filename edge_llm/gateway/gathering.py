@@ -11,8 +11,9 @@ they cost those few (the same reason as Splitwise's for pools of their own, pape
 Where another stream costs a step as much as the first one, nothing is gained, and nothing is gathered.
 
 Rule: of all numbers of homes the one with which the cluster serves most requests a second (`capacity_per_s`), if that
-is `GAIN` of what it serves with streams everywhere, and so many requests come that it counts (`BUSY`). A change is made
-when it has been due for `SUSTAINED_S`. Equal nodes are told apart by name, so that two gateways choose the same ones.
+is `GAIN` of what it serves with streams everywhere, so many requests come that it counts (`BUSY`), and most ask for a
+pace (`LIMITED`). A change is made when it has been due for `SUSTAINED_S`. Equal nodes are told apart by name, so that
+two gateways that begin together choose the same ones; homes are not moved among equals.
 The figures are those with which the simulated traces of tests/gateway/test_gathering_trace.py are served best.
 """
 
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import ceil, exp, isfinite, sqrt
+from math import ceil, exp, inf, sqrt
 from typing import Final
 
 from edge_llm.cluster.cost import Limits, NodeCost
@@ -59,8 +60,9 @@ class Candidate:
     @property
     def is_known(self) -> bool:
         """Whether what it says of itself can be counted with."""
-        costs_s = (self.cost.step_s(1, 1), self.cost.prefill_s(self.cost.chunk_tokens), self.cost.row_s(1))
-        return self.slots > 0 and all(isfinite(cost_s) and cost_s > 0.0 for cost_s in costs_s)
+        costs_s = (self.cost.step_s(1, 1), self.cost.prefill_s(self.cost.chunk_tokens))
+        row_s = self.cost.row_s(1)
+        return self.slots > 0 and 0.0 <= row_s < inf and all(0.0 < cost_s < inf for cost_s in costs_s)
 
 
 @dataclass(slots=True)
@@ -79,28 +81,23 @@ class Gathering:
         if self.homes.keys() <= set(ready):
             return False
         self.homes = {worker: room for worker, room in self.homes.items() if worker in ready}
-        self._due, self.why = frozenset(self.homes), "a node with streams is gone"
+        self._due, self.why = frozenset(self.homes), "a node with streams is not there for them any more"
         return True
 
     def observe(self, nodes: Sequence[Candidate], typical: Typical | None, now_s: float) -> bool:
         """Call every second or so, after `keep`. Whether streams go elsewhere now."""
         known = [node for node in nodes if node.is_known]
         wanted, why = self._wanted(known, typical)
-        if wanted == self.homes.keys():
-            self._due = wanted
-            return False
         if wanted != self._due:
             self._due, self._since_s = wanted, now_s
-        if now_s - self._since_s < SUSTAINED_S:
+        is_changed = wanted != self.homes.keys()
+        if is_changed and now_s - self._since_s < SUSTAINED_S:
             return False
-        assert typical is not None or not wanted
-        self.homes = {
-            node.worker: _Home.of(node, typical).most_streams
-            for node in known
-            if typical is not None and node.worker in wanted
-        }
-        self.why = why
-        return True
+        # of homes that stay, too: rates and limits change
+        self.homes = _rooms([node for node in known if node.worker in wanted], typical)
+        if is_changed:
+            self.why = why
+        return is_changed
 
     def _wanted(self, nodes: Sequence[Candidate], typical: Typical | None) -> tuple[frozenset[str], str]:
         """Homes; none: everywhere."""
@@ -112,14 +109,19 @@ class Gathering:
         everywhere_per_s = cluster.capacity_per_s([node.worker for node in nodes])
         if typical.rate_per_s < busy * everywhere_per_s:
             return nowhere, f"{typical.rate_per_s:.2f} requests/s come, nodes that do both serve {everywhere_per_s:.2f}"
-        found = cluster.best_homes(self.homes)
+        found = cluster.best_homes(self.homes or self._due)
         found_per_s = cluster.capacity_per_s(found)
         if self.homes and found_per_s < BETTER * (now_per_s := cluster.capacity_per_s(self.homes)):
             found, found_per_s = frozenset(self.homes), now_per_s
-        why = f"{everywhere_per_s:.2f} requests/s with streams everywhere, {found_per_s:.2f} on {len(found)} nodes"
+        why = f"{everywhere_per_s:.2f} requests/s with streams everywhere, {found_per_s:.2f} gathered on {len(found)}"
         gain = STILL_A_GAIN if self.homes else GAIN
         is_due = len(found) < len(nodes) and found_per_s >= gain * everywhere_per_s > 0.0
         return (found if is_due else nowhere), why
+
+
+def _rooms(homes: Sequence[Candidate], typical: Typical | None) -> dict[str, float]:
+    """For how many streams each has room."""
+    return {home.worker: _Home.of(home, typical).most_streams for home in homes} if typical is not None else {}
 
 
 def best_homes(nodes: Sequence[Candidate], typical: Typical, now: Collection[str] = ()) -> frozenset[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -311,7 +311,9 @@ class Planner:
             self._readers.intersection_update(node.worker for node in view.nodes)
             for event in self._pools.observe(self._standings(view), now_s):
                 _tell(event)
-        for model in view.models if self._policy is None else ():
+        # every answer of every worker comes by here: what is not due looks at homes alone
+        models = {model for model, gathered in self._gathered.items() if gathered.homes}
+        for model in sorted({*models, *view.models} if is_due else models) if self._policy is None else ():
             self._gather(model, view, now_s, is_due=is_due)
 
     def works(self, view: ClusterView, model: str | None = None) -> Mapping[str, Work]:
@@ -352,7 +354,8 @@ class Planner:
 
     def _gather(self, model: str, view: ClusterView, now_s: float, *, is_due: bool) -> None:
         """Where streams of a model's mixed nodes run: homes that are gone are known at once, others found in time."""
-        nodes, gathering = _alike(view.ready(model)), self._gathering(model)
+        gathering = self._gathering(model)
+        nodes = _alike(view.ready(model), gathering.homes)
         is_changed = gathering.keep([node.worker for node in nodes])
         if is_due:
             seen = [Candidate(n.worker, NodeCost.of(n.status), n.status.slots, _kv_bytes_per_s(n)) for n in nodes]
@@ -361,20 +364,20 @@ class Planner:
         for node in view.nodes if is_changed or is_due else ():
             if node.status.model != model:
                 continue
-            reads = node.worker in gathered - gathering.homes.keys()
-            if reads != (node.worker in self._readers):
-                (self._readers.add if reads else self._readers.discard)(node.worker)
-                kind: EventKind = "repurpose" if reads else "return"
+            was_reader = node.worker in self._readers
+            self._readers.discard(node.worker)
+            if is_reader := node.worker in gathered - gathering.homes.keys():
+                self._readers.add(node.worker)
+            if is_reader != was_reader and node.status.role == "mixed":
+                kind: EventKind = "repurpose" if is_reader else "return"
                 _tell(self._pools.moved(node.worker, model, kind, gathering.why, now_s))
 
     def _typical(self, model: str, nodes: Sequence[Node], now_s: float) -> Typical | None:
         """Requests that come to all gateways: as many more than ours as there are more streams."""
         typical = self._demand.typical(model, now_s)
-        works = [self._book.work(node.worker, now_s) for node in nodes]
-        running, foreign = sum(work.decoding for work in works), sum(work.unknown for work in works)
-        if typical is None or not 0 < foreign < running:
-            return typical
-        return replace(typical, rate_per_s=typical.rate_per_s * running / (running - foreign))
+        running = sum(self._book.work(node.worker, now_s).decoding for node in nodes)
+        own = running - sum(self._book.foreign(node.worker) for node in nodes)
+        return replace(typical, rate_per_s=typical.rate_per_s * running / own) if typical and own > 0 else typical
 
     def _standings(self, view: ClusterView) -> list[Standing]:
         """A prompt that a decode worker computes for itself is work that its model's prompt pool could not take only
@@ -402,16 +405,21 @@ class Planner:
         ]
 
 
-def _alike(nodes: Sequence[Node]) -> Sequence[Node]:
-    """Mixed nodes that can all exchange KV and give the same tokens, the largest such group; none where an operator has
-    given out roles."""
+def _alike(nodes: Sequence[Node], homes: Collection[str]) -> Sequence[Node]:
+    """Mixed nodes that can all exchange KV and give the same tokens: the group with homes, else the largest; none where
+    an operator has given out roles."""
     if any(node.status.role != "mixed" for node in nodes):
         return ()
     groups: dict[tuple[str, str], list[Node]] = {}
     for node in nodes:
         if node.prefills and node.decodes:
             groups.setdefault((node.status.compatibility, node.status.exactness_class), []).append(node)
-    return max(groups.values(), key=len, default=())
+    # a view lists who answered last at its end: names decide between equals
+    return max(
+        (sorted(group, key=lambda node: node.worker) for group in groups.values()),
+        key=lambda group: (any(node.worker in homes for node in group), len(group), group[0].worker),
+        default=(),
+    )
 
 
 def _kv_bytes_per_s(node: Node) -> float:

@@ -71,15 +71,22 @@ class Situation:
 
 
 def standing_by(decoders: list[Node], wish: Wish, situation: Situation) -> list[Node]:
-    """Those of the token pool that are not crowded, and who holds most of this prompt; all when nobody stands by."""
+    """Those of the token pool that are not crowded, and where streams are gathered who holds most of this prompt; all
+    when nobody stands by."""
     home = [node for node in decoders if situation.pool_of(node) != "prompt" and not is_crowded(node, situation)]
-    holders = [node for node in decoders if 2 * wish.held.get(node.worker, 0) >= wish.prompt_tokens]
+    holders = [node for node in decoders if situation.stream_room and _holds_most(node, wish)]
     return [*home, *(node for node in holders if node not in home)] if home else decoders
 
 
 def is_crowded(node: Node, situation: Situation) -> bool:
     room = situation.stream_room.get(node.worker)
-    return room is not None and situation.work(node).decoding >= room
+    work = situation.work(node)
+    # whose prompt is still being read has its stream when others' are over; but there are many after a node died
+    return room is not None and (work.decoding >= round(room) or work.sequences >= 2 * room)
+
+
+def _holds_most(node: Node, wish: Wish) -> bool:
+    return node.status.role == "mixed" and 2 * wish.held.get(node.worker, 0) >= wish.prompt_tokens
 
 
 def has_room(node: Node, wish: Wish, situation: Situation) -> bool:

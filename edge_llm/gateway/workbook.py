@@ -139,6 +139,10 @@ class WorkBook:
             desk.sum, desk.summed_s = _joined(desk.foreign, _sum(worker, desk, now_s, len(desk.foreign.prompts))), now_s
         return desk.sum
 
+    def foreign(self, worker: str) -> int:
+        """How many sequences of other gateways it seems to have."""
+        return self._desk(worker).foreign.decoding
+
     def fetching(self, worker: str) -> dict[str, Booking]:
         """Requests whose KV a decode worker is to get from elsewhere and does not have yet."""
         bookings = self._desk(worker).bookings.items()

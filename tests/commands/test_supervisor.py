@@ -12,7 +12,14 @@ from pathlib import Path
 import pytest
 
 from edge_llm.commands.child import Child
-from edge_llm.commands.supervisor import BESIDE_DRAIN_S, GATEWAY_DRAIN_S, SIMULATED_MODEL, Supervisor, free_port
+from edge_llm.commands.supervisor import (
+    BESIDE_DRAIN_S,
+    GATEWAY_DRAIN_S,
+    SIMULATED_MODEL,
+    WORKER_DRAIN_S,
+    Supervisor,
+    free_port,
+)
 from edge_llm.config import UpConfig
 from edge_llm.errors import WorkerError
 
@@ -52,7 +59,7 @@ def test_a_limit_of_the_user_counts_and_simulated_workers_get_none(monkeypatch: 
 
 @pytest.mark.usefixtures("tmp_cache")
 def test_a_worker_may_take_as_long_to_stop_as_its_drain(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {worker.stop_s for worker in planned(UpConfig()).workers} == {30.0 + BESIDE_DRAIN_S}
+    assert {worker.stop_s for worker in planned(UpConfig()).workers} == {WORKER_DRAIN_S + BESIDE_DRAIN_S}
     monkeypatch.setenv("EDGE_LLM_WORKER_DRAIN_S", "100")
     supervisor = planned(UpConfig())
     assert {worker.stop_s for worker in supervisor.workers} == {100.0 + BESIDE_DRAIN_S}

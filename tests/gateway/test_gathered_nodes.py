@@ -8,6 +8,7 @@ from typing import Any, Final
 import pytest
 from msgspec import structs
 
+from edge_llm.cluster.cost import Work
 from edge_llm.cluster.slo import Slo
 from edge_llm.cluster.view import ClusterView, Node
 from edge_llm.config import PolicyName
@@ -17,14 +18,14 @@ from edge_llm.gateway.policies import policy_of
 from edge_llm.gateway.running import Job, Running
 from edge_llm.gateway.scheduler import Plan
 from edge_llm.gateway.session import Event, Session
-from edge_llm.gateway.situation import Mode
+from edge_llm.gateway.situation import Mode, Situation, Wish, standing_by
 from edge_llm.request import SamplingParams
 from edge_llm.worker.messages import Role, WorkerStatus, decode, encode
 from tests.nodes import PACED, load_of, node_of
 
 BY_MEMORY: Final = structs.replace(PACED, run_s=0.030, row_s=0.003, token_s=0.004)
 CHAT: Final = Slo(3.0, 0.066)
-KEEPS: Final = 64 << 20
+KEEPS: Final = 4 << 30
 
 
 def mixed(worker: str, role: Role = "mixed", **changes: Any) -> Node:
@@ -38,7 +39,7 @@ class Scene:
     def __init__(self, *nodes: Node, policy: PolicyName = "predicted") -> None:
         self.now_s, self.requests = 100.0, 0
         self.planner = Planner(policy_of(policy, 0), clock=lambda: self.now_s)
-        self.view = ClusterView(nodes)
+        self.see(*nodes)
 
     def see(self, *nodes: Node) -> None:
         self.view = ClusterView(nodes)
@@ -103,7 +104,7 @@ def test_under_requests_with_a_pace_streams_are_gathered_and_the_move_is_told() 
     assert scene.moves == [("repurpose", "b")]
     event = scene.planner.pool_events[0]
     assert (event.born, event.to) == ("mixed", "prompt")
-    assert "on 1 nodes" in event.why
+    assert "gathered on 1" in event.why
     plan = plan_of(scene.asked())
     assert plan.decode.worker == "a"
 
@@ -136,7 +137,7 @@ def test_a_crowded_home_takes_no_more_while_others_have_room() -> None:
 
 
 def test_a_conversation_goes_on_where_its_kv_is() -> None:
-    scene = Scene(*PAIR)
+    scene = Scene(*(mixed(worker, kv_bytes_per_token=512 << 10) for worker in "ab"))
     for _ in range(2):
         first = scene.streams(scene.asked(range(2000), slo=Slo()))
         if plan_of(first).decode.worker == "b":
@@ -145,7 +146,7 @@ def test_a_conversation_goes_on_where_its_kv_is() -> None:
     scene.busy()
     assert scene.pools()["b"] == "prompt"
     turn = scene.asked([*range(2000), *[7] * 60, *range(5000, 5050)])
-    assert plan_of(turn).reader.worker == "b", "the beginning is there"
+    assert (plan_of(turn).decode.worker, plan_of(turn).mode) == ("b", "local"), "the beginning is there"
 
 
 def test_a_home_that_dies_leaves_its_answers_to_everybody_at_once() -> None:
@@ -154,6 +155,48 @@ def test_a_home_that_dies_leaves_its_answers_to_everybody_at_once() -> None:
     scene.see(*(node for node in scene.view.nodes if node.worker not in homes))
     assert set(scene.pools().values()) == {"mixed"}
     assert {kind for kind, _ in scene.moves} == {"repurpose", "return"}
+
+
+@pytest.mark.parametrize(
+    ("work", "is_home"),
+    [
+        (Work(), True),
+        (Work(sequences=7, decoding=3), True),
+        (Work(sequences=4, decoding=4), False),
+        (Work(sequences=8), False),
+    ],
+    ids=["idle", "prompts wait for it", "as many streams as it has room for", "many were left by a node that died"],
+)
+def test_a_home_has_room_for_so_many(work: Work, is_home: bool) -> None:
+    home, other = PAIR
+    situation = Situation(
+        works={"a": work}, pool_of=lambda node: "mixed" if node is home else "prompt", stream_room={"a": 3.9}
+    )
+    wish = Wish("m", prompt_tokens=100, max_tokens=10)
+    assert standing_by([home, other], wish, situation) == ([home] if is_home else [home, other])
+
+
+def test_groups_of_one_size_are_not_told_apart_by_who_answered_last() -> None:
+    of_a, of_b = [mixed(f"a{at}", exactness_class="a" * 64) for at in (1, 2)], [mixed(f"b{at}") for at in (1, 2)]
+    scene = Scene(*of_a, *of_b)
+    scene.busy()
+    moves = list(scene.moves)
+    assert len(moves) == 1
+    for node in [*of_a, *of_b] * 5:
+        scene.view = scene.view.with_node(node)
+        scene.busy(1)
+    assert scene.moves == moves
+
+
+def test_streams_that_never_split_are_not_taken_for_those_of_another_gateway() -> None:
+    scene = Scene(*PAIR)
+    others = [scene.streams(scene.asked(mode="local", slo=Slo())) for _ in range(6)]
+    for _ in range(40):
+        scene.ends(scene.streams(scene.asked()))
+        scene.now_s += 4.0
+        scene.planner.on_view(scene.view)
+    assert scene.moves == [], "a request in four seconds is little"
+    assert others
 
 
 def test_a_node_that_joins_while_streams_are_gathered_reads_prompts_and_it_is_told() -> None:
