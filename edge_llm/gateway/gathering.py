@@ -33,8 +33,8 @@ STILL_A_GAIN: Final = 1.0
 # By how much more other homes must serve than those that there are.
 BETTER: Final = 1.05
 # Of what is served with streams everywhere, so much must come before that counts; until it does not any more.
-BUSY: Final = 0.5
-STILL_BUSY: Final = 0.35
+BUSY: Final = 0.35
+STILL_BUSY: Final = 0.25
 # So many of the requests must ask for a pace; until they do not any more.
 LIMITED: Final = 0.6
 STILL_LIMITED: Final = 0.4

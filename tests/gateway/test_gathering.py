@@ -133,7 +133,7 @@ def test_where_a_further_stream_costs_as_much_as_the_first_streams_stay_everywhe
 
 @pytest.mark.parametrize("field", ["rate_per_s", "limited_share"])
 def test_between_the_marks_nothing_changes(field: str) -> None:
-    between, below = {"rate_per_s": (0.42, 0.1), "limited_share": (0.5, 0.3)}[field]
+    between, below = {"rate_per_s": (0.3, 0.1), "limited_share": (0.5, 0.3)}[field]
     for gathering in (Gathering(), gathered("n0")):
         assert watched(gathering, nodes(2), replace(CHAT, **{field: between})) == []
     assert watched(gathered("n0"), nodes(2), replace(CHAT, **{field: below})) == [frozenset()]
