@@ -132,7 +132,8 @@ def test_the_bars_are_those_of_the_benches() -> None:
     assert {bars["engine", name] for name in engine.RATIOS} == {engine.RATIO_BAR}
     assert bars["engine", "sampler_share_full"] == engine.SAMPLER_BAR
     assert bars["goodput", "ratio"] == verdicts.AUTO_BAR
-    assert bars["goodput", "share"] == verdicts.MOSTLY
+    assert bars["goodput-simulated", "ratio"] == verdicts.AUTO_BAR
+    assert bars["goodput-simulated", "share"] == verdicts.MOSTLY
     assert bars["pools", "longest_wait_s"] == pools.Plan().wait_bound_s
 
 
