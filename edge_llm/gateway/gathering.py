@@ -59,10 +59,12 @@ class Candidate:
 
     @property
     def is_known(self) -> bool:
-        """Whether what it says of itself can be counted with."""
+        """Whether what it says of itself can be counted with: it reads prompts as its streams' limits allow, at rates
+        that can be true."""
         costs_s = (self.cost.step_s(1, 1), self.cost.prefill_s(self.cost.chunk_tokens))
         row_s = self.cost.row_s(1)
-        return self.slots > 0 and 0.0 <= row_s < inf and all(0.0 < cost_s < inf for cost_s in costs_s)
+        is_paced = self.slots > 0 and self.cost.rates.of_limit > 0.0
+        return is_paced and 0.0 <= row_s < inf and all(0.0 < cost_s < inf for cost_s in costs_s)
 
 
 @dataclass(slots=True)
@@ -192,7 +194,7 @@ class _Home:
     def of(cls, node: Candidate, typical: Typical) -> _Home:
         cost, limits = node.cost, Limits((typical.tpot_s,))
         depth, held = typical.prompt_tokens + typical.answer_tokens / 2, typical.prompt_tokens - typical.computed_tokens
-        bearable_s = (cost.rates.of_limit or 1.0) * typical.tpot_s
+        bearable_s = cost.rates.of_limit * typical.tpot_s
         room = (bearable_s - cost.rates.run_s) / max(cost.row_s(depth), _NOTHING_S)
         most = min(float(node.slots), room) if room >= 1.0 else 0.0
         alone_s, beside = cost.step_s(1, depth), list[float]()

@@ -98,6 +98,10 @@ def test_a_worker_that_says_odd_things_of_itself_is_nobody_s_home(name: str, num
     assert number < 1.0 or gathering.homes.keys() <= {"m0", "m1"}
 
 
+def test_workers_that_hear_of_no_limits_are_left_as_they_are() -> None:
+    assert watched(Gathering(), nodes(2, structs.replace(BY_MEMORY, of_limit=0.0)), CHAT) == []
+
+
 # -- when it changes something
 
 
