@@ -86,6 +86,11 @@ def _decided(regime: str, ratio: str = "auto_to_better") -> tuple[Need, ...]:
     return (late, Need(Bar(f"{regime}/{ratio}/is_decided", "is", True), _UNDECIDED))
 
 
+def _near_the_better(name: str, sentence: str, step: str, regime: str) -> Claim:
+    bar = Bar(f"{regime}/auto_to_better/ratio", "at least", 0.95, has_interval=True)
+    return Claim(f"goodput.{name}", sentence, step, (bar,), _MEASURED, needs=_decided(regime))
+
+
 EXACTNESS: Final = (
     Claim(
         "exact.verify",
@@ -275,31 +280,25 @@ SCHEDULING: Final = (
         "Measuring",
         needs_full=True,
     ),
-    Claim(
-        "goodput.strict_tpot",
+    _near_the_better(
+        "strict_tpot",
         "recorded traffic, strict time per token: requests/s within limits of auto, over the better of split and local",
         "goodput",
-        (Bar(f"{_STRICT_TPOT}/auto_to_better/ratio", "at least", 0.95, has_interval=True),),
-        _MEASURED,
-        needs=_decided(_STRICT_TPOT),
+        _STRICT_TPOT,
     ),
-    Claim(
-        "goodput.strict_ttft",
+    _near_the_better(
+        "strict_ttft",
         "recorded traffic, strict time to first token: requests/s within limits of auto, over the better of split and "
         "local",
         "goodput",
-        (Bar(f"{_STRICT_TTFT}/auto_to_better/ratio", "at least", 0.95, has_interval=True),),
-        _MEASURED,
-        needs=_decided(_STRICT_TTFT),
+        _STRICT_TTFT,
     ),
-    Claim(
-        "goodput.memory",
+    _near_the_better(
+        "memory",
         "recorded traffic, strict time per token, to two simulated nodes whose steps are bound by memory: requests/s "
         "within limits of auto, over the better of split and local",
         "goodput-simulated",
-        (Bar(f"{_STRICT_TPOT}/auto_to_better/ratio", "at least", 0.95, has_interval=True),),
-        _MEASURED,
-        needs=_decided(_STRICT_TPOT),
+        _STRICT_TPOT,
     ),
     Claim(
         "goodput.splits",

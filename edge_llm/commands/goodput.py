@@ -34,8 +34,8 @@ SERVER_FLAGS: Final[Mapping[str, tuple[str, ...]]] = {
     "-b 256 -ub 256": ("-b", "256", "-ub", "256"),
     "-b 64 -ub 64": ("-b", "64", "-ub", "64"),
 }
-# Of simulated workers, and the worker's option that each becomes: steps that are bound by memory, as decode on boards
-# is, where another stream costs little.
+# Of simulated workers, and the worker's option that each becomes: steps as where weights take longer to be read than to
+# be computed with, so that another stream costs little.
 _SPEED: Final[Mapping[str, tuple[str, float]]] = {
     "prompt_tokens_per_s": ("--simulated-prompt-tokens-per-s", 250.0),
     "step_s": ("--simulated-step-s", 0.030),
@@ -107,9 +107,10 @@ def goodput(
 
     check_formats([requantize.upper()] if requantize else [])
     is_simulated = engine == "simulated"
-    if not is_simulated and any(value is not None for value in speed.values()):
+    given = {name: value for name, value in speed.items() if value is not None}
+    if given and not is_simulated:
         raise click.UsageError("speeds are of simulated workers: add --engine simulated")
-    speeds = {name: default if speed[name] is None else speed[name] for name, (_, default) in _SPEED.items()}
+    speeds = {name: given.get(name, default) for name, (_, default) in _SPEED.items()}
     cores = _two_cores()
     found_traces = [_read(path) for path in _files(traces)]
     config = {"engine": engine, "traces": [trace.name for trace in found_traces], "cores": cores}
@@ -150,7 +151,7 @@ class _Served:
     vocab_size: int
 
 
-def _simulated(speeds: Mapping[str, float | None]) -> _Served:
+def _simulated(speeds: Mapping[str, float]) -> _Served:
     from edge_llm.commands.local_cluster import local_cluster
     from edge_llm.commands.supervisor import SIMULATED_MODEL
     from edge_llm.engine.simulated import VOCAB_SIZE

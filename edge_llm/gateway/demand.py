@@ -40,7 +40,7 @@ class Typical:
 
 @dataclass(slots=True)
 class _Mean:
-    """Of about the last twenty; the first ones count alike. `assumed` counts as so many samples."""
+    """Of about the last twenty; the first ones count alike, and what is assumed before them as so many `samples`."""
 
     value: float = 0.0
     samples: int = 0
@@ -86,7 +86,7 @@ class _Splittable:
 class Demand:
     """All models' requests."""
 
-    _prompts: dict[str, float] = field(default_factory=dict)
+    _prompts: dict[str, _Mean] = field(default_factory=dict)
     _answers: dict[str, _Mean] = field(default_factory=dict)
     _splittable: dict[str, _Splittable] = field(default_factory=dict)
 
@@ -94,7 +94,7 @@ class Demand:
 
     def prompt_tokens(self, model: str) -> float | None:
         """How long the next prompt is expected to be; None before the first."""
-        return self._prompts.get(model)
+        return self._prompts[model].value if model in self._prompts else None
 
     def answer_tokens(self, model: str) -> float:
         """How long an answer is expected to be, as far as its limit allows."""
@@ -112,8 +112,7 @@ class Demand:
 
     def planned(self, model: str, prompt_tokens: int, held_tokens: int, *, may_split: bool) -> None:
         """A prompt is given to a worker that is believed to hold so many of its positions."""
-        mean = self._prompts.get(model, float(prompt_tokens))
-        self._prompts[model] = mean + SMOOTHING * (prompt_tokens - mean)
+        self._prompts.setdefault(model, _Mean()).add(prompt_tokens)
         if may_split:
             known = self._of(model)
             known.prompt.add(prompt_tokens)

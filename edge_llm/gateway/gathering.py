@@ -107,7 +107,7 @@ class Gathering:
         busy, limited = (STILL_BUSY, STILL_LIMITED) if self.homes else (BUSY, LIMITED)
         if typical is None or len(nodes) < 2 or typical.limited_share < limited:
             return nowhere, "too few requests, nodes, or limits of time per token"
-        cluster = _Cluster(nodes, typical)
+        cluster = Cluster(nodes, typical)
         everywhere_per_s = cluster.capacity_per_s([node.worker for node in nodes])
         if typical.rate_per_s < busy * everywhere_per_s:
             return nowhere, f"{typical.rate_per_s:.2f} requests/s come, nodes that do both serve {everywhere_per_s:.2f}"
@@ -126,18 +126,7 @@ def _rooms(homes: Sequence[Candidate], typical: Typical | None) -> dict[str, flo
     return {home.worker: _Home.of(home, typical).most_streams for home in homes} if typical is not None else {}
 
 
-def best_homes(nodes: Sequence[Candidate], typical: Typical, now: Collection[str] = ()) -> frozenset[str]:
-    """The homes with which most requests are served; all when no node can keep the pace."""
-    return _Cluster(nodes, typical).best_homes(now)
-
-
-def capacity_per_s(nodes: Sequence[Candidate], homes: Collection[str], typical: Typical) -> float:
-    """Requests a second that nodes serve within a limit of time per token when streams run on `homes` only. A model of
-    averages: what is left of homes' time, and all of the others', reads prompts; what others read has to be carried."""
-    return _Cluster(nodes, typical).capacity_per_s(homes)
-
-
-class _Cluster:
+class Cluster:
     """Nodes under one kind of request: what is the same for all choices of homes is worked out once."""
 
     def __init__(self, nodes: Sequence[Candidate], typical: Typical) -> None:
@@ -145,7 +134,8 @@ class _Cluster:
         self._homes = {node.worker: _Home.of(node, typical) for node in nodes}
 
     def best_homes(self, now: Collection[str]) -> frozenset[str]:
-        """Nodes are tried in order of how little prompt work is lost to streams there, of equals homes first."""
+        """The homes with which most requests are served; all when no node can keep the pace. Nodes are tried in order
+        of how little prompt work is lost to streams there, of equals those that are homes `now`."""
         able = [worker for worker, home in self._homes.items() if home.most_streams] or list(self._homes)
         able.sort(key=lambda worker: (self._homes[worker].loses_per_s, worker not in now, worker))
         tried = min(len(able), _TRIED)
@@ -154,6 +144,9 @@ class _Cluster:
         return max(sets, key=lambda homes: (self.capacity_per_s(homes), len(homes)))
 
     def capacity_per_s(self, homes: Collection[str]) -> float:
+        """Requests a second that are served within their limit of time per token when streams run on `homes` only. A
+        model of averages: what is left of homes' time, and all of the others', reads prompts; what others read has to
+        be carried."""
         paced = [home for worker, home in self._homes.items() if worker in homes]
         reads_per_s = sum(home.alone_per_s for worker, home in self._homes.items() if worker not in homes)
         low_per_s, high_per_s = 0.0, sum(home.alone_per_s for home in self._homes.values())

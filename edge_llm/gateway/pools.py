@@ -87,13 +87,14 @@ class Pools:
 
     def spilled(self, worker: str, model: str, role: Role, to: Pool, now_s: float) -> PoolEvent:
         """Note that one request went to a node of the other pool."""
-        event = PoolEvent("spill", worker, model, _BORN[role], to, now_s)
-        self.events.append(event)
-        return event
+        return self._noted(PoolEvent("spill", worker, model, _BORN[role], to, now_s))
 
     def moved(self, worker: str, model: str, kind: EventKind, why: str, now_s: float) -> PoolEvent:
         """Note that a mixed node reads prompts only, or does both again (gathering.py)."""
-        event = PoolEvent(kind, worker, model, "mixed", "prompt" if kind == "repurpose" else "mixed", now_s, why)
+        to: Pool = "prompt" if kind == "repurpose" else "mixed"
+        return self._noted(PoolEvent(kind, worker, model, "mixed", to, now_s, why))
+
+    def _noted(self, event: PoolEvent) -> PoolEvent:
         self.events.append(event)
         return event
 

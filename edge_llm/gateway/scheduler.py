@@ -17,8 +17,8 @@ so must it be for a mixed node to read for another one, since it could do all of
 exactness class be: predictions err, and promises are not given up for noise. Nor is a second node's time: where an idle
 one can do all of it, a split must be sooner by a margin, too. When a full prefill worker is predicted to serve sooner
 than the free ones, the request waits for it, but never longer than the free one would have taken; for a mixed one only
-where streams are gathered elsewhere (gathering.py) and it stands by for prompts. Who asks
-for `split` waits for a decode worker that somebody can prefill for, and gets local only when there is none.
+where streams are gathered elsewhere (gathering.py) and it stands by for prompts. Who asks for `split` waits for a
+decode worker that somebody can prefill for, and gets local only when there is none.
 """
 
 from __future__ import annotations

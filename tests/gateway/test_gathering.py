@@ -11,7 +11,7 @@ from msgspec import structs
 
 from edge_llm.cluster.cost import NodeCost
 from edge_llm.gateway.demand import Typical
-from edge_llm.gateway.gathering import SUSTAINED_S, Candidate, Gathering, best_homes, capacity_per_s
+from edge_llm.gateway.gathering import SUSTAINED_S, Candidate, Cluster, Gathering
 from edge_llm.worker.messages import Rates
 from tests.nodes import PACED
 
@@ -38,6 +38,14 @@ def watched(
         if gathering.observe(seen, typical, since_s + second):
             changes.append(frozenset(gathering.homes))
     return changes
+
+
+def capacity_per_s(seen: list[Candidate], homes: list[str], typical: Typical) -> float:
+    return Cluster(seen, typical).capacity_per_s(homes)
+
+
+def best_homes(seen: list[Candidate], typical: Typical, now: frozenset[str] = frozenset()) -> frozenset[str]:
+    return Cluster(seen, typical).best_homes(now)
 
 
 def gathered(*homes: str) -> Gathering:
@@ -163,5 +171,5 @@ def test_a_home_that_is_gone_is_forgotten_at_once_and_the_others_stay() -> None:
 
 
 def test_homes_are_not_moved_among_equals() -> None:
-    assert best_homes(nodes(2), CHAT, now={"n1"}) == {"n1"}
+    assert best_homes(nodes(2), CHAT, now=frozenset({"n1"})) == {"n1"}
     assert watched(gathered("n1"), nodes(2), CHAT) == []
