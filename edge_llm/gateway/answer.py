@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from fastapi import Request
 
@@ -22,26 +22,36 @@ from edge_llm.gateway.running import Finish, Job, Progress, Running, Silence, Te
 from edge_llm.gateway.shape import DONE, KEEP_ALIVE, Shape, Usage, error_body, sse
 from edge_llm.gateway.wire import Outlet
 
+# So long a request may take to be accepted before anybody looks whether its client is there still: most take less, and
+# one more task each is a share of their time to first token.
+UNWATCHED_S: Final = 0.02
 Result = TypeVar("Result")
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
     """What `work` comes to. A client that hangs up ends it: then nobody hears what is raised. It runs in the caller's
-    own task: under load each further one waits for its turn."""
-    now_s = asyncio.get_running_loop().time
-    gone = asyncio.create_task(_disconnected(request), name="disconnect")
+    own task, since under load each further one waits for its turn; the one that looks for the client begins only when
+    the work takes longer than usual."""
+    loop = asyncio.get_running_loop()
+    looking: list[asyncio.Task[None]] = []
     async with _cut("the client hung up before its request was accepted") as cut:
 
         def end(_: asyncio.Task[None]) -> None:
             with suppress(RuntimeError):  # the block is over already, in the same turn of the loop
-                cut.reschedule(now_s())
+                cut.reschedule(loop.time())
 
-        gone.add_done_callback(end)
+        def look() -> None:
+            looking.append(asyncio.create_task(_disconnected(request), name="disconnect"))
+            looking[0].add_done_callback(end)
+
+        timer = loop.call_later(UNWATCHED_S, look)
         try:
             return await work
         finally:
-            gone.remove_done_callback(end)
-            gone.cancel()
+            timer.cancel()
+            for gone in looking:
+                gone.remove_done_callback(end)
+                gone.cancel()
 
 
 @asynccontextmanager

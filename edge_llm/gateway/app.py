@@ -10,7 +10,7 @@ import asyncio
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 from functools import partial
 from typing import Any, Final
@@ -21,7 +21,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.routing import BaseRoute, Route
+from starlette.routing import Route
 
 from edge_llm.cluster.discovery import Discovery, Heard
 from edge_llm.cluster.probe import Prober
@@ -49,6 +49,7 @@ from edge_llm.gateway.queue import Bounds
 from edge_llm.gateway.shape import Shape, error_body, error_headers, together
 from edge_llm.gateway.tokenizing import Tokenizers
 from edge_llm.gateway.wire import outlet_of
+from edge_llm.straight import Straight
 from edge_llm.trace import follow
 from edge_llm.worker.client import WorkerClient
 from edge_llm.worker.stream import ClosingStream
@@ -172,7 +173,10 @@ def create_app(gateway: Gateway) -> FastAPI:
         async with gateway.running():
             yield
 
-    app = FastAPI(routes=_answering(gateway), lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    answering = _answering(gateway)
+    app = FastAPI(routes=[*answering], lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    on_error = _error_answer(gateway)
+    app.add_middleware(Straight, routes=answering, on_error=on_error)
     app.add_middleware(
         Edge,
         credentials=gateway.credentials,
@@ -187,21 +191,28 @@ def create_app(gateway: Gateway) -> FastAPI:
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )
-    _say_errors(app, gateway)
+    app.add_exception_handler(EdgeLLMError, on_error)
+    _say_other_errors(app)
     _say_how_it_is(app, gateway)
     _say_models(app, gateway)
     add_routes(app, lambda: gateway.operating, gateway.bodies)
     return app
 
 
-def _say_errors(app: FastAPI, gateway: Gateway) -> None:
-    """Every error in OpenAI's form."""
+def _error_answer(gateway: Gateway) -> Callable[[Request, Exception], Awaitable[Response]]:
+    """Our own errors in OpenAI's form."""
 
-    @app.exception_handler(EdgeLLMError)
-    async def on_error(request: Request, error: EdgeLLMError) -> Response:
+    async def on_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, EdgeLLMError)
         if not getattr(request.state, "is_accepted", False):
             gateway.metrics.rejected(error.code)
         return JSONResponse(error_body(error), error.status, error_headers(error))
+
+    return on_error
+
+
+def _say_other_errors(app: FastAPI) -> None:
+    """Those of the framework and bugs in the same form."""
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> Response:
@@ -271,8 +282,8 @@ def _say_models(app: FastAPI, gateway: Gateway) -> None:
         return JSONResponse(_model_entry(gateway, model))
 
 
-def _answering(gateway: Gateway) -> list[BaseRoute]:
-    """The two routes that every request waits for: plain ones, which FastAPI adds nothing to, and looked at first."""
+def _answering(gateway: Gateway) -> list[Route]:
+    """The two routes that every request waits for: plain ones, which FastAPI adds nothing to."""
 
     async def chat_completions(request: Request) -> Response:
         return await _answer(gateway, request, is_chat=True)

@@ -50,6 +50,9 @@ REFUSED_S: Final = 0.1
 MIN_TIME_S: Final = 0.001
 # How long the end of a gateway waits for its last cancellations to arrive; a lease frees what they did not reach.
 CLOSE_S: Final = 1.0
+# Where nobody waits, a request is on its way to its worker before its client's headers are made, which take longer: a
+# turn of the loop for its task, one for the HTTP client's writer.
+HANDING_TURNS: Final = 2
 # How long news of workers may lie before those who wait are planned for again.
 LOOK_AGAIN_S: Final = 0.1
 # Rates of idle engines flatter, and who is refused for nothing is worse off than who waits a little.
@@ -151,6 +154,8 @@ class Dispatcher:
             self._queue.ready(place, self._demand(running), lambda: self._plan(running), _lane(running), free_slots)
             task = asyncio.create_task(self._run(running, place), name=f"request {job.request_id}")
             try:
+                for _ in range(HANDING_TURNS):
+                    await asyncio.sleep(0)
                 yield running
             finally:
                 self._leave(running, task)

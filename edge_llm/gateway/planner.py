@@ -121,7 +121,7 @@ class Planner:
     def _decide(self, running: Running, known: _Known, view: ClusterView, situation: Situation) -> tuple[Plan, Wish]:
         """First without any worker that failed this request in its present life; when that leaves nobody, with those
         of them that were seen well since."""
-        failed = [node for node in view.nodes if known.failed.get(node.worker, (None,))[0] == node.life]
+        failed = [n for n in view.nodes if n.worker in known.failed and known.failed[n.worker][0] == n.life]
         wish = self._wish(running, known, view, frozenset(node.worker for node in failed))
         try:
             return decide(wish, view, situation), wish

@@ -14,6 +14,7 @@ from typing import Final
 import structlog
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -21,6 +22,7 @@ from starlette.routing import Route
 from edge_llm import trace
 from edge_llm.errors import EdgeLLMError, InvalidRequest, Unauthorized, WorkerError
 from edge_llm.exposition import CONTENT_TYPE
+from edge_llm.straight import Straight
 from edge_llm.worker.bodies import error_reply, proven_reply_of, reply_of
 from edge_llm.worker.messages import (
     CancelReply,
@@ -51,8 +53,10 @@ def create_app(worker: Worker) -> Starlette:
         async with worker.running():
             yield
 
+    operations = [gated(worker, name, handler) for name, handler in HANDLERS.items()]
     app = Starlette(
-        routes=[*_public(worker), *(gated(worker, name, handler) for name, handler in HANDLERS.items())],
+        routes=[*_public(worker), *operations],
+        middleware=[Middleware(Straight, routes=operations, on_error=_on_error)],
         lifespan=lifespan,
         exception_handlers={EdgeLLMError: _on_error, HTTPException: _on_no_route, Exception: _on_bug(worker)},
     )
