@@ -40,4 +40,5 @@ class Straight:
             response = await endpoint(request)
         except EdgeLLMError as error:
             response = await self._on_error(request, error)
+            error.__traceback__ = None  # its frames may hold it, and with it a whole prompt until they are collected
         await response(scope, receive, send)

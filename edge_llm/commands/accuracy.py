@@ -349,7 +349,7 @@ def _fetch(names: Sequence[str], folder: Path) -> None:
 
 def _list(folder: Path, as_json: bool) -> None:
     from edge_llm.bench.accuracy.datasets import SOURCES, TEXTS
-    from edge_llm.bench.accuracy.sources import PUBLISHED
+    from edge_llm.bench.accuracy.sources import ELSEWHERE, PUBLISHED, licence_of
     from edge_llm.bench.accuracy.tasks import OWN, TASKS
 
     files = {**TEXTS, **{name: source.file for name, source in SOURCES.items()}}
@@ -357,11 +357,14 @@ def _list(folder: Path, as_json: bool) -> None:
     for name, task in TASKS.items():
         is_there = name in OWN or (folder / files[name]).is_file()
         state = "ships" if name in OWN else "there" if is_there else "fetchable" if name in PUBLISHED else "missing"
-        rows.append({"task": name, "kind": task.kind, "data": state, "file": files[name], "note": task.note})
+        origin = ELSEWHERE[name].origin if name in ELSEWHERE else None
+        row = {"task": name, "kind": task.kind, "data": state, "file": files[name], "licence": licence_of(name)}
+        rows.append({**row, "note": task.note, "origin": origin})
     if as_json:
         click.echo(json.dumps(rows))
         return
-    _table([("task", "kind", "data", "file", "note"), *(tuple(map(str, row.values())) for row in rows)])
+    heads = ("task", "kind", "data", "file", "licence", "note", "origin")
+    _table([heads, *(tuple(str(row[head] or "") for head in heads) for row in rows)])
 
 
 def _names(text: str) -> list[str]:

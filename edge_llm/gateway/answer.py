@@ -106,9 +106,11 @@ async def _collect(running: Running, gone: asyncio.Task[None]) -> tuple[str, Fin
     parts: list[str] = []
     while True:
         getting = asyncio.create_task(running.heard())
-        await asyncio.wait({getting, gone}, return_when=asyncio.FIRST_COMPLETED)
+        try:
+            await asyncio.wait({getting, gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            getting.cancel()  # of one that is done it does nothing
         if not getting.done():
-            getting.cancel()
             return "", Finish(None, WorkerError("the client hung up"))
         update = getting.result()
         if isinstance(update, Finish):

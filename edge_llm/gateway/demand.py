@@ -22,6 +22,11 @@ WINDOW_S: Final = 30.0
 _ASSUMED_ANSWERS: Final = 4
 # Fewer arrivals in the window say nothing of how often requests come.
 _LEAST_ARRIVALS: Final = 3.0
+# A limit moves the mean no further than one of so many times, or that part of, what others ask for; outside these
+# bounds all are the same, kept by any node or by none.
+_ODD: Final = 4.0
+_LEAST_TPOT_S: Final = 1e-3
+_MOST_TPOT_S: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +58,7 @@ class _Mean:
 @dataclass(slots=True)
 class _Splittable:
     """Requests of one model that may be split. arrivals: of the window, older ones count less; log_tpot: the mean of
-    logarithms, which one odd limit hardly moves."""
+    logarithms."""
 
     prompt: _Mean = field(default_factory=_Mean)
     computed: _Mean = field(default_factory=_Mean)
@@ -69,6 +74,13 @@ class _Splittable:
             self.since_s = now_s
         self.arrivals = self.arrivals_at(now_s) + 1.0
         self.arrived_s = now_s
+
+    def paced(self, tpot_s: float) -> None:
+        """The limit of one. Once others are known odd ones hardly move the mean, however odd."""
+        mean, sample = self.log_tpot, log(min(max(tpot_s, _LEAST_TPOT_S), _MOST_TPOT_S))
+        if mean.samples * SMOOTHING >= 1.0:
+            sample = min(max(sample, mean.value - log(_ODD)), mean.value + log(_ODD))
+        mean.add(sample)
 
     def arrivals_at(self, now_s: float) -> float:
         return self.arrivals * exp(-(now_s - self.arrived_s) / WINDOW_S) if self.arrivals else 0.0
@@ -108,7 +120,7 @@ class Demand:
         known.arrived(now_s)
         known.limited.add(float(tpot_s is not None))
         if tpot_s:
-            known.log_tpot.add(log(tpot_s))
+            known.paced(tpot_s)
 
     def planned(self, model: str, prompt_tokens: int, held_tokens: int, *, may_split: bool) -> None:
         """A prompt is given to a worker that is believed to hold so many of its positions."""

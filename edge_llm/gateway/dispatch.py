@@ -50,9 +50,6 @@ REFUSED_S: Final = 0.1
 MIN_TIME_S: Final = 0.001
 # How long the end of a gateway waits for its last cancellations to arrive; a lease frees what they did not reach.
 CLOSE_S: Final = 1.0
-# Where nobody waits, a request is on its way to its worker before its client's headers are made, which take longer: a
-# turn of the loop for its task, one for the HTTP client's writer.
-HANDING_TURNS: Final = 2
 # How long news of workers may lie before those who wait are planned for again.
 LOOK_AGAIN_S: Final = 0.1
 # Rates of idle engines flatter, and who is refused for nothing is worse off than who waits a little.
@@ -154,8 +151,6 @@ class Dispatcher:
             self._queue.ready(place, self._demand(running), lambda: self._plan(running), _lane(running), free_slots)
             task = asyncio.create_task(self._run(running, place), name=f"request {job.request_id}")
             try:
-                for _ in range(HANDING_TURNS):
-                    await asyncio.sleep(0)
                 yield running
             finally:
                 self._leave(running, task)
@@ -228,6 +223,7 @@ class Dispatcher:
         try:
             async with sending:
                 running.sending = sending
+                await self._listener.heard(plan.decode)
                 await self._client.decode(peer_of(plan.decode), request, running.job.trace)
         except TimeoutError:
             if not sending.expired():
@@ -366,8 +362,8 @@ class Dispatcher:
 
     def on_view(self, before: ClusterView, after: ClusterView) -> None:
         """Keep one event connection to every node of the view."""
-        self._planner.on_view(after)
         self._listener.on_view(before, after)
+        self._planner.on_view(after)
         self._look_again()
 
     def _look_again(self) -> None:
@@ -422,8 +418,9 @@ def _log_end(running: Running) -> None:
 
 
 def _lane(running: Running) -> queue.Lane:
-    """What requests share workers: others that lost the same ones."""
-    return running.job.model, frozenset(running.session.lost)
+    """What requests share workers: others that lost the same ones, and go on in the same exactness class."""
+    made_by = running.made_by
+    return running.job.model, frozenset(running.session.lost), made_by and made_by.status.exactness_class
 
 
 def _goes_on_the_same(before: Node, after: Node) -> bool:

@@ -40,6 +40,9 @@ from edge_llm.worker.messages import ChatMessage, TokenizeReply, TokenizeRequest
 _BYTES_PER_TOKEN: Final = 8
 # A list of ids as it waits: a pointer and a number object each.
 _BYTES_PER_ID: Final = 36
+# Where nobody waits, a request is on its way to its worker before its client's headers are made, which take longer: a
+# turn of the loop for its task, one for the HTTP client's writer.
+HANDING_TURNS: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +206,8 @@ class Arrival:
         """Run the job from this place on. Raises what refuses it at once."""
         async with self._dispatcher.running(job, self._place, arrived_s) as running:
             try:
+                for _ in range(HANDING_TURNS):
+                    await asyncio.sleep(0)
                 yield running
             finally:
                 if running.plan is not None:

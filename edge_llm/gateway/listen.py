@@ -1,7 +1,8 @@
 """What workers say: one event connection per worker carries everything it has to say to this gateway.
 
 Owns those connections and what an event does to its request. A connection that breaks loses the worker's requests; one
-to a place that is not in the view any more is closed once none of our requests is there.
+to a place that is not in the view any more is closed once none of our requests is there. Nothing is sent to a worker
+before its connection is open (`heard`): what it says would go to one that broke without its knowing.
 Refuses to know planning and sending (dispatch.py) and clients.
 """
 
@@ -11,6 +12,7 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextvars import Context
+from dataclasses import dataclass
 from typing import Final, Protocol
 
 import structlog
@@ -24,7 +26,6 @@ from edge_llm.worker import messages
 from edge_llm.worker.client import Peer, WorkerClient, error_of
 from edge_llm.worker.messages import ErrorReply, EventBatch
 
-RECONNECT_S: Final = 0.5
 MAX_STRAYS: Final = 1024
 # A step of many sequences writes to, or wakes, as many streams: all at once they would hold up whoever comes in
 # meanwhile, several times on its way. So many tokens, of one worker at a time, and then whoever else is ready gets
@@ -64,6 +65,14 @@ class Outcomes(Protocol):
         """The connection to `node` broke."""
 
 
+@dataclass(slots=True)
+class _Connection:
+    """`is_open` is set when the worker has answered. `task` reads it until it is gone."""
+
+    is_open: asyncio.Event
+    task: asyncio.Task[None]
+
+
 class Listener:
     """The event connections, and what comes over them."""
 
@@ -78,7 +87,7 @@ class Listener:
     ) -> None:
         self._client, self._running, self._outcomes = client, running, outcomes
         self._metrics, self._clock, self._buffer_bytes = metrics, clock, buffer_bytes
-        self._connections: dict[Place, asyncio.Task[None]] = {}
+        self._connections: dict[Place, _Connection] = {}
         self._places: frozenset[Place] = frozenset()
         self._turn = asyncio.Lock()
         self._strays: OrderedDict[tuple[str, int], None] = OrderedDict()
@@ -86,13 +95,21 @@ class Listener:
     def on_view(self, before: ClusterView, after: ClusterView) -> None:
         """Keep one event connection to every node of the view."""
         for node in after.nodes:
-            task = self._connections.get(node.place)
-            if node.decodes and (task is None or task.done()):
-                self._connections[node.place] = asyncio.create_task(
-                    self._follow(node), name=f"events {node.worker}", context=Context()
-                )
+            if node.decodes and node.place not in self._connections:
+                is_open = asyncio.Event()
+                following = self._follow(node, is_open)
+                task = asyncio.create_task(following, name=f"events {node.worker}", context=Context())
+                self._connections[node.place] = _Connection(is_open, task)
         self._places = frozenset(node.place for node in after.nodes)
         self.hang_up()
+
+    async def heard(self, node: Node) -> None:
+        """Returns when what the node says comes here. Raises WorkerUnreachable where nobody listens to it; a connection
+        that does not come about loses it its requests, as one that breaks."""
+        connection = self._connections.get(node.place)
+        if connection is None:
+            raise WorkerUnreachable(f"decode worker {node.worker} is not heard any more")
+        await connection.is_open.wait()
 
     def hang_up(self) -> None:
         """On all places that nobody speaks of any more and where nothing of ours is. To be called when requests end."""
@@ -105,13 +122,14 @@ class Listener:
             if running.plan is not None and running.session.is_with_worker
         }
         for place in gone:
-            if self._connections[place] is not asyncio.current_task():  # that one ends by itself
-                self._connections.pop(place).cancel()
+            if self._connections[place].task is not asyncio.current_task():  # that one ends by itself
+                self._connections.pop(place).task.cancel()
 
-    async def _follow(self, node: Node) -> None:
-        """Read a worker's events until it is gone; then its requests are replanned."""
+    async def _follow(self, node: Node, is_open: asyncio.Event) -> None:
+        """Read a worker's events until it is gone; then its requests are replanned. When it answers again there is a
+        new connection, at once."""
         try:
-            async for batch in self._client.events(Peer(node.worker, node.place.address)):
+            async for batch in self._client.events(Peer(node.worker, node.place.address), is_open.set):
                 self._end_strays(batch, node)  # before: what loses a worker its request is no stray yet
                 await self._on_batch(batch)
         except EdgeLLMError as error:
@@ -120,9 +138,11 @@ class Listener:
         except Exception as error:  # top of the task: what was not heard may have been somebody's last token
             log.error("events failed", worker=node.worker, error=repr(error), exc_info=True)
             self._lose_all(node, "the gateway failed on what it said")
-        await asyncio.sleep(RECONNECT_S)
 
     def _lose_all(self, node: Node, why: str) -> None:
+        """To be called by the task of its connection, which ends."""
+        if (connection := self._connections.get(node.place)) and connection.task is asyncio.current_task():
+            del self._connections[node.place]
         self._outcomes.gone(node)
         lost = WorkerUnreachable(f"decode worker {node.worker} was lost: {why}")
         for running in list(self._running.values()):
@@ -231,6 +251,7 @@ class Listener:
 
     async def close(self) -> None:
         """End all connections."""
-        for task in self._connections.values():
+        tasks = [connection.task for connection in self._connections.values()]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._connections.values(), return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -91,6 +91,9 @@ class Planner:
             self._watches,
         )
         plan, wish = self._decide(running, known, view, situation)
+        if known.decision is None:
+            held = min(wish.held.get(plan.reader.worker, 0), wish.prompt_tokens - 1)
+            self._demand.planned(job.model, wish.prompt_tokens, held, may_split=job.mode != "local")
         known.decision = self._record(running, plan, wish)
         now_s, expected_s = self._clock(), plan.prediction.ttft_s if plan.prediction else 0.0
         self._book.book(
@@ -178,8 +181,6 @@ class Planner:
     def _record(self, running: Running, plan: Plan, wish: Wish) -> Decision:
         now_s, job = self._clock(), running.job
         held_tokens = min(wish.held.get(plan.reader.worker, 0), wish.prompt_tokens - 1)
-        if not running.session.delivered:
-            self._demand.planned(job.model, wish.prompt_tokens, held_tokens, may_split=job.mode != "local")
         for node, pool in plan.spills:
             _tell(self._pools.spilled(node.worker, node.status.model, node.status.role, pool, now_s))
         decision = Decision(

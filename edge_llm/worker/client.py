@@ -173,8 +173,9 @@ class WorkerClient:
         )
         return self._keys.sign(claims)
 
-    async def events(self, peer: Peer) -> AsyncIterator[EventBatch]:
-        """Batches until the connection ends; raises WorkerUnreachable on silence or loss."""
+    async def events(self, peer: Peer, on_open: Callable[[], None] = lambda: None) -> AsyncIterator[EventBatch]:
+        """Batches until the connection ends; raises WorkerUnreachable on silence or loss. `on_open`: from now on what
+        the worker says goes to this connection and to no older one."""
         ticket = self._ticket(peer, "events", "", b"")
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=SILENCE_S)
         url = f"http://{peer.address}/events?gateway={self._gateway}"
@@ -186,6 +187,7 @@ class WorkerClient:
         ):
             if reply.status != 200:
                 await _body(peer, reply)
+            on_open()
             async for line in _lines(reply.content):
                 yield decode(EventBatch, line)
         raise WorkerUnreachable(f"worker {peer.worker} closed its event stream")

@@ -47,6 +47,8 @@ Address = Annotated[str, Meta(pattern=r"^[A-Za-z0-9.\[\]:_-]{1,255}:[0-9]{1,5}$"
 TokenId = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
 Ids = Annotated[list[TokenId], Meta(max_length=MAX_TOKENS_IN_MESSAGE)]
 Count = Annotated[int, Meta(ge=0, le=1 << 40)]
+# Sequences of one worker: each becomes an object where plans are made.
+Few = Annotated[int, Meta(ge=0, le=1 << 16)]
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 Rate = Annotated[float, Meta(ge=0, le=1e15)]
 Tenant = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{0,64}$")]
@@ -223,13 +225,13 @@ class PromptReport(Message, frozen=True, kw_only=True):
     prefill_ms: float
     handoff_ms: float
     adopt_ms: float
-    handoff_bytes: int
-    overlapped_bytes: int
-    restored_tokens: int
-    computed_tokens: int
+    handoff_bytes: Count
+    overlapped_bytes: Count
+    restored_tokens: Count
+    computed_tokens: Count
     is_same_class: bool
-    cached_tokens: int = 0
-    prefill_cached_tokens: int = 0
+    cached_tokens: Count = 0
+    prefill_cached_tokens: Count = 0
     fallback: str | None = None
     trouble: Trouble = ""
 
@@ -340,22 +342,22 @@ class Load(Message, frozen=True, kw_only=True, forbid_unknown_fields=False):
     WIDE_ROWS rows or more; prompts_met found another prompt being computed when they came; of prefix_query_tokens
     looked up, prefix_hit_tokens were kept here; generated_tokens were made and computed_tokens of prompts read."""
 
-    slots_free: int
-    sequences_running: int
-    sequences_waiting: int
-    pending_prompt_tokens: int
-    kv_cells_free: int
+    slots_free: Few
+    sequences_running: Few
+    sequences_waiting: Few
+    pending_prompt_tokens: Count
+    kv_cells_free: Count
     decode_step_s: Seconds
     prefill_tokens_per_s: Rate
-    widest_decode_rows: int = 0
-    wide_decode_calls: int = 0
-    prompts_met: int = 0
-    prefix_bytes: int = 0
-    prefix_limit_bytes: int = 0
-    prefix_query_tokens: int = 0
-    prefix_hit_tokens: int = 0
-    generated_tokens: int = 0
-    computed_tokens: int = 0
+    widest_decode_rows: Count = 0
+    wide_decode_calls: Count = 0
+    prompts_met: Count = 0
+    prefix_bytes: Count = 0
+    prefix_limit_bytes: Count = 0
+    prefix_query_tokens: Count = 0
+    prefix_hit_tokens: Count = 0
+    generated_tokens: Count = 0
+    computed_tokens: Count = 0
     rates: Rates = Rates()
     links: list[Link] = []
 
@@ -378,11 +380,11 @@ class WorkerStatus(Message, frozen=True, kw_only=True, forbid_unknown_fields=Fal
     architecture: str
     quantization: str
     memory: MemoryKind
-    n_ctx: int
-    slots: int
+    n_ctx: Count
+    slots: Few
     chunk_tokens: Annotated[int, Meta(ge=1, le=1 << 20)]
-    vocab_size: int
-    kv_bytes_per_token: int
+    vocab_size: Count
+    kv_bytes_per_token: Count
     splits: bool
     split_reason: str
     compatibility: str
@@ -391,12 +393,12 @@ class WorkerStatus(Message, frozen=True, kw_only=True, forbid_unknown_fields=Fal
     level: Level
     level_reason: str
     version: str
-    pid: int
+    pid: Count
     serves_prompts: bool
     started_at: float = 0.0
     board: Board | None = None
     build: dict[str, str]
-    memory_bytes: dict[str, int]
+    memory_bytes: dict[str, Count]
     load: Load
 
 

@@ -238,6 +238,8 @@ def test_the_list_says_what_is_there(tmp_path: Path) -> None:
         "fetchable",
         "missing",
     )
+    assert all(row["licence"] for row in rows if row["data"] != "ships")
+    assert all(row["origin"] for row in rows if row["data"] == "missing"), "who lacks a file is told where it is from"
     assert "piqa/piqa.jsonl" in invoked("--list", "--data", str(tmp_path)).output
 
 

@@ -68,10 +68,25 @@ def test_requests_that_never_split_say_nothing_of_those_that_do() -> None:
     assert (demand.prompt_tokens("m") or 0.0) > 3000
 
 
-def test_one_odd_limit_hardly_moves_the_others() -> None:
+@pytest.mark.parametrize("odd_s", [86400.0, 1e-300])
+def test_one_odd_limit_hardly_moves_the_others(odd_s: float) -> None:
     demand = steady(2.0, 60.0)
-    demand.arrived("m", 86400.0, 60.0)
-    assert typical(demand, 60.0).tpot_s < 0.15
+    demand.arrived("m", odd_s, 60.0)
+    assert typical(demand, 60.0).tpot_s == pytest.approx(0.05, rel=0.1)
+
+
+@pytest.mark.parametrize("odd_s", [86400.0, 1e-300])
+def test_an_odd_limit_that_came_first_is_forgotten(odd_s: float) -> None:
+    demand = Demand()
+    demand.arrived("m", odd_s, 0.0)
+    assert typical(steady(2.0, 60.0, demand, 1.0), 61.0).tpot_s == pytest.approx(0.05, rel=0.2)
+
+
+def test_others_limits_are_followed_when_all_change() -> None:
+    demand = steady(2.0, 60.0)
+    for at in range(120):
+        demand.arrived("m", 1.0, 60.0 + at / 2)
+    assert typical(demand, 120.0).tpot_s == pytest.approx(1.0, rel=0.2)
 
 
 def test_a_pace_that_few_ask_for_is_told_as_such() -> None:

@@ -246,6 +246,18 @@ def test_the_length_of_answers_is_learnt() -> None:
     assert scene.last["predicted"]["answer_tokens"] == pytest.approx(4.0, rel=0.1)
 
 
+def test_a_request_that_is_refused_again_and_again_is_one_prompt() -> None:
+    scene = Scene(node("m1", "mixed"), node("m2", "mixed"))
+    for _ in range(20):
+        scene.served(scene.request(range(100)))
+    again = scene.request(range(2000))
+    for _ in range(20):
+        scene.plan(again)
+        again.session.on(Event.WORKER_LOST)
+        scene.planner.left(again)
+    assert (scene.planner._demand.prompt_tokens("m") or 0.0) < 250
+
+
 def test_the_first_answer_is_not_typical_of_all_others() -> None:
     scene = Scene(D1)
     scene.served(scene.request(), tokens=4)

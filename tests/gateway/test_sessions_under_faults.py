@@ -13,7 +13,7 @@ import asyncio
 import hashlib
 import selectors
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -53,6 +53,7 @@ SLOTS: Final = 2
 STOP_SHARE: Final = 40  # one id in so many ends an answer
 DECODERS: Final = ("d1", "d2", "d3")
 EVER: Final = 1e9
+OPENING_S: Final = 0.01  # a connection needs longer than a worker may need for a whole answer
 
 
 # -- time
@@ -164,7 +165,8 @@ class Decoding:
 @dataclass
 class Worker:
     """A worker and the network before it. `is_cut`: nothing gets through either way, and nobody is told.
-    `loses_replies`: it hears and acts, but its replies to calls are lost."""
+    `loses_replies`: it hears and acts, but its replies to calls are lost. `talks_to_nobody`: the gateway has given its
+    connection up, which it does not know: what it says is lost until there is a new one."""
 
     name: str
     life: int = 1
@@ -176,6 +178,7 @@ class Worker:
     outbox: deque[EventBatch] = field(default_factory=deque)
     said: EventBatch | None = None
     connections: int = 0
+    talks_to_nobody: bool = False
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -183,7 +186,8 @@ class Worker:
         return [sequence for sequence in self.sequences.values() if not sequence.is_over]
 
     def say(self, batch: EventBatch) -> None:
-        self.outbox.append(batch)
+        if not self.talks_to_nobody:
+            self.outbox.append(batch)
         self.said = batch
         self.changed.set()
 
@@ -214,7 +218,7 @@ class Worker:
     def come_back(self) -> None:
         """A worker of the same name; the dead one's life is over."""
         self.die()
-        self.life, self.is_up, self.is_draining = self.life + 1, True, False
+        self.life, self.is_up, self.is_draining, self.talks_to_nobody = self.life + 1, True, False, False
 
 
 class Wire(WorkerClient):
@@ -270,9 +274,12 @@ class Wire(WorkerClient):
         await self._answered(worker)
         return CancelReply(found=is_found)
 
-    async def events(self, peer: Peer) -> AsyncIterator[EventBatch]:
+    async def events(self, peer: Peer, on_open: Callable[[], None] = lambda: None) -> AsyncIterator[EventBatch]:
         worker = await self._reached(peer, SILENCE_S)
+        await asyncio.sleep(OPENING_S)
         worker.connections += 1
+        worker.talks_to_nobody = False
+        on_open()
         worker.changed.set()  # an older connection ends
         life, mine = worker.life, worker.connections
         while True:
@@ -286,6 +293,8 @@ class Wire(WorkerClient):
                 async with asyncio.timeout(SILENCE_S if worker.is_cut else None):
                     await worker.changed.wait()
             except TimeoutError as late:
+                worker.talks_to_nobody = True
+                worker.outbox.clear()
                 raise WorkerUnreachable(f"{peer.worker} is silent") from late
 
     def prefill_ticket(self, *_args: object, **_more: object) -> str:

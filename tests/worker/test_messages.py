@@ -76,6 +76,21 @@ def test_what_asks_for_something_says_nothing_that_is_not_understood(kind: type[
         decode(kind, text.encode())
 
 
+@pytest.mark.parametrize("field", ["kv_bytes_per_token", "slots", "n_ctx"])
+@pytest.mark.parametrize("wrong", [-1, 10**400])
+def test_numbers_that_no_worker_has_are_refused_before_anybody_counts_with_them(field: str, wrong: int) -> None:
+    status = {**FIRST_STATUS, field: wrong}
+    with pytest.raises(RemoteProtocolError):
+        decode(WorkerStatus, json.dumps(status).encode())
+
+
+def test_a_load_that_no_worker_has_is_refused() -> None:
+    for field, wrong in {"sequences_waiting": 10**9, "prefix_limit_bytes": -1}.items():
+        status = {**FIRST_STATUS, "load": {**FIRST_STATUS["load"], field: wrong}}
+        with pytest.raises(RemoteProtocolError, match=field):
+            decode(WorkerStatus, json.dumps(status).encode())
+
+
 def test_a_link_as_fast_as_memory_is_no_reason_to_lose_its_worker() -> None:
     """Loopback moves some 10 GB/s: a bound meant for seconds took the worker out of the view."""
     link = Link(peer="p1", bytes_per_s=2e10, round_trip_s=1e-5, samples=3)

@@ -1,8 +1,8 @@
 """Data sets that can be had by name, byte for byte: where from, at which commit, with which hash.
 
 Owns the list. Refuses to fetch (catalogue/fetch.py does, verified and continued as for models). Only files that are
-used as they are published stand here; others have to be laid into the folder by hand. Licences are the sets' own:
-read them before you publish anything made from these files.
+used as they are published can be had by name; others have to be laid into the folder by hand, and the list says where
+they are from. Licences are the sets' own: read them before you publish anything made from these files.
 """
 
 from __future__ import annotations
@@ -30,6 +30,27 @@ class Published:
     licence: str
 
 
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """A set that somebody has to lay out as the task needs it. `origin`: repository and commit, or paper."""
+
+    origin: str
+    licence: str
+
+
+_ARC: Final = Elsewhere(
+    "AGI-Edgerunners/LLM-Adapters at 8166572, dataset/ARC-*/test.json; arXiv 1803.05457", "CC BY-SA 4.0"
+)
+ELSEWHERE: Final[dict[str, Elsewhere]] = {
+    "arc_easy": _ARC,
+    "arc_challenge": _ARC,
+    "hellaswag": Elsewhere("rowanz/hellaswag; arXiv 1905.07830", "MIT"),
+    "ifeval": Elsewhere(
+        "google-research/google-research, instruction_following_eval/data; arXiv 2311.07911", "Apache-2.0"
+    ),
+    "mmlu": Elsewhere("hendrycks/test at 785eba5, data; arXiv 2009.03300", "MIT"),
+    "wikitext": Elsewhere("wiki.test.raw of WikiText-2 raw; arXiv 1609.07843", "CC BY-SA 3.0, GFDL"),
+}
 PUBLISHED: Final[dict[str, Published]] = {
     "boolq": Published(
         f"{_FOUNDRY}/reading_comprehension/boolq.jsonl",
@@ -79,6 +100,12 @@ def wanted(names: Sequence[str], folder: Path) -> list[tuple[ModelEntry, Path]]:
             "Lay other sets into the folder of --data yourself (`--list` says which file each needs)"
         )
     return [(entry_of(name, PUBLISHED[name]), folder / SOURCES[name].file) for name in dict.fromkeys(names)]
+
+
+def licence_of(name: str) -> str | None:
+    """None of what ships with this program: its own."""
+    known = PUBLISHED.get(name) or ELSEWHERE.get(name)
+    return known.licence if known else None
 
 
 def entry_of(name: str, published: Published) -> ModelEntry:
