@@ -38,9 +38,9 @@ PACKAGE = "llama-cpp-python"
 LOCKS = {False: "requirements.lock", True: "requirements-dev.lock"}
 
 # GGML_LLAMAFILE picks kernels by shape and breaks exactness (README, "Is it exact here?"). GGML_NATIVE compiles for
-# this very CPU, but without llama.cpp's AMX kernels: as GCC 12 compiles them they end the process with SIGILL at the first prompt
-# (the tile configuration is optimized away: ggml-org/llama.cpp, pull request 26954). The rest shortens the build and
-# touches no kernel: 255 s instead of 330 s on 2 cores of 2026.
+# this very CPU, but without llama.cpp's AMX kernels: as GCC 12 compiles them they end the process with SIGILL at the
+# first prompt (the tile configuration is optimized away: ggml-org/llama.cpp, pull request 26954). The rest shortens the
+# build and touches no kernel: 255 s instead of 330 s on 2 cores of 2026.
 FLAGS = (
     "-DGGML_LLAMAFILE=OFF",
     "-DGGML_NATIVE=ON",
