@@ -76,7 +76,7 @@ class Gateway:
         self.intake: Intake
         self.operating: Operating
         self.credentials = credentials
-        self.is_leaving = False
+        self.is_leaving, self.asked_s = False, 0.0
         self._began_s, self._had_decoder = time.monotonic(), False
         self.bodies = Bodies(config.max_body_bytes, config.queue_bytes, config.read_s)
         self.started = int(time.time())
@@ -142,10 +142,9 @@ class Gateway:
 
     async def _left_alone(self, ends_s: float) -> None:
         """Nothing was asked, and nothing ran, for `leaving_s`."""
-        asked_s = time.monotonic()
-        while (now_s := time.monotonic()) < min(asked_s + self.config.leaving_s, ends_s):
-            if not self.dispatcher.is_idle:
-                asked_s = now_s
+        quiet_since_s = time.monotonic()
+        while (now_s := time.monotonic()) < min(quiet_since_s + self.config.leaving_s, ends_s):
+            quiet_since_s = max(quiet_since_s, self.asked_s if self.dispatcher.is_idle else now_s)
             await asyncio.sleep(_DRAIN_POLL_S)
 
     def _found(self) -> tuple[int, Heard]:
@@ -298,7 +297,7 @@ def _answering(gateway: Gateway) -> list[Route]:
 
 
 async def _answer(gateway: Gateway, request: Request, *, is_chat: bool) -> Response:
-    arrived_s = time.monotonic()
+    arrived_s = gateway.asked_s = time.monotonic()
     caller = caller_of(request)
     body = await gateway.bodies.read(request)
     ask = parse(
@@ -320,7 +319,9 @@ async def _answer(gateway: Gateway, request: Request, *, is_chat: bool) -> Respo
         outlet = outlet_of(request.scope)
         parts = answer.stream(arrival, ask, job, shape, arrived_s, gateway.config.keep_alive_s, outlet)
         await anext(parts)  # what is refused at once is an HTTP error, not an error in a stream
-        return ClosingStream(parts, "text/event-stream", gateway.config.stall_s)
+        response = ClosingStream(parts, "text/event-stream", gateway.config.stall_s)
+        response.headers["x-accel-buffering"] = "no"  # nginx would keep tokens until it has a buffer of them
+        return response
 
 
 async def _several(
@@ -335,9 +336,11 @@ async def _several(
             param="prompt",
         )
 
+    gateway.intake.check_open()
+
     async def one(index: int) -> dict[str, Any]:
         try:
-            return await _whole(gateway, request, asks[index], size // len(asks), arrived_s)
+            return await _whole(gateway, request, asks[index], size // len(asks), arrived_s, is_new=False)
         except EdgeLLMError as error:
             error.message = f"prompt[{index}]: {error.message}"
             raise
@@ -346,21 +349,25 @@ async def _several(
     return await answer.all_of(works, min(_PROMPTS_AT_ONCE, key.max_streams or _PROMPTS_AT_ONCE))
 
 
-async def _whole(gateway: Gateway, request: Request, ask: Ask, size: int, arrived_s: float) -> dict[str, Any]:
-    """The answer to one prompt of a request, when all of it is there."""
+async def _whole(
+    gateway: Gateway, request: Request, ask: Ask, size: int, arrived_s: float, *, is_new: bool = True
+) -> dict[str, Any]:
+    """The answer to one prompt of a request, when all of it is there. `is_new`: the request has no other."""
     caller = caller_of(request)
-    with _arriving(gateway, caller, ask, size, arrived_s) as arrival:
+    with _arriving(gateway, caller, ask, size, arrived_s, is_new=is_new) as arrival:
         job, node = await answer.while_connected(request, arrival.job())
         shape = Shape(caller.request_id, int(time.time()), node.status.model, ask.is_chat)
         return await answer.whole(arrival, request, ask, job, shape, arrived_s)
 
 
-def _arriving(gateway: Gateway, caller: Caller, ask: Ask, size: int, arrived_s: float) -> Arrival:
+def _arriving(
+    gateway: Gateway, caller: Caller, ask: Ask, size: int, arrived_s: float, *, is_new: bool = True
+) -> Arrival:
     # workers' messages take fewer characters than a client's header may have
     job_id = f"{_UNUSUAL.sub('_', caller.request_id)[:_ID_CHARS]}.{secrets.token_hex(4)}"
     structlog.contextvars.bind_contextvars(request_id=job_id)
     follow(caller.trace)
-    return gateway.intake.arrive(caller, ask, job_id, size, arrived_s)
+    return gateway.intake.arrive(caller, ask, job_id, size, arrived_s, is_new=is_new)
 
 
 def _model_entry(gateway: Gateway, model: str) -> dict[str, Any]:

@@ -76,11 +76,20 @@ class Intake:
         """The models that `key` may use, of those that are served."""
         return tuple(model for model in self._dispatcher.view.models if key.may_use(model))
 
-    def arrive(self, caller: Caller, ask: Ask, job_id: str, body_bytes: int, arrived_s: float) -> Arrival:
-        """Let a request in, or raise what refuses it. `job_id` is new; `arrived_s` on the clock."""
-        now_s = self._clock()
+    def check_open(self) -> None:
+        """Raises ShuttingDown when nothing new is taken."""
         if self._closes_s is not None:
-            raise ShuttingDown("this gateway is stopping", retry_after_s=math.ceil(max(1.0, self._closes_s - now_s)))
+            left_s = max(1.0, self._closes_s - self._clock())
+            raise ShuttingDown("this gateway is stopping", retry_after_s=math.ceil(left_s))
+
+    def arrive(
+        self, caller: Caller, ask: Ask, job_id: str, body_bytes: int, arrived_s: float, *, is_new: bool = True
+    ) -> Arrival:
+        """Let a request in, or raise what refuses it. `job_id` is new; `arrived_s` on the clock. `is_new`: not one more
+        prompt of a request that was let in."""
+        now_s = self._clock()
+        if is_new:
+            self.check_open()
         wanted_s = ask.deadline_s or self._config.default_deadline_s
         deadline_s = arrived_s + wanted_s if wanted_s else None
         if deadline_s is not None and deadline_s <= now_s:

@@ -239,6 +239,8 @@ def _end_s(expires: datetime | date | None, where: str) -> float | None:
     if expires is None:
         return None
     if not isinstance(expires, datetime):
+        if expires == date.max:  # written for "never": it has no next day
+            return None
         return datetime.combine(expires + timedelta(days=1), time(), UTC).timestamp()
     if expires.tzinfo is None:
         raise ConfigError(f"{where}: expires {expires} has no zone: write 2030-01-31T12:00:00Z, or the date alone")

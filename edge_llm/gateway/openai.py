@@ -35,6 +35,7 @@ from edge_llm.request import SamplingParams, check_stop
 MAX_PROMPT_IDS: Final = 1 << 20
 MAX_MESSAGES: Final = 8192
 MAX_PROMPTS: Final = 128
+MAX_OUR_FIELDS: Final = 32
 MAX_BIASES: Final = 4096
 MAX_DEADLINE_S: Final = 86_400.0
 ROLES: Final = ("system", "user", "assistant", "tool", "developer")
@@ -92,6 +93,13 @@ class _Ours(_Body):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, values: object) -> object:
+        if isinstance(values, dict) and len(values) > MAX_OUR_FIELDS:  # every unknown one would become an error
+            raise ValueError(f"has {len(values)} fields, and known are {', '.join(cls.model_fields)}")
+        return values
+
 
 class _Limits(_Ours):
     ttft_s: Annotated[Number, Field(gt=0, le=MAX_DEADLINE_S)] | None = None
@@ -131,8 +139,18 @@ class _Common(_Body):
     edge_llm: _Vendor = _Vendor()
 
 
+def _few_parts(messages: object) -> object:
+    """Bounded over all messages before any is looked at: each part becomes an object of half a kilobyte."""
+    given = messages[: MAX_MESSAGES + 1] if isinstance(messages, list) else []
+    contents = (message.get("content") for message in given if isinstance(message, dict))
+    parts = sum(len(content) for content in contents if isinstance(content, list))
+    if parts > MAX_MESSAGES:
+        raise ValueError(f"at most {MAX_MESSAGES} parts of content, got {parts}")
+    return messages
+
+
 class _Chat(_Common):
-    messages: Annotated[list[_Message], Field(max_length=MAX_MESSAGES, fail_fast=True)]
+    messages: Annotated[list[_Message], Field(max_length=MAX_MESSAGES, fail_fast=True), BeforeValidator(_few_parts)]
 
 
 _Ids = Annotated[list[StrictInt], Field(max_length=MAX_PROMPT_IDS, fail_fast=True)]

@@ -136,12 +136,18 @@ class ByteBudget:
         return not self._waiting and self._fits(size)
 
     @asynccontextmanager
-    async def reserved(self, size: int) -> AsyncIterator[None]:
-        """Wait for room, hold it for the block. Nothing to reserve never waits."""
+    async def reserved(self, size: int, patience_s: float | None = None) -> AsyncIterator[bool]:
+        """Wait for room, at most `patience_s`, and hold it for the block. Gives whether there is some. Nothing to
+        reserve never waits."""
         if size:
-            await self._take(size)
+            try:
+                async with asyncio.timeout(patience_s):
+                    await self._take(size)
+            except TimeoutError:
+                yield False
+                return
         try:
-            yield
+            yield True
         finally:
             self._used -= size
             self._wake()
@@ -156,16 +162,17 @@ class ByteBudget:
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():
                 self._used -= size  # granted in the moment of cancellation
-            else:
+            elif place in self._waiting:
                 self._waiting.remove(place)
             self._wake()
             raise
 
     def _wake(self) -> None:
-        while self._waiting and self._fits(self._waiting[0][0]):
+        while self._waiting and (self._waiting[0][1].done() or self._fits(self._waiting[0][0])):
             size, turn = self._waiting.popleft()
-            self._used += size
-            turn.set_result(None)
+            if not turn.done():  # else who waited was cancelled, and has not run since
+                self._used += size
+                turn.set_result(None)
 
     def _fits(self, size: int) -> bool:
         return not self._used or self._used + size <= self._limit

@@ -23,6 +23,7 @@ import heapq
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 import structlog
 
@@ -55,6 +56,8 @@ from edge_llm.worker.prefixes import Prefixes
 from edge_llm.worker.pull import Puller, check_address
 from edge_llm.worker.tickets import Claims, KeyRing
 
+# So long a prompt waits for memory to take its KV in, which one that hangs elsewhere may hold; then it is read here.
+ADOPTION_WAIT_S: Final = 60.0
 log = structlog.get_logger()
 
 
@@ -256,9 +259,11 @@ class DecodeRole:
             size = self._snapshot_bytes(running, known)
             if is_waiting := not self.adopting.has_room(size):
                 known = Match()  # held while it waits, what is evicted meanwhile would stay in memory
-            async with self.adopting.reserved(size):
+            async with self.adopting.reserved(size, ADOPTION_WAIT_S) as has_room:
                 known = await self._known(running, counts=False) if is_waiting else known
-                snapshot = await self._adopter.fetch(self._wanted(running, known), running.prompt)
+                snapshot = await self._fetched(running, known) if has_room else None
+                if not has_room:
+                    running.prompt.refused(f"computed here: there was no memory for its KV for {ADOPTION_WAIT_S:.0f} s")
                 await self._begin(running, snapshot)
                 if snapshot is not None:
                     self._adopter.spare.give(snapshot.memory)
@@ -268,6 +273,9 @@ class DecodeRole:
             log.error("sequence failed", request_id=running.request_id, error=repr(error), exc_info=True)
             self._fail(running, WorkerError(f"worker {self._name} failed: {error!r}"))
         self._outboxes.flush()
+
+    async def _fetched(self, running: _Running, known: Match) -> StateBlob | None:
+        return await self._adopter.fetch(self._wanted(running, known), running.prompt)
 
     async def _known(self, running: _Running, *, counts: bool = True) -> Match:
         if not running.request.cache_prompt:

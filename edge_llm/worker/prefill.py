@@ -61,6 +61,7 @@ from edge_llm.worker.tickets import Claims
 from edge_llm.worker.transfer import Item, Transfer
 
 MAX_CHUNKS_OUT: Final = 2
+SENT_AT_ONCE: Final = 1 << 20
 MAX_ADMITTED: Final = 2  # one computes, one waits
 MAX_STORED: Final = 16  # transfers at once of what is kept: they hold references, no engine
 MAX_RUNNING: Final = 1  # of them, those of a running sequence: they hold a copy
@@ -411,4 +412,6 @@ class PrefillRole:
 
 
 def _wire(parts: Iterable[Buffer]) -> list[bytes | memoryview]:
-    return [bytes(part) if isinstance(part, bytearray) else part for part in parts]
+    """In pieces that a slow way takes within the time that a send may take (stream.py): it counts anew for each."""
+    views = [memoryview(bytes(part) if isinstance(part, bytearray) else part).cast("B") for part in parts]
+    return [view[at : at + SENT_AT_ONCE] for view in views for at in range(0, view.nbytes, SENT_AT_ONCE)]

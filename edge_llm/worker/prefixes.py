@@ -5,7 +5,8 @@ to know HTTP, slots and turns. Everything here runs on the event loop, large cop
 
 Rules (blueprint section 4). Level exact: any common beginning, computed or generated, has the same bits however it came
 to be. Otherwise only whole chunks of prompts, at same-plan computed in the same pieces. A sequence that moves to
-another worker is no reuse but the same run going on: all of it travels, at every level.
+another worker is no reuse but the same run going on: all of it travels, at every level; below exact it is kept apart,
+for nobody else's prompt.
 """
 
 from __future__ import annotations
@@ -13,12 +14,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Final
 
 from edge_llm.engine.engine import EngineFacts, KeptKV
 from edge_llm.kv.codec import BlobLayout, StateBlob
 from edge_llm.kv.payload import slice_payload
 from edge_llm.kv.store import Chain, Match, Piece, PrefixStore
 from edge_llm.worker.offload import off_loop
+
+# Behind a tenant's name, in which it cannot stand (worker/messages.py, Tenant).
+_MOVING: Final = "\0moving"
 
 
 class Prefixes:
@@ -51,7 +56,9 @@ class Prefixes:
         if self._store is None:
             return Match()
         await self._idle.wait()  # a next turn may come while its conversation is still being copied
-        found = self._store.match(tenant, ids, only_chunks=not (self._is_exact or is_moving))
+        found = self._store.match(tenant, ids, only_chunks=not self._is_exact)
+        if is_moving and not self._is_exact:
+            found = max(self._store.match(tenant + _MOVING, ids), found, key=lambda match: match.n_tokens)
         if counts:
             self.query_tokens += len(ids)
             self.hit_tokens += found.n_tokens
@@ -88,9 +95,10 @@ class Prefixes:
             return  # one copy at a time: answers that end together would need memory that nobody counted
         total = len(kept.ids)
         if not (self._is_exact or is_moving):
-            total = min(total, prompt_tokens) // self._facts.chunk_tokens * self._facts.chunk_tokens
+            # the last token of a prompt is evaluated by a decode step, which is no part of a chunk's plan
+            total = min(total, prompt_tokens - 1) // self._facts.chunk_tokens * self._facts.chunk_tokens
         self._idle.clear()
-        chain = self._store.chain(tenant)
+        chain = self._store.chain(tenant + _MOVING if is_moving and not self._is_exact else tenant)
         try:
             # one by one: room is made for each before the next is copied out of the state
             for p0, p1 in pairwise([*range(0, total, self._facts.chunk_tokens), total]):

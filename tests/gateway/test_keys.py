@@ -68,6 +68,11 @@ def test_json_is_read_too_and_what_is_left_out_is_no_limit() -> None:
     (key,) = parse_keys(json.dumps([{"id": "a", "sha256": "0" * 64, "expires": "2030-01-31T12:00:00+01:00"}]), "file")
     assert (key.tenant, key.models, key.max_streams) == ("a", None, None)
     assert key.expires_s == datetime(2030, 1, 31, 11, tzinfo=UTC).timestamp()
+
+
+def test_the_last_day_of_all_is_never() -> None:
+    (key,) = parse_keys(line_of("a", "x", expires="9999-12-31"), "file")
+    assert key.expires_s is None
     assert key.may_use("anything")
 
 

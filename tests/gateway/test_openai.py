@@ -527,6 +527,9 @@ def test_only_what_may_work_later_has_a_time_to_retry() -> None:
         {"messages": [{}] * 200_000},
         {"messages": [{"role": "user", "content": [{}] * 200_000}]},
         {"messages": [{"role": "user", "content": "a"}] * (MAX_MESSAGES + 1)},
+        {"messages": [{"role": "user", "content": [{"type": "text"}] * 100}] * 100},
+        {"prompt": "a", "edge_llm": dict.fromkeys(map(str, range(100_000)), 0)},
+        {"prompt": "a", "edge_llm": {"slo": dict.fromkeys(map(str, range(100_000)), 0)}},
     ],
     ids=lambda body: f"{next(iter(body))}-{list(body)[-1]}-{str(body)[:30]}",
 )

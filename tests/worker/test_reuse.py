@@ -6,9 +6,12 @@ import asyncio
 
 import pytest
 
+from edge_llm.engine.engine import KeptKV
 from edge_llm.engine.simulated import SimulatedBackend, SimulatedSettings
 from edge_llm.errors import Unauthorized
+from edge_llm.kv.codec import StateBlob
 from edge_llm.worker.client import Peer
+from edge_llm.worker.prefixes import Prefixes
 from tests.loopback import CHUNK, SAMPLED, Cluster, Node, prompt_of, settings_of, undisturbed, until
 
 pytestmark = pytest.mark.anyio
@@ -156,14 +159,31 @@ async def test_a_measured_request_uses_and_leaves_nothing(cluster: Cluster) -> N
     assert decode.worker.prefixes.used_bytes == prefill.worker.prefixes.used_bytes == 0
 
 
-async def test_below_exact_only_whole_chunks_of_prompts_are_used(cluster: Cluster) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "used"), [(2 * CHUNK + 3, 2 * CHUNK), (2 * CHUNK + 1, 2 * CHUNK), (2 * CHUNK, CHUNK)]
+)
+async def test_below_exact_only_whole_chunks_that_were_read_as_prompts_are_used(
+    cluster: Cluster, tokens: int, used: int
+) -> None:
+    """A decode step evaluates the last token of a prompt: the chunk that it ends was not read as one."""
     settings = SimulatedSettings(n_ctx=512, slots=4, chunk_tokens=CHUNK, level="same-plan")
     decode = await cluster.start("mixed", "m1", settings, prefix_cache_bytes=CACHE)
-    prompt = prompt_of(2 * CHUNK + 3)
+    prompt = prompt_of(tokens)
     answer = await (await cluster.gateway.ask(decode.peer, prompt, max_tokens=3 * CHUNK)).over()
-    await kept(decode, 2 * CHUNK)
+    await kept(decode, used)
     again = await (await cluster.gateway.ask(decode.peer, [*prompt, *answer.ids, 5])).over()
-    assert again.report.cached_tokens == 2 * CHUNK
+    assert again.report.cached_tokens == used
+
+
+async def test_below_exact_what_moves_goes_on_with_all_of_it_and_is_nobody_elses_prompt() -> None:
+    facts = SimulatedBackend(SimulatedSettings(n_ctx=512, slots=4, chunk_tokens=CHUNK, level="same-plan")).facts
+    assert facts.layout is not None
+    prefixes, ids = Prefixes(facts, CACHE), tuple(prompt_of(3 * CHUNK))
+    state = StateBlob(facts.layout, len(ids), 0)
+    state.place(0, len(ids), bytes(len(ids) * facts.kv_bytes_per_token), facts.layout.v_layout)
+    await prefixes.keep_answer("a", CHUNK + 1, KeptKV("r", ids, state, 0), is_moving=True)
+    assert (await prefixes.match("a", [*ids, 5], is_moving=True)).n_tokens == len(ids)
+    assert (await prefixes.match("a", [*ids, 5])).n_tokens == 0
 
 
 # -- the reverse hand-off
