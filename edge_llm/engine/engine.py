@@ -15,7 +15,7 @@ Every error that concerns one sequence is reported in `Step.failures` and leaves
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -146,13 +146,18 @@ class Engine(Protocol):
         ...
 
     def begin(
-        self, slot: int, generation: Generation, snapshot: StateBlob | None = None, *, keeps_kv: bool = False
+        self,
+        slot: int,
+        generation: Generation,
+        snapshot: StateBlob | None = None,
+        *,
+        keeps_kv: Callable[[], bool] | None = None,
     ) -> int:
         """Start a generation on free slot `slot` (0 <= slot < facts.slots).
 
         With a snapshot, positions [0, snapshot.filled_to) are restored, the rest of `context_ids[:-1]` is
-        prefilled here by later steps. Returns the number of restored positions. `keeps_kv` asks for a KeptKV in the
-        step that ends it.
+        prefilled here by later steps. Returns the number of restored positions. `keeps_kv` is asked in the step that
+        ends it, on the engine's thread: whether that step shall give its KeptKV, for which running streams wait.
         Raises RestoreRefused (slot stays free and clean), ContextTooLong, InvalidRequest.
         """
         ...

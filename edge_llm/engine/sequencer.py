@@ -36,7 +36,7 @@ class _Sequence:
     ids: list[int]
     kv_tokens: int
     text: TextStream
-    keeps_kv: bool
+    keeps_kv: Callable[[], bool] | None
     # Its KV became complete in this step: running streams waited for that, a new row must not add to it.
     waits_a_step: bool = False
     # Tokens that its client has, and since when the first of them.
@@ -133,7 +133,12 @@ class Sequencer:
         return self._served is not None and not self._served.is_held
 
     def begin(
-        self, slot: int, generation: Generation, snapshot: StateBlob | None = None, *, keeps_kv: bool = False
+        self,
+        slot: int,
+        generation: Generation,
+        snapshot: StateBlob | None = None,
+        *,
+        keeps_kv: Callable[[], bool] | None = None,
     ) -> int:
         self._check_room(slot, generation)
         ids = list(generation.context_ids)
@@ -404,7 +409,7 @@ class Sequencer:
     def _keep(self, sequence: _Sequence, outcome: _Outcome) -> None:
         """Read the KV out before the slot is freed, of one sequence a step: running streams wait for it. What cannot be
         read is not kept: the answer is whole anyway."""
-        if not sequence.keeps_kv or outcome.kept:
+        if sequence.keeps_kv is None or outcome.kept or not sequence.keeps_kv():
             return
         try:
             outcome.kept.append(self._export(sequence))

@@ -325,10 +325,11 @@ class DecodeRole:
         running.is_posted = True
         is_kept = running.request.cache_prompt and running.prompt.is_same_class
         is_kept = is_kept and self._prefixes.holds_answer(running.generation.cells)
+        keeps_kv = self._prefixes.has_time if is_kept else None
 
         def begin(engine: Engine) -> None:
             # noted here, because the first token may be delivered before the caller's task runs again
-            running.prompt.restored_tokens = engine.begin(running.slot, running.generation, snapshot, keeps_kv=is_kept)
+            running.prompt.restored_tokens = engine.begin(running.slot, running.generation, snapshot, keeps_kv=keeps_kv)
             running.prompt.adopt_s = self._clock() - posted_s if snapshot is not None else 0.0
             running.is_begun = True
 

@@ -81,6 +81,10 @@ class Prefixes:
         """Whether KV of so many positions could be kept: no engine is asked to read out what cannot."""
         return self._store is not None and 0 < cells * self._facts.kv_bytes_per_token <= self._store.limit_bytes
 
+    def has_time(self) -> bool:
+        """Whether an answer could be kept now: one is copied at a time. Any thread."""
+        return self._idle.is_set()
+
     async def tail_of(self, piece: Piece, p0: int) -> Piece:
         """[p0, piece.p1): what a receiver that has the beginning of a piece still needs."""
         return piece if p0 <= piece.p0 else await self._cut_off(piece, p0)

@@ -132,7 +132,7 @@ def test_a_resumed_answer_continues_like_the_undisturbed_one(engine: Engine, del
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_a_next_turn_on_kept_kv_equals_a_cold_one(engine: Engine, sampling: SamplingParams) -> None:
     first = ask(prompt(2 * CHUNK + 3), sampling=sampling)
-    engine.begin(0, first, keeps_kv=True)
+    engine.begin(0, first, keeps_kv=lambda: True)
     steps = run(engine)
     (kept,) = (kept for step in steps for kept in step.kept)
     answer = [event.token_id for event in events(steps)[first.request_id]]
@@ -146,7 +146,7 @@ def test_a_next_turn_on_kept_kv_equals_a_cold_one(engine: Engine, sampling: Samp
 def test_kv_is_kept_only_when_asked_for_and_only_of_answers_that_end_well(engine: Engine) -> None:
     engine.begin(0, ask(prompt(10)))
     assert not [kept for step in run(engine) for kept in step.kept]
-    engine.begin(0, ask(prompt(10)), keeps_kv=True)
+    engine.begin(0, ask(prompt(10)), keeps_kv=lambda: True)
     engine.step()
     engine.end(0)
     assert not [kept for step in run(engine) for kept in step.kept]

@@ -96,7 +96,7 @@ def test_reading_out_what_is_kept_is_no_part_of_a_decode_step(keeps_kv: bool) ->
     engine = Sequencer(backend, SimulatedVocabulary(), clock=backend.clock)
     kept = 0
     for number in range(5):
-        engine.begin(0, Generation(f"r{number}", 0, (5, 6), 4, GREEDY), keeps_kv=keeps_kv)
+        engine.begin(0, Generation(f"r{number}", 0, (5, 6), 4, GREEDY), keeps_kv=lambda: keeps_kv)
         while engine.has_work:
             step = engine.step()
             kept += len(step.kept)
@@ -110,9 +110,19 @@ def test_of_answers_that_end_together_one_is_kept() -> None:
     backend = Timed()
     engine = Sequencer(backend, SimulatedVocabulary(), clock=backend.clock)
     for slot in range(2):
-        engine.begin(slot, Generation(f"r{slot}", 0, (5 + slot,), 4, GREEDY), keeps_kv=True)
+        engine.begin(slot, Generation(f"r{slot}", 0, (5 + slot,), 4, GREEDY), keeps_kv=lambda: True)
     kept = [found.request_id for _ in range(20) for found in engine.step().kept]
     assert kept == ["r0"]
+
+
+def test_what_could_not_be_kept_when_it_ends_is_not_read_out() -> None:
+    backend, has_time = Timed(), [True, False, True]
+    engine = Sequencer(backend, SimulatedVocabulary(), clock=backend.clock)
+    kept = list[str]()
+    for number in range(3):
+        engine.begin(0, Generation(f"r{number}", 0, (5,), 4, GREEDY), keeps_kv=lambda: has_time.pop(0))
+        kept += [found.request_id for _ in range(10) for found in engine.step().kept]
+    assert kept == ["r0", "r2"]
 
 
 def test_a_restored_sequence_lets_running_streams_take_a_step_before_it_joins() -> None:

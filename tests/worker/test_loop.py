@@ -47,7 +47,7 @@ class ScriptedEngine:
         return self.steps.pop(0)()
 
     def begin(
-        self, slot: int, generation: Generation, snapshot: StateBlob | None = None, *, keeps_kv: bool = False
+        self, slot: int, generation: Generation, snapshot: StateBlob | None = None, *, keeps_kv: object = None
     ) -> int:
         raise NotImplementedError
 
