@@ -105,6 +105,7 @@ class Sequencer:
         self._served: _Served | None = None
         self._is_served_turn = True
         self._skipped_steps = 0
+        self._interrupts = 0  # in a row
         self._prompt_token_s = first.token_s
         self._decode_step_s = first.run_s + first.row_s
         self._book = RateBook(first)
@@ -275,6 +276,10 @@ class Sequencer:
             if tokens is None:
                 tokens = room / self._prompt_token_s if self._prompt_token_s else ROW_BLOCK
             budget = whole_rows(tokens)
+        if self._interrupts and not self._has_fixed_pieces:
+            # whoever cancels does not ask whose prompt it is: others' go on in pieces that end in time
+            least = max(ROW_BLOCK, self.facts.chunk_tokens >> self._interrupts)
+            budget = least if budget is None else min(budget, least)
         return piece_end(p0, total, self.facts.chunk_tokens, budget)
 
     def _advance_local(self, sequence: _Sequence, room: float | None, outcome: _Outcome) -> None:
@@ -332,7 +337,9 @@ class Sequencer:
         try:
             compute()
         except Interrupted:
+            self._interrupts += 1
             return False
+        self._interrupts = 0
         outcome.prompt_s += self._clock() - started_s
         outcome.prompt_tokens += p1 - p0
         self._prompt_token_s = smoothed(self._prompt_token_s, outcome.prompt_s / (p1 - p0))

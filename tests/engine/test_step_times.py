@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from edge_llm.engine.backend import Logits, Row
+from edge_llm.engine.backend import Interrupted, Logits, Row
 from edge_llm.engine.batch import cells_read
 from edge_llm.engine.rates import NOTHING_KNOWN, Rates
 from edge_llm.engine.sequencer import Sequencer
@@ -113,6 +113,23 @@ def test_of_answers_that_end_together_one_is_kept() -> None:
         engine.begin(slot, Generation(f"r{slot}", 0, (5 + slot,), 4, GREEDY), keeps_kv=lambda: True)
     kept = [found.request_id for _ in range(20) for found in engine.step().kept]
     assert kept == ["r0"]
+
+
+def test_a_prompt_that_others_cancellations_interrupt_again_and_again_goes_on_in_smaller_pieces() -> None:
+    class Disturbed(SimulatedBackend):
+        """Somebody cancels more often than a whole chunk takes."""
+
+        def prompt(self, slot: int, ids: Sequence[int], p0: int) -> None:
+            if len(ids) > 50:
+                raise Interrupted
+            super().prompt(slot, ids, p0)
+
+    backend = Disturbed(SimulatedSettings(n_ctx=512, slots=1, chunk_tokens=128))
+    engine = Sequencer(backend, SimulatedVocabulary())
+    engine.begin(0, Generation("long", 0, tuple(range(5, 205)), 4, GREEDY))
+    done = [progress.done for _ in range(30) for progress in engine.step().progress]
+    assert done[-1] == 199
+    assert max(later - earlier for earlier, later in pairwise([0, *done])) <= 50
 
 
 def test_what_could_not_be_kept_when_it_ends_is_not_read_out() -> None:
