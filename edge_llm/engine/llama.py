@@ -157,7 +157,10 @@ class LlamaBackend:
             # llama_kv_cache::state_write leaves out what the window masks
             raise WorkerError(f"only the last {self._window} positions of a running sequence of this model travel")
         # asking llama.cpp for the size costs as much as the copy, zeroing a buffer more; running streams wait for both
-        state = np.empty(self._facts.layout.size(n_tokens), np.uint8).data
+        try:
+            state = np.empty(self._facts.layout.size(n_tokens), np.uint8).data
+        except MemoryError as error:  # where memory is limited for real: the sequence itself is well
+            raise WorkerError(f"there is no memory to read out the KV of {n_tokens} positions") from error
         self._slots.state_into(slot, state)
         return StateBlob.from_native(self._facts.layout, state, n_tokens)
 
