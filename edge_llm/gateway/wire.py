@@ -85,10 +85,10 @@ class _Lingering:
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """One connection. `_awaits_head` while the next request's head is not whole, `_is_in_body` while the latest one's
-    body is not; `_discards_to` is where what comes of it after its answer ends, in bytes of this connection, and
-    `_closes_then` whether the connection ends with it. `_parsed_bytes` of the latest head have been read, and
-    `_held_bytes` came since the parser gave something out: it holds a line until it is whole."""
+    """One connection. `_awaits_head` while the next request's head is not whole, `_is_in_head` from its first byte on,
+    `_is_in_body` while the latest one's body is not; `_discards_to` is where what comes of it after its answer ends, in
+    bytes of this connection, and `_closes_then` whether the connection ends with it. `_parsed_bytes` of the latest head
+    have been read, and `_held_bytes` came since the parser gave something out: it holds a line until it is whole."""
 
     max_head_bytes: ClassVar[int]
     head_s: ClassVar[float]
@@ -96,7 +96,8 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._awaits_head, self._held_bytes, self._parsed_bytes = True, 0, 0
-        self._is_in_body, self._received, self._discards_to, self._closes_then = False, 0, 0, False
+        self._is_in_head = self._is_in_body = self._closes_then = False
+        self._received = self._discards_to = 0
         self._error: EdgeLLMError = InvalidRequest("what came is not HTTP/1.1")
         self._timer: asyncio.TimerHandle | None = self.loop.call_later(self.head_s, self._too_slow)
 
@@ -114,6 +115,8 @@ class BoundedProtocol(HttpToolsProtocol):
         super().data_received(data)
         if self.transport.is_closing():
             return
+        if self._is_in_head and not self._held_bytes:
+            self._held_bytes = len(data) - data.rfind(b"\n") - 1  # of a line that is not whole
         if self._discards_to and self._received > self._discards_to:
             self.transport.close()
         elif self._held_bytes > self.max_head_bytes:
@@ -121,7 +124,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._parsed_bytes = self._held_bytes = 0
+        self._is_in_head, self._parsed_bytes, self._held_bytes = True, 0, 0
 
     def on_url(self, url: bytes) -> None:
         self._count(len(url))
@@ -132,7 +135,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        self._awaits_head, self._is_in_body, self._held_bytes = False, True, 0
+        self._awaits_head, self._is_in_head, self._is_in_body, self._held_bytes = False, False, True, 0
         self._stop_timer()
         if self.parser.should_upgrade():
             self._error = InvalidRequest("only HTTP/1.1 is spoken here: send the request without CONNECT or Upgrade")
