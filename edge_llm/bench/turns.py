@@ -19,6 +19,7 @@ from edge_llm.bench.streams import StreamClient, client_of, prompt_ids
 from edge_llm.errors import EdgeLLMError
 
 SHARE_BAR: Final = 0.15
+_BELOW_EXACT: Final = "level {level}: of an earlier turn only whole chunks of its prompt are used (`edge-llm verify`)"
 Progress = Callable[[str, int, int], None]
 
 
@@ -100,6 +101,9 @@ async def _conversation(plan: Plan, number: int, keeping: StreamClient, forgetti
     run.add("second_turn_ttft_share", second_ttft_s / first_ttft_s)
     run.add("cached_tokens", second["timings"]["cache_n"])
     run.add("ids_equal", float(_ids(second) == _ids(cold)))
+    level = second["timings"]["edge_llm"]["level"]
+    if level != "exact" and (note := _BELOW_EXACT.format(level=level)) not in run.notes:
+        run.notes.append(note)
 
 
 def _ids(last: Mapping[str, Any]) -> Sequence[int]:

@@ -47,8 +47,9 @@ async def test_a_second_turn_on_real_processes_computes_only_what_is_new() -> No
 class Answering:
     """A server that answers as ours does, at once; it hangs up on the request number `hangs_up_at`."""
 
-    def __init__(self, hangs_up_at: int | None = None) -> None:
+    def __init__(self, hangs_up_at: int | None = None, level: str = "exact") -> None:
         self.bodies: list[dict[str, Any]] = []
+        self.level = level
         self._hangs_up_at = hangs_up_at
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
@@ -59,7 +60,7 @@ class Answering:
             assert request.transport is not None
             request.transport.abort()
             return reply
-        own = {"token_ids": [7] * self.bodies[-1]["max_tokens"]}
+        own = {"token_ids": [7] * self.bodies[-1]["max_tokens"], "level": self.level}
         last = {"choices": [{"text": "word"}], "timings": {"cache_n": 3, "edge_llm": own}}
         await reply.write(f"data: {json.dumps(last)}\n\ndata: [DONE]\n\n".encode())
         return reply
@@ -88,6 +89,14 @@ async def test_what_a_cold_cluster_costs_is_paid_before_the_first_conversation()
     assert len(run.samples["first_ttft_s"]) == SMALL.repetitions
     assert len(warm_up) == SMALL.prompt_tokens
     assert all(prompt[0] != warm_up[0] for prompt in asked), "nothing of a conversation is computed before it"
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("level", "said"), [("exact", 0), ("unverified", 1)])
+async def test_why_little_of_an_earlier_turn_is_used_is_said_once(level: str, said: int) -> None:
+    server, run = Answering(level=level), Run("turns", ["test"], {})
+    await measure(SMALL, SIMULATED, server.launch, run, say_nothing)
+    assert len([note for note in run.notes if "edge-llm verify" in note]) == said
 
 
 @pytest.mark.anyio
