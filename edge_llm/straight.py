@@ -1,8 +1,8 @@
 """A short way to the routes that every request waits for, past what a framework puts around all of them.
 
 Owns the way there and back: by method and whole path to an endpoint, and from our own errors to answers. All else goes
-on to the framework's app. A request is often the first work in a while, and on cold caches what an app has between its
-door and a route costs a sixth of a millisecond, at the gateway and at every worker it asks.
+on to the framework's app. A request is often the first work in a while, and on cold caches every layer between an app's
+door and a route is part of its time to first token, at the gateway and at every worker it asks.
 Refuses to know what is served; who may ask is the endpoints' business, or that of who stands before.
 """
 

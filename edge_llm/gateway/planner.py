@@ -91,10 +91,11 @@ class Planner:
             self._watches,
         )
         plan, wish = self._decide(running, known, view, situation)
-        if known.decision is None:
-            held = min(wish.held.get(plan.reader.worker, 0), wish.prompt_tokens - 1)
-            self._demand.planned(job.model, wish.prompt_tokens, held, may_split=job.mode != "local")
+        is_first = known.decision is None
         known.decision = self._record(running, plan, wish)
+        if is_first:
+            held = known.decision.held_tokens
+            self._demand.planned(job.model, wish.prompt_tokens, held, may_split=job.mode != "local")
         now_s, expected_s = self._clock(), plan.prediction.ttft_s if plan.prediction else 0.0
         self._book.book(
             running.job.request_id,

@@ -260,9 +260,11 @@ class DecodeRole:
             if is_waiting := not self.adopting.has_room(size):
                 known = Match()  # held while it waits, what is evicted meanwhile would stay in memory
             async with self.adopting.reserved(size, ADOPTION_WAIT_S) as has_room:
-                known = await self._known(running, counts=False) if is_waiting else known
-                snapshot = await self._fetched(running, known) if has_room else None
-                if not has_room:
+                snapshot = None
+                if has_room:
+                    known = await self._known(running, counts=False) if is_waiting else known
+                    snapshot = await self._adopter.fetch(self._wanted(running, known), running.prompt)
+                else:
                     running.prompt.refused(f"computed here: there was no memory for its KV for {ADOPTION_WAIT_S:.0f} s")
                 await self._begin(running, snapshot)
                 if snapshot is not None:
@@ -273,9 +275,6 @@ class DecodeRole:
             log.error("sequence failed", request_id=running.request_id, error=repr(error), exc_info=True)
             self._fail(running, WorkerError(f"worker {self._name} failed: {error!r}"))
         self._outboxes.flush()
-
-    async def _fetched(self, running: _Running, known: Match) -> StateBlob | None:
-        return await self._adopter.fetch(self._wanted(running, known), running.prompt)
 
     async def _known(self, running: _Running, *, counts: bool = True) -> Match:
         if not running.request.cache_prompt:

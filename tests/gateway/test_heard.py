@@ -5,17 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 
-from prometheus_client import CollectorRegistry
-
-from edge_llm.cluster.probe import Prober
-from edge_llm.gateway import queue
-from edge_llm.gateway.dispatch import Dispatcher
-from edge_llm.gateway.metrics import GatewayMetrics
-from edge_llm.gateway.planner import Planner
 from edge_llm.gateway.running import Finish
 from edge_llm.worker.client import Peer
 from edge_llm.worker.messages import EventBatch
-from tests.gateway.test_sessions_under_faults import EVER, Client, LeapingLoop, Named, Wire, Worker, undisturbed
+from tests.gateway.test_sessions_under_faults import Client, Wire, Worker, dispatching, leaping, undisturbed
 
 PROMPT = [1, 2, 3]
 
@@ -33,16 +26,12 @@ class SlowToOpen(Wire):
             yield batch
 
 
-async def _answered_after_the_connection_opens(loop: LeapingLoop) -> None:
+async def _answered_after_the_connection_opens() -> None:
     workers = {name: Worker(name, is_up=name in ("p1", "d1")) for name in ("p1", "d1", "d2", "d3")}
     wire = SlowToOpen(workers)
-    bounds = queue.Bounds(predicted_wait_s=EVER, wait_s=EVER)
-    metrics = GatewayMetrics(CollectorRegistry(), "g")
-    dispatcher = Dispatcher(wire, "g", bounds, 3, metrics, Planner(clock=loop.time), clock=loop.time)
-    dispatcher.prober = Prober(Named(), wire, 1.0, dispatcher.on_view, loop.time)
-    await dispatcher.prober.probe_all()
+    dispatcher, _ = await dispatching(wire)
     client = Client(PROMPT, 4)
-    asking = asyncio.create_task(client.ask(dispatcher, "r", loop.time()))
+    asking = asyncio.create_task(client.ask(dispatcher, "r", 0.0))
     await asyncio.sleep(1.0)
     assert not workers["d1"].sequences, "it would answer to nobody"
     wire.opens.set()
@@ -57,8 +46,4 @@ async def _answered_after_the_connection_opens(loop: LeapingLoop) -> None:
 
 
 def test_a_request_waits_for_the_connection_over_which_its_answer_will_come() -> None:
-    loop = LeapingLoop()
-    try:
-        loop.run_until_complete(_answered_after_the_connection_opens(loop))
-    finally:
-        loop.close()
+    leaping(_answered_after_the_connection_opens())

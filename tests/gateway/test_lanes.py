@@ -4,26 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
-from prometheus_client import CollectorRegistry
-
-from edge_llm.cluster.probe import Prober
-from edge_llm.gateway import queue
-from edge_llm.gateway.dispatch import Dispatcher
-from edge_llm.gateway.metrics import GatewayMetrics
-from edge_llm.gateway.planner import Planner
 from edge_llm.gateway.running import Finish
 from edge_llm.worker.client import Peer
 from edge_llm.worker.messages import WorkerStatus
-from tests.gateway.test_sessions_under_faults import (
-    EVER,
-    Client,
-    Decoding,
-    LeapingLoop,
-    Named,
-    Wire,
-    Worker,
-    undisturbed,
-)
+from tests.gateway.test_sessions_under_faults import Client, Decoding, Wire, Worker, dispatching, leaping, undisturbed
 from tests.nodes import node_of
 
 BEGUN, NOT_BEGUN = [1, 2, 3], list(range(20))
@@ -43,24 +27,19 @@ def _work(worker: Worker, request_id: str) -> Decoding:
     return sequence
 
 
-async def _served_elsewhere(loop: LeapingLoop) -> None:
+async def _served_elsewhere() -> None:
     workers = {name: Worker(name, is_up=name == "d1") for name in ("p1", "d1", "d2", "d3")}
-    wire = TwoKinds(workers)
-    bounds = queue.Bounds(predicted_wait_s=EVER, wait_s=EVER)
-    planner = Planner(cross_class="never", clock=loop.time)
-    dispatcher = Dispatcher(wire, "g", bounds, 3, GatewayMetrics(CollectorRegistry(), "g"), planner, clock=loop.time)
-    dispatcher.prober = Prober(Named(), wire, 1.0, dispatcher.on_view, loop.time)
-    await dispatcher.prober.probe_all()
+    dispatcher, prober = await dispatching(TwoKinds(workers), cross_class="never")
     begun, not_begun = Client(BEGUN, 4), Client(NOT_BEGUN, 4)
-    tasks = [asyncio.create_task(begun.ask(dispatcher, "begun", loop.time()))]
-    tasks += [asyncio.create_task(not_begun.ask(dispatcher, "not begun", loop.time()))]
+    tasks = [asyncio.create_task(begun.ask(dispatcher, "begun", 0.0))]
+    tasks += [asyncio.create_task(not_begun.ask(dispatcher, "not begun", 0.0))]
     await asyncio.sleep(1.0)
     for _ in range(2):  # its prompt, and a token
         _work(workers["d1"], "begun")
     await asyncio.sleep(1.0)
     assert len(begun.heard) == 1
     workers["d2"].is_up = True
-    await dispatcher.prober.probe_all()
+    await prober.probe_all()
     workers["d1"].die()
     await asyncio.sleep(1.0)
     assert "begun" not in workers["d2"].sequences
@@ -75,8 +54,4 @@ async def _served_elsewhere(loop: LeapingLoop) -> None:
 
 
 def test_a_request_that_must_go_on_in_its_class_does_not_hold_up_one_that_has_not_begun() -> None:
-    loop = LeapingLoop()
-    try:
-        loop.run_until_complete(_served_elsewhere(loop))
-    finally:
-        loop.close()
+    leaping(_served_elsewhere())

@@ -13,7 +13,7 @@ import asyncio
 import hashlib
 import selectors
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -32,6 +32,7 @@ from edge_llm.gateway.metrics import GatewayMetrics
 from edge_llm.gateway.planner import Planner
 from edge_llm.gateway.running import Finish, Job, Running, Text
 from edge_llm.gateway.session import State
+from edge_llm.gateway.situation import CrossClass
 from edge_llm.request import FinishReason, SamplingParams
 from edge_llm.worker.client import CALL_S, SILENCE_S, STATUS_S, Peer, WorkerClient
 from edge_llm.worker.messages import (
@@ -308,6 +309,26 @@ class Named(Discovery):
         return tuple(Place(name, f"{name}:1") for name in ("p1", *DECODERS))
 
 
+async def dispatching(wire: Wire, cross_class: CrossClass = "when_faster") -> tuple[Dispatcher, Prober]:
+    """A dispatcher that waits and tries again for as long as it takes, and what keeps its view, which has begun."""
+    clock = asyncio.get_running_loop().time
+    bounds, metrics = queue.Bounds(predicted_wait_s=EVER, wait_s=EVER), GatewayMetrics(CollectorRegistry(), "g")
+    planner = Planner(cross_class=cross_class, clock=clock)
+    dispatcher = Dispatcher(wire, "g", bounds, 10**9, metrics, planner, clock=clock)
+    dispatcher.prober = prober = Prober(Named(), wire, 1.0, dispatcher.on_view, clock)
+    await prober.probe_all()
+    return dispatcher, prober
+
+
+def leaping(scene: Coroutine[object, object, None]) -> None:
+    """Run a scene to its end in time that passes only while nobody has anything to do."""
+    loop = LeapingLoop()
+    try:
+        loop.run_until_complete(scene)
+    finally:
+        loop.close()
+
+
 # -- clients
 
 
@@ -372,14 +393,7 @@ class Sessions(RuleBasedStateMachine):
 
     async def _begin(self) -> None:
         self.workers = {name: Worker(name) for name in ("p1", *DECODERS)}
-        wire = Wire(self.workers)
-        bounds = queue.Bounds(predicted_wait_s=EVER, wait_s=EVER)
-        metrics = GatewayMetrics(CollectorRegistry(), "g")
-        planner = Planner(clock=self.loop.time)
-        self.dispatcher = Dispatcher(wire, "g", bounds, 10**9, metrics, planner, clock=self.loop.time)
-        self.prober = Prober(Named(), wire, 1.0, self.dispatcher.on_view, self.loop.time)
-        self.dispatcher.prober = self.prober
-        await self.prober.probe_all()
+        self.dispatcher, self.prober = await dispatching(Wire(self.workers))
         self.probing = asyncio.create_task(self.prober.run())
 
     def settle(self, seconds: float = 1e-6) -> None:
