@@ -198,12 +198,15 @@ class GatewayConfig(_Settings):
     where clients are sent elsewhere once /readyz says 503 (Kubernetes), none is refused. Within `drain_s`."""
     settle_s: Annotated[float, Field(ge=0, le=600)] = 15.0
     """How long after its start a gateway that has not found a decode worker says 503 on /readyz."""
-    default_max_tokens: Annotated[int, Field(ge=1)] = 512
-    """Length of an answer when the request does not say one."""
+    default_max_tokens: Annotated[int, Field(ge=1)] = 2048
+    """Length of an answer when the request does not say one, as far as the context has room."""
     log_level: LogLevel = "info"
     """What is less than this is not written to the log."""
     metrics_alias: MetricsAlias = "none"
     """Show the figures of /metrics under another server's names, too."""
+    open_metrics: bool = False
+    """Whoever reaches the gateway may read /metrics: for scrapers that cannot send a key. It says numbers, and names of
+    nodes and models."""
     checkpoint_tokens: Annotated[int, Field(ge=0)] = 0
     """After so many tokens of an answer each time (8 at least), another worker fetches its KV, so that a takeover
     computes about as many and not all; 0: never."""

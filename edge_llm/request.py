@@ -11,6 +11,7 @@ import math
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Final, Literal
 
 from edge_llm.errors import InvalidRequest
@@ -19,6 +20,9 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 MAX_STOP_STRINGS: Final = 16
 MAX_STOP_CHARS: Final = 256
 SEED_BITS: Final = 64
+TemplateOption = bool | int | str
+"""What a chat template is told beside the messages."""
+NO_OPTIONS: Final[Mapping[str, TemplateOption]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,12 @@ import json
 import logging
 import math
 import os
+import resource
 import signal
 import stat
 import sys
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from socket import AF_INET, AF_INET6, IPPROTO_TCP, SO_REUSEADDR, SOCK_STREAM, SOL_SOCKET, socket
 from typing import Any, Final, Literal
@@ -29,6 +31,8 @@ from edge_llm.worker.tickets import KeyRing
 
 # A worker's: gateways let go before (gateway/app.py).
 IDLE_S: Final = 5.0
+# Open at once, of files and connections.
+MAX_FILES: Final = 1 << 16
 log = structlog.get_logger()
 
 
@@ -177,6 +181,26 @@ def _is_pipe(descriptor: int) -> bool:
     return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
 
 
+class _Lines(structlog.PrintLogger):
+    """A line that cannot be written (the card is full, its reader is gone) is lost, and nothing else with it: whoever
+    says something is in the middle of what matters more."""
+
+    def msg(self, message: str) -> None:
+        with suppress(OSError, ValueError):
+            super().msg(message)
+
+    log = debug = info = warn = warning = fatal = failure = err = error = critical = exception = msg
+
+
+def raise_file_limit() -> None:
+    """As many connections as this process may have: what a service gets unasked (1,024) is less than a thousand
+    streams, and who has none left takes every worker for dead."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def configure_logging(level: LogLevel = "info") -> None:
     """Lines on stderr: readable on a terminal, JSON elsewhere. Never prompt text.
 
@@ -193,7 +217,7 @@ def configure_logging(level: LogLevel = "info") -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=lambda *_: _Lines(sys.stderr),
     )
     handler = logging.StreamHandler(sys.stderr)  # libraries' own lines, in the same form
     handler.setFormatter(

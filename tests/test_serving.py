@@ -3,7 +3,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
+import resource
 from collections.abc import Iterator
+from contextlib import suppress
 from socket import IPPROTO_TCP, TCP_NODELAY
 
 import pytest
@@ -11,7 +14,7 @@ import structlog
 
 from edge_llm.config import LogLevel
 from edge_llm.errors import ConfigError
-from edge_llm.serving import bind, configure_logging
+from edge_llm.serving import MAX_FILES, bind, configure_logging, raise_file_limit
 
 
 def test_small_writes_to_a_caller_leave_at_once() -> None:
@@ -34,6 +37,32 @@ def test_small_writes_to_a_caller_leave_at_once() -> None:
             return result
 
     assert asyncio.run(nodelay_of_an_accepted_connection()) != 0
+
+
+def test_a_line_that_cannot_be_written_is_lost_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    nobody_reads = open(writing, "w", buffering=1)
+    monkeypatch.setattr("sys.stderr", nobody_reads)
+    configure_logging("info")
+    try:
+        structlog.get_logger().error("said into a broken pipe")
+        structlog.get_logger().warning("and again")
+    finally:
+        monkeypatch.undo()
+        configure_logging("info")
+        with suppress(BrokenPipeError):
+            nobody_reads.close()
+
+
+def test_a_service_may_have_as_many_connections_as_it_may_ask_for() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 256), hard))
+    try:
+        raise_file_limit()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(hard, MAX_FILES), hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_taken_port_is_said_with_what_to_do() -> None:

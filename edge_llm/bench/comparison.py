@@ -3,12 +3,13 @@
 Owns the experiment: what each arrangement is sent, how fast, in which order and for how long. The arrangements are
 contestants.py's, the figures verdicts.py's. Refuses to know how a request is served.
 
-Rules: a trace is cut to its beginning, scaled, and thinned to each rate (traces.py); prompts are random token ids that
-depend on trace, rate and row only, so all arrangements get the same and nobody finds a prefix of an earlier one. Rates
+Rules: a trace is cut to its beginning, scaled, and thinned to each rate (traces.py); prompts are random token ids, as
+many for all arrangements and others for each, so nobody finds a prefix of an earlier one. Rates
 are shares of what two unsplit nodes were seen to serve when flooded. Limits are multiples of what a request takes
 alone on one node (goodput.py). Ours are told them and started anew for each regime; one replay of an arrangement that
 knows no limits serves all regimes. Rates are visited in passes, each arrangement once in each pass and every other pass
-backwards, so that a machine that drifts drifts for all.
+backwards, so that a machine that drifts drifts for all. Local and auto, which are the same servers asked otherwise and
+compared most closely, take turns at each rate.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from edge_llm.bench.contestants import (
     Servers,
     arrangements,
     baseline,
+    groups,
     plain,
     running,
 )
@@ -195,9 +197,11 @@ async def measure(
     run.notes.append(f"when limits and flags were known, the budget left replays of {rest_s:.0f} s")
     for one in workloads:
         for number in range(fit.plan.passes):
-            for arrangement in contestants[one.name] if number % 2 == 0 else contestants[one.name][::-1]:
-                what = f"{one.name}, {arrangement.label}, pass {number + 1}"
-                await contest.tried(what, contest.one_pass(one, arrangement, number))
+            series = groups(contestants[one.name])
+            for sharing in series if number % 2 == 0 else series[::-1]:
+                labels = " and ".join(arrangement.label for arrangement in sharing)
+                what = f"{one.name}, {labels}, pass {number + 1}"
+                await contest.tried(what, contest.one_pass(one, sharing, number))
 
 
 class _Contest:
@@ -279,22 +283,27 @@ class _Contest:
         met = [answer.timing.meets(limit) for answer in answers for limit in limits]
         score[0] = sum(met) / len(met)
 
-    async def one_pass(self, one: Workload, arrangement: Arrangement, number: int) -> None:
+    async def one_pass(self, one: Workload, sharing: Sequence[Arrangement], number: int) -> None:
+        """Of arrangements that share servers: each rate in turn, who is first alternates."""
         rates = self.rates(one)[number :: self._plan.passes]
-        if not any(self._is_worth(one, arrangement, rate) for rate in rates):
+        if not any(self._is_worth(one, arrangement, rate) for arrangement in sharing for rate in rates):
             return
-        async with running(self._run, arrangement) as send:
-            await self._warm(send, one, arrangement, number)
-            for rate in rates:
-                if not self._is_worth(one, arrangement, rate):
-                    continue
-                if self.left_s < 0:
-                    raise MeasureFailed("the budget of time was over: give more with --budget-minutes")
-                answers = await self._at_rate(send, one, arrangement, rate, f"{rate:.6f}")
-                told = arrangement.regime.name if arrangement.regime else None
-                done = Replayed(one.name, arrangement.name, rate, tuple(answers), told)
-                self._tally.replays.append(done)
-                keep(self._run, done)
+        async with running(self._run, *sharing) as send:
+            for arrangement in sharing:
+                await self._warm(send, one, arrangement, number)
+            for turn, rate in enumerate(rates, number):
+                for arrangement in sharing if turn % 2 == 0 else sharing[::-1]:
+                    if self._is_worth(one, arrangement, rate):
+                        await self._replay(send, one, arrangement, rate)
+
+    async def _replay(self, send: Send, one: Workload, arrangement: Arrangement, rate: float) -> None:
+        if self.left_s < 0:
+            raise MeasureFailed("the budget of time was over: give more with --budget-minutes")
+        answers = await self._at_rate(send, one, arrangement, rate, f"{rate:.6f}")
+        told = arrangement.regime.name if arrangement.regime else None
+        done = Replayed(one.name, arrangement.name, rate, tuple(answers), told)
+        self._tally.replays.append(done)
+        keep(self._run, done)
 
     # -- what is sent
 
@@ -347,7 +356,8 @@ class _Contest:
     def _calls(
         self, one: Workload, rows: Sequence[Row], label: str, arrangement: Arrangement, *, at_once: bool = False
     ) -> list[Call]:
-        """The same prompts for the same trace, label and row, whatever the arrangement."""
+        """Prompts of the same lengths for the same trace, label and row, whatever the arrangement. Not the same tokens:
+        workers that two arrangements share would keep them."""
         own = arrangement.body(self._tally.limits(one.name) if arrangement.regime else {})
         return [
             Call(
@@ -356,7 +366,7 @@ class _Contest:
                     "prompt": prompt_ids(
                         row.prompt_tokens,
                         self._plan.vocab_size,
-                        zlib.crc32(f"{self._plan.seed}/{one.name}/{label}/{row.number}".encode()),
+                        zlib.crc32(f"{self._plan.seed}/{one.name}/{arrangement.name}/{label}/{row.number}".encode()),
                     ),
                     "max_tokens": row.answer_tokens,
                     "temperature": 0,

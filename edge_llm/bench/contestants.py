@@ -22,6 +22,7 @@ from edge_llm.bench.serve.driver import replay, sending
 from edge_llm.machine import peak_memory_bytes, process_usage
 
 SPLIT, LOCAL, AUTO, SERVER = "split", "local", "auto", "llama_server"
+UNSPLIT: Final = "local_and_auto"
 BASELINE: Final = "baseline"
 NODES: Final = 2
 # A gateway refuses by itself who is predicted to wait longer than its bound. Here the client's limits say what is too
@@ -52,6 +53,10 @@ class Arrangement:
     def label(self) -> str:
         return f"{self.name} ({self.regime.name})" if self.regime else self.name
 
+    def shares(self, other: Arrangement) -> bool:
+        """Whether both are the same servers, asked otherwise."""
+        return (self.layout, self.launches, self.regime) == (other.layout, other.launches, other.regime)
+
     @property
     def regimes(self) -> tuple[Regime, ...]:
         """Those that its replays are judged by."""
@@ -77,13 +82,27 @@ def arrangements(launch: Launch, options: tuple[str, ...]) -> list[Arrangement]:
     """Ours. A mixed worker may read prompts for the other one: in mode local it never does, in auto when that is
     predicted to be better. All three are told the limits and run once for each regime, so that they differ in nothing
     but who reads the prompts: a mixed worker that knows the limits of its streams reads beside them what they can bear
-    (engine/pacing.py), and that is no merit of auto's."""
-    split = Layout(SPLIT, prefill=1, decode=1, options=options, gateway_options=NO_BOUND)
+    (engine/pacing.py), and that is no merit of auto's. Local and auto are asked of the same servers."""
+    split, both = (
+        Layout(SPLIT, prefill=1, decode=1, options=options, gateway_options=NO_BOUND),
+        _unsplit(UNSPLIT, options),
+    )
     return [
-        Arrangement(layout.name, layout, (launch,), _mode(layout.name), regime)
-        for layout in (split, _unsplit(LOCAL, options), _unsplit(AUTO, options))
+        Arrangement(name, layout, (launch,), _mode(name), regime)
         for regime in REGIMES
+        for name, layout in ((SPLIT, split), (LOCAL, both), (AUTO, both))
     ]
+
+
+def groups(contestants: Sequence[Arrangement]) -> list[tuple[Arrangement, ...]]:
+    """Neighbours that share servers together."""
+    found: list[tuple[Arrangement, ...]] = []
+    for one in contestants:
+        if found and found[-1][0].shares(one):
+            found[-1] = (*found[-1], one)
+        else:
+            found.append((one,))
+    return found
 
 
 def baseline(launch: Launch, options: tuple[str, ...]) -> Arrangement:
@@ -113,8 +132,10 @@ class Send(Protocol):
 
 
 @asynccontextmanager
-async def running(run: Run, arrangement: Arrangement) -> AsyncIterator[Send]:
-    """Started for the block; what the processes used goes into `run`."""
+async def running(run: Run, *sharing: Arrangement) -> AsyncIterator[Send]:
+    """The servers of one arrangement, or of several that share them, started for the block; what the processes used
+    goes into `run`."""
+    arrangement, label = sharing[0], " and ".join(one.label for one in sharing)
     async with AsyncExitStack() as stack:
         started = [await stack.enter_async_context(launch(arrangement.layout)) for launch in arrangement.launches]
         session = await stack.enter_async_context(sending())
@@ -132,7 +153,7 @@ async def running(run: Run, arrangement: Arrangement) -> AsyncIterator[Send]:
         finally:
             wall_s = time.monotonic() - began_s
             for process in processes:
-                name = f"{arrangement.label}: {process.name}"
+                name = f"{label}: {process.name}"
                 run.used(_usage(process, name, before[process.pid], wall_s))
 
 

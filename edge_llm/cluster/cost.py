@@ -278,29 +278,37 @@ class Prediction:
 
 def predict_local(request: Request, decode: Side) -> Prediction:
     """The decode node computes the prompt itself, beside its streams."""
-    reading_s, harm_s = _reading(request, decode)
-    return _decoding(request, decode, reading_s, harm_s, prompts=())
+    reading = _reading(request, decode)
+    return _decoding(request, decode, reading.ends_s, reading.harm_s, prompts=())
 
 
 def predict_split(request: Request, prefill: Side, decode: Side, link: Link | None) -> Prediction:
     """The prefill node computes the prompt, its KV comes to the decode node meanwhile."""
-    reading_s, harm_s = _reading(request, prefill)
+    reading = _reading(request, prefill)
     positions = request.prompt_tokens - 1
     kv = decode.cost.kv_bytes_per_token
     last = min(positions, prefill.cost.chunk_tokens)
     missing = max(0, positions - decode.held)
-    tail_s = handoff_tail_s(link, missing * kv, min(missing, last) * kv, reading_s)
-    return _decoding(request, decode, reading_s + tail_s, harm_s, prompts=decode.work.prompts)
+    # nothing of it can be carried while others' prompts are computed
+    tail_s = handoff_tail_s(link, missing * kv, min(missing, last) * kv, reading.ends_s - reading.begins_s)
+    return _decoding(request, decode, reading.ends_s + tail_s, reading.harm_s, prompts=decode.work.prompts)
 
 
-def _reading(request: Request, side: Side) -> tuple[float, float]:
-    """Until the prompt is computed on `side`, and what others lose there by it."""
+class _Reading(NamedTuple):
+    """From when until when a prompt is computed, from now on, and what others lose there by it."""
+
+    begins_s: float
+    ends_s: float
+    harm_s: float
+
+
+def _reading(request: Request, side: Side) -> _Reading:
     cost, work = side.cost, side.work
     held = min(side.held, request.prompt_tokens - 1)
     own_s = cost.prefill_s(request.prompt_tokens - 1 - held, held)
     queued_s = [cost.prefill_s(prompt.tokens, prompt.start) for prompt in work.prompts]
-    read_s, streams_lose_s = read_in_turn(cost, work, [*queued_s, own_s])
-    return read_s, streams_lose_s + request.behind * own_s
+    turn = read_in_turn(cost, work, [*queued_s, own_s])
+    return _Reading(turn.begins_s, turn.ends_s, turn.harm_s + request.behind * own_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,14 +320,14 @@ class _Rows:
     cells: float
 
 
-def read_in_turn(cost: NodeCost, work: Work, prompts_s: Sequence[float]) -> tuple[float, float]:
-    """Until the last one of so much prompt work is read, one after another, beside the streams of the node, and the
-    answers that begin as their prompts are read; and what all these lose by the last one. Answers whose prompts are
-    read elsewhere are left out: when they come is too uncertain, and counting them made plans worse."""
+def read_in_turn(cost: NodeCost, work: Work, prompts_s: Sequence[float]) -> _Reading:
+    """The last one of so much prompt work, one after another, beside the streams of the node, and the answers that
+    begin as their prompts are read: harm_s is what all these lose by the last one. Answers whose prompts are read
+    elsewhere are left out: when they come is too uncertain, and counting them made plans worse."""
     rows = [_Rows(work.decoding, work.left, work.cells)] if work.decoding and work.left > 0 else []
-    read_s = lose_s = 0.0
+    begins_s = read_s = lose_s = 0.0
     for number, rest_s in enumerate(prompts_s, 1):
-        lose_s = 0.0
+        begins_s, lose_s = read_s, 0.0
         while rows and rest_s > _NOTHING_S:
             step_s = cost.step_s(sum(row.count for row in rows), sum(row.cells for row in rows))
             piece = cost.piece(step_s, work.limits)
@@ -331,7 +339,7 @@ def read_in_turn(cost: NodeCost, work: Work, prompts_s: Sequence[float]) -> tupl
             rows = [replace(row, left=row.left - turns) for row in rows if row.left - turns > _NOTHING_S]
         read_s += max(0.0, rest_s)
         rows += [_Rows(1, stream.left, stream.cells) for stream in work.coming if stream.ahead == number]
-    return read_s, lose_s
+    return _Reading(begins_s, read_s, lose_s)
 
 
 def _decoding(

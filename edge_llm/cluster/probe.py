@@ -71,6 +71,7 @@ class Prober:
         self._asking: dict[Place, asyncio.Task[None]] = {}
         self._turn = 0
         self._news: set[str] = set()
+        self._complaint = ""
         self._woken = asyncio.Event()
         self.view = ClusterView()
 
@@ -127,8 +128,11 @@ class Prober:
         try:
             places = self._discovery.places()
         except ConfigError as error:
-            log.error("workers file", message=error.message)
+            if error.message != self._complaint:  # once, not every second
+                self._complaint = error.message
+                log.error("workers file", message=error.message)
             return
+        self._complaint = ""
         self._known = {place: self._known.get(place) or Known() for place in places}
         for place, known in self._known.items():
             if place.worker in self._news:

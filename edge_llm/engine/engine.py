@@ -15,7 +15,7 @@ Every error that concerns one sequence is reported in `Step.failures` and leaves
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -23,7 +23,7 @@ from edge_llm.engine.rates import Rates
 from edge_llm.errors import EdgeLLMError
 from edge_llm.kv.codec import BlobLayout, StateBlob
 from edge_llm.kv.snapshot import Identity, Level, MemoryKind, Policy, VLayout
-from edge_llm.request import Generation, TokenEvent
+from edge_llm.request import NO_OPTIONS, Generation, TemplateOption, TokenEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,8 +215,11 @@ class Vocabulary(Protocol):
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]: ...
 
-    def render_chat(self, messages: Sequence[dict[str, str]]) -> str:
-        """Apply the model's chat template (sandboxed), generation prompt added. Raises InvalidRequest."""
+    def render_chat(
+        self, messages: Sequence[dict[str, str]], options: Mapping[str, TemplateOption] = NO_OPTIONS
+    ) -> str:
+        """Apply the model's chat template (sandboxed), generation prompt added; what it does not know of `options` it
+        passes over. Raises InvalidRequest."""
         ...
 
     def piece(self, token_id: int) -> bytes:

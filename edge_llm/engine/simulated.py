@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -36,6 +36,7 @@ from edge_llm.kv.snapshot import (
     Level,
     digest_of,
 )
+from edge_llm.request import NO_OPTIONS, TemplateOption
 
 MODEL: Final = "simulated"
 _I16: Final = 25  # ggml type: any bits are a number
@@ -191,7 +192,9 @@ class SimulatedVocabulary:
         ids = [_FIRST_BYTE + byte for byte in text.encode("utf-8", errors="replace")]
         return [_BOS, *ids] if add_special else ids
 
-    def render_chat(self, messages: Sequence[dict[str, str]]) -> str:
+    def render_chat(
+        self, messages: Sequence[dict[str, str]], options: Mapping[str, TemplateOption] = NO_OPTIONS
+    ) -> str:
         if not messages:
             raise InvalidRequest("messages is empty: send at least one message", param="messages")
         return "".join(f"{message['role']}: {message['content']}\n" for message in messages) + "assistant:"

@@ -9,12 +9,13 @@ finds it first.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Final
 
 from edge_llm.engine.native import NativeModel, library
 from edge_llm.errors import InvalidRequest
+from edge_llm.request import NO_OPTIONS, TemplateOption
 
 MAX_RENDERED_CHARS: Final = 16 << 20
 # What else a template can bring about with messages that it did not expect.
@@ -47,11 +48,13 @@ class LlamaVocabulary:
             raise InvalidRequest("the text cannot be tokenized", param="prompt")
         return list(ids[:count])
 
-    def render_chat(self, messages: Sequence[dict[str, str]]) -> str:
+    def render_chat(
+        self, messages: Sequence[dict[str, str]], options: Mapping[str, TemplateOption] = NO_OPTIONS
+    ) -> str:
         import jinja2
 
         try:
-            text = str(self._formatter(messages=list(messages)).prompt)
+            text = str(self._formatter(messages=[self._known(message) for message in messages], **options).prompt)
         except (jinja2.TemplateError, *_OF_TEMPLATES) as error:
             raise InvalidRequest(
                 f"this model's chat template refuses these messages: {error}", param="messages"
@@ -61,6 +64,13 @@ class LlamaVocabulary:
                 "this model's chat template makes too long a prompt of these messages", param="messages"
             )
         return text
+
+    def _known(self, message: dict[str, str]) -> dict[str, str]:
+        """What the newer of OpenAI's models call developer is the system to all others; a template that does not know
+        the name would leave the message out."""
+        if message["role"] != "developer" or "developer" in self._template:
+            return message
+        return {**message, "role": "system"}
 
     def piece(self, token_id: int) -> bytes:
         known = self._pieces.get(token_id)
@@ -77,13 +87,16 @@ class LlamaVocabulary:
         return buffer.raw[: max(size, 0)]
 
     @cached_property
+    def _template(self) -> str:
+        return self._model.metadata("tokenizer.chat_template") or ""
+
+    @cached_property
     def _formatter(self) -> Any:
         from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
-        template = self._model.metadata("tokenizer.chat_template")
-        if not template:
+        if not self._template:
             raise InvalidRequest("this model has no chat template: use /v1/completions", param="messages")
-        return Jinja2ChatFormatter(template, eos_token=self._text_of("eos"), bos_token=self._text_of("bos"))
+        return Jinja2ChatFormatter(self._template, eos_token=self._text_of("eos"), bos_token=self._text_of("bos"))
 
     def _text_of(self, which: str) -> str:
         token = getattr(self._lib, f"llama_vocab_{which}")(self._model.vocab)

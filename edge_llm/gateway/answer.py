@@ -267,6 +267,8 @@ def _own_timings(running: Running, ask: Ask, arrived_s: float) -> dict[str, Any]
         "fallback": "; ".join(running.notes) or None,
         "replanned": len(running.session.lost),
     }
+    if ask.passed_over:
+        own["passed_over"] = list(ask.passed_over)
     if ask.wants_token_ids:
         own["token_ids"] = list(running.session.delivered)
     return own

@@ -62,6 +62,10 @@ _ID_CHARS: Final = 64
 _PROMPTS_AT_ONCE: Final = 4
 # Workers close connections that were idle for 5 s (uvicorn): let go before, so that no request meets one that closes.
 IDLE_S: Final = 4.0
+_HERE: Final = (
+    "; this server has /v1/chat/completions, /v1/completions and /v1/models (a client that asks for /v1/responses of "
+    "itself can be told to use chat completions)"
+)
 log = structlog.get_logger()
 
 
@@ -181,6 +185,7 @@ def create_app(gateway: Gateway) -> FastAPI:
         credentials=gateway.credentials,
         on_refusal=gateway.metrics.rejected,
         is_leaving=lambda: gateway.is_leaving,
+        has_open_metrics=gateway.config.open_metrics,
     )
     if gateway.config.cors_origins:  # around the edge: a browser asks for leave without a key
         app.add_middleware(
@@ -215,7 +220,7 @@ def _say_other_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> Response:
-        here = "; this server has /v1/chat/completions, /v1/completions and /v1/models" * (error.status_code == 404)
+        here = _HERE * (error.status_code == 404)
         failure = InvalidRequest(f"{request.method} {request.url.path}: {error.detail}{here}")
         return JSONResponse(error_body(failure), error.status_code, error.headers)
 
@@ -380,4 +385,6 @@ def _model_entry(gateway: Gateway, model: str) -> dict[str, Any]:
         "vocab_size": status.vocab_size,
         "sha256": status.model_sha256,
     }
-    return {"id": model, "object": "model", "created": gateway.started, "owned_by": "edge-llm", "meta": meta}
+    entry = {"id": model, "object": "model", "created": gateway.started, "owned_by": "edge-llm", "meta": meta}
+    # vLLM's, which its own bench reads
+    return {**entry, "root": model, "parent": None, "max_model_len": status.n_ctx}

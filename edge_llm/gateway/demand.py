@@ -13,6 +13,7 @@ from math import exp, log
 from typing import Final
 
 from edge_llm.cluster.cost import TYPICAL_ANSWER_TOKENS
+from edge_llm.cluster.slo import Slo
 
 # About the last twenty requests of a model say how the next ones will be.
 SMOOTHING: Final = 0.05
@@ -25,14 +26,15 @@ _LEAST_ARRIVALS: Final = 3.0
 # A limit moves the mean no further than one of so many times, or that part of, what others ask for; outside these
 # bounds all are the same, kept by any node or by none.
 _ODD: Final = 4.0
-_LEAST_TPOT_S: Final = 1e-3
-_MOST_TPOT_S: Final = 60.0
+_LEAST_S: Final = 1e-3
+_MOST_S: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class Typical:
     """Requests that may be split: so many a second, each with a prompt of which so much has to be computed and so many
-    tokens to answer. Of those that have a limit of time per token, `limited_share` of all, it is `tpot_s` on average.
+    tokens to answer. Of those that have a limit of time per token, `limited_share` of all, it is `tpot_s` on average;
+    of those that have one of the time to the first token it is `ttft_s` (None: nobody has).
     """
 
     rate_per_s: float
@@ -41,6 +43,7 @@ class Typical:
     tpot_s: float
     computed_tokens: float
     limited_share: float = 1.0
+    ttft_s: float | None = None
 
 
 @dataclass(slots=True)
@@ -57,14 +60,15 @@ class _Mean:
 
 @dataclass(slots=True)
 class _Splittable:
-    """Requests of one model that may be split. arrivals: of the window, older ones count less; log_tpot: the mean of
-    logarithms."""
+    """Requests of one model that may be split. arrivals: of the window, older ones count less; log_tpot, log_ttft:
+    means of logarithms."""
 
     prompt: _Mean = field(default_factory=_Mean)
     computed: _Mean = field(default_factory=_Mean)
     answer: _Mean = field(default_factory=_Mean)
     limited: _Mean = field(default_factory=_Mean)
     log_tpot: _Mean = field(default_factory=_Mean)
+    log_ttft: _Mean = field(default_factory=_Mean)
     arrivals: float = 0.0
     arrived_s: float = 0.0
     since_s: float | None = None
@@ -74,13 +78,6 @@ class _Splittable:
             self.since_s = now_s
         self.arrivals = self.arrivals_at(now_s) + 1.0
         self.arrived_s = now_s
-
-    def paced(self, tpot_s: float) -> None:
-        """The limit of one. Once others are known odd ones hardly move the mean, however odd."""
-        mean, sample = self.log_tpot, log(min(max(tpot_s, _LEAST_TPOT_S), _MOST_TPOT_S))
-        if mean.samples * SMOOTHING >= 1.0:
-            sample = min(max(sample, mean.value - log(_ODD)), mean.value + log(_ODD))
-        mean.add(sample)
 
     def arrivals_at(self, now_s: float) -> float:
         return self.arrivals * exp(-(now_s - self.arrived_s) / WINDOW_S) if self.arrivals else 0.0
@@ -92,6 +89,16 @@ class _Splittable:
             return None
         # of a window that is not full yet as much as there is of it
         return arrivals / (WINDOW_S * (1 - exp(-max(1.0, now_s - self.since_s) / WINDOW_S)))
+
+
+def _limited(mean: _Mean, limit_s: float | None) -> None:
+    """The limit of one. Once others are known odd ones hardly move the mean, however odd."""
+    if not limit_s:
+        return
+    sample = log(min(max(limit_s, _LEAST_S), _MOST_S))
+    if mean.samples * SMOOTHING >= 1.0:
+        sample = min(max(sample, mean.value - log(_ODD)), mean.value + log(_ODD))
+    mean.add(sample)
 
 
 @dataclass(slots=True)
@@ -114,13 +121,13 @@ class Demand:
 
     # -- what happens
 
-    def arrived(self, model: str, tpot_s: float | None, now_s: float) -> None:
-        """A request came that may be split; tpot_s: its limit, if any."""
+    def arrived(self, model: str, slo: Slo, now_s: float) -> None:
+        """A request came that may be split, with these limits."""
         known = self._of(model)
         known.arrived(now_s)
-        known.limited.add(float(tpot_s is not None))
-        if tpot_s:
-            known.paced(tpot_s)
+        known.limited.add(float(slo.tpot_s is not None))
+        _limited(known.log_tpot, slo.tpot_s)
+        _limited(known.log_ttft, slo.ttft_s)
 
     def planned(self, model: str, prompt_tokens: int, held_tokens: int, *, may_split: bool) -> None:
         """A prompt is given to a worker that is believed to hold so many of its positions."""
@@ -156,6 +163,7 @@ class Demand:
             exp(known.log_tpot.value),
             max(1.0, known.computed.value),
             known.limited.value,
+            exp(known.log_ttft.value) if known.log_ttft.samples else None,
         )
 
     def _of(self, model: str) -> _Splittable:

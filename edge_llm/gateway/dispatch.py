@@ -43,7 +43,7 @@ from edge_llm.gateway.scheduler import Plan
 from edge_llm.gateway.session import Event, Session, State
 from edge_llm.trace import HEADER
 from edge_llm.worker.client import WorkerClient
-from edge_llm.worker.messages import CancelRequest
+from edge_llm.worker.messages import CancelRequest, DecodeRequest
 
 REFUSED_S: Final = 0.1
 # What a worker is told at least: to it, no time left means no deadline.
@@ -127,8 +127,10 @@ class Dispatcher:
         per_s = serves_per_s(self.view.ready(demand.model), demand.prompt_tokens, answer)
         return replace(demand, promised_tokens_per_s=per_s and HOPE * per_s * (demand.prompt_tokens + answer))
 
-    def _free_slots(self, model: str) -> int:
-        slots = sum(node.status.slots for node in self.view.ready(model) if node.decodes)
+    def _free_slots(self, model: str, cells: int = 0) -> int:
+        """Of workers with a context of so many cells at least."""
+        nodes = self.view.ready(model)
+        slots = sum(node.status.slots for node in nodes if node.decodes and node.status.n_ctx >= cells)
         return max(0, slots - self._held[model])
 
     def leave(self, place: queue.Place) -> None:
@@ -147,7 +149,7 @@ class Dispatcher:
         self._running[job.request_id] = running
         try:
             running.place = place
-            free_slots = self._free_slots(job.model)
+            free_slots = self._free_slots(job.model, len(job.prompt_ids) + job.max_tokens)
             self._queue.ready(place, self._demand(running), lambda: self._plan(running), _lane(running), free_slots)
             task = asyncio.create_task(self._run(running, place), name=f"request {job.request_id}")
             try:
@@ -194,6 +196,8 @@ class Dispatcher:
             held_bytes=job.held_bytes,
             deadline_s=job.deadline_s,
             answer_tokens=self._planner.answer_left(running),
+            # for who may pass whom: alone nobody waits for this to be found out
+            held_tokens=self._planner.held_at_most(running, self.view) if len(self._queue) > 1 else 0,
         )
         return self._promised(demand)
 
@@ -214,16 +218,17 @@ class Dispatcher:
         await running.ended.wait()
 
     async def _send(self, running: Running, plan: Plan) -> None:
-        """Hand the request to its worker. Does not wait for one that is found lost meanwhile."""
-        waits = self._planner.waits(running, plan, self.view)
-        age_s = self._clock() - running.first_token_s if running.first_token_s else 0.0
-        request = self._orders.decode_request(running, plan, self._time_left_s(running.job) or 0.0, waits, age_s)
-        running.sent_s = running.sent_s or self._clock()  # its tokens may be here sooner than the reply
+        """Hand the request to its worker, if somebody still waits for it when that is heard. Does not wait for one that
+        is found lost meanwhile."""
         sending = asyncio.timeout(None)
         try:
             async with sending:
                 running.sending = sending
                 await self._listener.heard(plan.decode)
+                if running.session.is_over:
+                    return
+                request = self._order(running, plan)
+                running.sent_s = running.sent_s or self._clock()  # its tokens may be here sooner than the reply
                 await self._client.decode(peer_of(plan.decode), request, running.job.trace)
         except TimeoutError:
             if not sending.expired():
@@ -232,10 +237,17 @@ class Dispatcher:
             running.sending = None
             self._planner.write_down(running.job.request_id)
 
+    def _order(self, running: Running, plan: Plan) -> DecodeRequest:
+        """What its worker is told: as of now."""
+        waits = self._planner.waits(running, plan, self.view)
+        age_s = self._clock() - running.first_token_s if running.first_token_s else 0.0
+        return self._orders.decode_request(running, plan, self._time_left_s(running.job) or 0.0, waits, age_s)
+
     def _plan(self, running: Running) -> Plan:
         job = running.job
         try:
-            plan = self._planner.plan(running, self.view, max(0, len(self._queue) - 1))
+            others, ahead = max(0, self._queue.waiting(job.model) - 1), self._queue.passed(job.model)
+            plan = self._planner.plan(running, self.view, others, ahead)
         except UnknownModel as error:
             # somebody served it when the request came: workers come back
             raise Overloaded(f"no worker serves {job.model} any more", retry_after_s=2.0) from error

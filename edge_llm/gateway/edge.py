@@ -68,9 +68,11 @@ class Edge:
         credentials: Credentials,
         on_refusal: Callable[[str], None],
         is_leaving: Callable[[], bool] = lambda: False,
+        *,
+        has_open_metrics: bool = False,
     ) -> None:
         self._app, self._credentials, self._on_refusal = app, credentials, on_refusal
-        self._is_leaving = is_leaving
+        self._is_leaving, self._has_open_metrics = is_leaving, has_open_metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -113,7 +115,9 @@ class Edge:
                 "a key with `edge-llm serve api-key` and start the gateway with --api-keys-file"
             )
         path = scope["path"]
-        if path in PUBLIC or (path == METRICS and _is_of_this_machine(scope, headers)):
+        if path in PUBLIC:
+            return ANYBODY
+        if path == METRICS and (self._has_open_metrics or _is_of_this_machine(scope, headers)):
             return ANYBODY
         return self._credentials.identify(_credential(headers), time.time())
 

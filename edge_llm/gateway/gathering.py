@@ -12,8 +12,10 @@ Where another stream costs a step as much as the first one, nothing is gained, a
 
 Rule: of all numbers of homes the one with which the cluster serves most requests a second (`capacity_per_s`), if that
 is `GAIN` of what it serves with streams everywhere, so many requests come that it counts (`BUSY`), and most ask for a
-pace (`LIMITED`). A change is made when it has been due for `SUSTAINED_S`. Equal nodes are told apart by name, so that
-two gateways that begin together choose the same ones; homes are not moved among equals.
+pace (`LIMITED`). Of what a node could read only that counts which is in time, as far as the fastest one's is: one that
+is later with every prompt than requests allow is no reader. A change is made when it has been due for `SUSTAINED_S`.
+Equal nodes are told apart by name, so that two gateways that begin together choose the same ones; homes are not moved
+among equals.
 The figures are those with which the simulated traces of tests/gateway/test_gathering_trace.py are served best.
 """
 
@@ -24,7 +26,8 @@ from dataclasses import dataclass, field
 from math import ceil, exp, inf, sqrt
 from typing import Final
 
-from edge_llm.cluster.cost import Limits, NodeCost
+from edge_llm.cluster.cost import UNMEASURED_BYTES_PER_S, Limits, NodeCost
+from edge_llm.cluster.view import Node
 from edge_llm.gateway.demand import Typical
 
 # By how much more requests must be served before streams are gathered; until they are not any more.
@@ -46,6 +49,8 @@ _MORE_THAN_MEAN: Final = 1.0
 _TRIED: Final = 12
 _HALVINGS: Final = 14
 _NOTHING_S: Final = 1e-9
+# One wait in ten is so many times the mean one, where waits are distributed exponentially.
+_TENTH: Final = 2.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,12 @@ class Candidate:
     slots: int
     kv_bytes_per_s: float
 
+    @classmethod
+    def of(cls, node: Node) -> Candidate:
+        """As it says itself; at most so much KV comes to it, as it measured its best way."""
+        kv_bytes_per_s = max((link.bytes_per_s for link in node.status.load.links), default=0.0)
+        return cls(node.worker, NodeCost.of(node.status), node.status.slots, kv_bytes_per_s or UNMEASURED_BYTES_PER_S)
+
     @property
     def is_known(self) -> bool:
         """Whether what it says of itself can be counted with: it reads prompts as its streams' limits allow, at rates
@@ -65,6 +76,23 @@ class Candidate:
         row_s = self.cost.row_s(1)
         is_paced = self.slots > 0 and self.cost.rates.of_limit > 0.0
         return is_paced and 0.0 <= row_s < inf and all(0.0 < cost_s < inf for cost_s in costs_s)
+
+
+def alike(nodes: Sequence[Node], homes: Collection[str]) -> Sequence[Node]:
+    """Mixed nodes that can all exchange KV and give the same tokens: the group with homes, else the largest; none where
+    an operator has given out roles."""
+    if any(node.status.role != "mixed" for node in nodes):
+        return ()
+    groups: dict[tuple[str, str], list[Node]] = {}
+    for node in nodes:
+        if node.prefills and node.decodes:
+            groups.setdefault((node.status.compatibility, node.status.exactness_class), []).append(node)
+    # a view lists who answered last at its end: names decide between equals
+    return max(
+        (sorted(group, key=lambda node: node.worker) for group in groups.values()),
+        key=lambda group: (any(node.worker in homes for node in group), len(group), group[0].worker),
+        default=(),
+    )
 
 
 @dataclass(slots=True)
@@ -131,7 +159,10 @@ class Cluster:
 
     def __init__(self, nodes: Sequence[Candidate], typical: Typical) -> None:
         self._answer_tokens = typical.answer_tokens
-        self._homes = {node.worker: _Home.of(node, typical) for node in nodes}
+        in_time = {node.worker: _read_in_time(node, typical) for node in nodes}
+        best = max(in_time.values(), default=0.0)
+        shares = {worker: share / best if best else 1.0 for worker, share in in_time.items()}
+        self._homes = {node.worker: _Home.of(node, typical, shares[node.worker]) for node in nodes}
 
     def best_homes(self, now: Collection[str]) -> frozenset[str]:
         """The homes with which most requests are served; all when no node can keep the pace. Nodes are tried in order
@@ -171,6 +202,22 @@ class Cluster:
         return own_per_s + min(others_read_per_s, carried_per_s) >= rate_per_s
 
 
+def _read_in_time(node: Candidate, typical: Typical) -> float:
+    """How busy a node may be with prompts until a tenth of them come too late: with prompts that come at random, and
+    take it `own_s` each, a load of r lets them wait r / (1 - r) / 2 of that on average (M/D/1), and a tenth 2.3 times
+    as long. A slow node may be late with every prompt, and reads none in time."""
+    if typical.ttft_s is None:
+        return 1.0
+    own_s = _own_s(node, typical)
+    spare = max(0.0, typical.ttft_s - own_s) / (_TENTH * own_s)
+    return 2 * spare / (1 + 2 * spare)
+
+
+def _own_s(node: Candidate, typical: Typical) -> float:
+    held = typical.prompt_tokens - typical.computed_tokens
+    return max(node.cost.prefill_s(round(typical.computed_tokens), round(held)), _NOTHING_S)
+
+
 @dataclass(frozen=True, slots=True)
 class _Home:
     """A node with streams, `most_streams` at most, each of its tokens `gap_s` after the one before when prompts are
@@ -184,14 +231,15 @@ class _Home:
     carried_per_s: float
 
     @classmethod
-    def of(cls, node: Candidate, typical: Typical) -> _Home:
+    def of(cls, node: Candidate, typical: Typical, in_time: float = 1.0) -> _Home:
+        """`in_time`: of what it could read, so much counts."""
         cost, limits = node.cost, Limits((typical.tpot_s,))
-        depth, held = typical.prompt_tokens + typical.answer_tokens / 2, typical.prompt_tokens - typical.computed_tokens
+        depth = typical.prompt_tokens + typical.answer_tokens / 2
         bearable_s = cost.rates.of_limit * typical.tpot_s
         room = (bearable_s - cost.rates.run_s) / max(cost.row_s(depth), _NOTHING_S)
         most = min(float(node.slots), room) if room >= 1.0 else 0.0
         alone_s, beside = cost.step_s(1, depth), list[float]()
-        alone_per_s = 1 / max(cost.prefill_s(round(typical.computed_tokens), round(held)), _NOTHING_S)
+        alone_per_s = in_time / _own_s(node, typical)
         for rows in range(1, ceil(most) + 1):
             step_s = cost.step_s(rows, rows * depth)
             piece = cost.piece(step_s, limits)

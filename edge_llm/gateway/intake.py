@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from edge_llm.cluster.slo import Slo
-from edge_llm.cluster.view import Node
+from edge_llm.cluster.view import ClusterView, Node
 from edge_llm.config import GatewayConfig
 from edge_llm.errors import (
     ContextTooLong,
@@ -95,12 +95,13 @@ class Intake:
         if deadline_s is not None and deadline_s <= now_s:
             raise DeadlinePassed("the request's time was over before it was read")
         model = self._model(ask.model, caller.key)
+        wanted_tokens = ask.max_tokens or self._config.default_max_tokens
         demand = Demand(
             request_id=job_id,
             key=caller.key.id,
             model=model,
             prompt_tokens=len(ask.ids) if ask.ids is not None else body_bytes // _BYTES_PER_TOKEN,
-            max_tokens=ask.max_tokens or self._config.default_max_tokens,
+            max_tokens=min([wanted_tokens, *_contexts(self._dispatcher.view, model)[-1:]]),
             mode=ask.mode,
             held_bytes=body_bytes,
             deadline_s=deadline_s,
@@ -167,7 +168,7 @@ class Arrival:
         ask, model = self._ask, self._demand.model
         if ask.messages is not None:
             chat = [ChatMessage(role=role, content=text) for role, text in ask.messages]  # type: ignore[arg-type]
-            request = TokenizeRequest(messages=chat)
+            request = TokenizeRequest(messages=chat, template_options=dict(ask.template_options))
         else:
             request = TokenizeRequest(text=ask.text or "")
         node, reply = await self._tokenized(request)
@@ -224,10 +225,10 @@ class Arrival:
 
     def _max_tokens(self, prompt_tokens: int) -> int:
         ask, model = self._ask, self._demand.model
-        nodes = self._dispatcher.view.ready(model)
-        n_ctx = max((node.status.n_ctx for node in nodes if node.decodes), default=0)
-        if not n_ctx:
+        contexts = _contexts(self._dispatcher.view, model)
+        if not contexts:
             raise Overloaded(f"no worker that decodes {model} is ready", retry_after_s=2.0)
+        n_ctx = contexts[-1]
         room = n_ctx - prompt_tokens
         if room < 1:
             raise ContextTooLong(
@@ -235,11 +236,18 @@ class Arrival:
                 f"this model's maximum context length is {n_ctx} tokens; the prompt for {model} has {prompt_tokens}",
                 param="messages" if ask.is_chat else "prompt",
             )
-        wanted = ask.max_tokens or min(self._demand.max_tokens, room)
-        if wanted > room:
+        if ask.max_tokens and ask.ignores_stop_ids and ask.max_tokens > room:  # who measures wants that length
             raise ContextTooLong(
                 f"this model's maximum context length is {n_ctx} tokens; the prompt has {prompt_tokens}, max_tokens is "
-                f"{wanted}",
+                f"{ask.max_tokens}",
                 param="max_tokens",
             )
-        return wanted
+        if ask.max_tokens is None:  # a length that nobody asked for keeps no worker out that has room for most answers
+            expected = min(self._demand.max_tokens, self._dispatcher.planner.typical_answer(model))
+            room = next((one - prompt_tokens for one in contexts if one - prompt_tokens >= expected), room)
+        return min(self._demand.max_tokens, room)
+
+
+def _contexts(view: ClusterView, model: str) -> list[int]:
+    """Of the workers that decode it now, the longest last."""
+    return sorted({node.status.n_ctx for node in view.ready(model) if node.decodes})

@@ -96,10 +96,12 @@ class KeysFile:
         self._path = path
         self._stamp = self._look()
         self._keys = self._read()
+        self._complaint = ""
 
     def identify(self, credential: str, now_s: float) -> ApiKey:
         self._read_again()
-        return identify(self._keys, credential, now_s)
+        # a board without a clock of its own begins in the past: it is later at least than when the file was written
+        return identify(self._keys, credential, max(now_s, 1e-9 * self._stamp[0]))
 
     def _look(self) -> tuple[int, ...]:
         """What changes when the file does."""
@@ -120,24 +122,19 @@ class KeysFile:
             raise ConfigError(f"the API keys {self._path} are not text in UTF-8") from error
 
     def _read_again(self) -> None:
+        stamp = self._stamp
         try:
             stamp = self._look()
-        except ConfigError as error:
-            self._complain(error, ())
-            return
-        if stamp == self._stamp:
-            return
-        try:
-            self._keys, self._stamp = self._read(), stamp
+            if stamp == self._stamp:
+                return
+            self._keys, self._stamp, self._complaint = self._read(), stamp, ""
             log.info("API keys read again", file=str(self._path), keys=len(self._keys))
         except ConfigError as error:
-            self._complain(error, stamp)
-
-    def _complain(self, error: ConfigError, stamp: tuple[int, ...]) -> None:
-        """Once for each state of the file."""
-        if stamp != self._stamp:
-            self._stamp = stamp
-            log.error("the API keys read last stay in force", why=error.message)
+            if not isinstance(error.__cause__, OSError):
+                self._stamp = stamp  # until it is written again; what could not be opened is tried again
+            if error.message != self._complaint:
+                self._complaint = error.message
+                log.error("the API keys read last stay in force", why=error.message)
 
 
 def identify(keys: Sequence[ApiKey], credential: str, now_s: float) -> ApiKey:

@@ -67,7 +67,8 @@ class Outcomes(Protocol):
 
 @dataclass(slots=True)
 class _Connection:
-    """`is_open` is set when the worker has answered. `task` reads it until it is gone."""
+    """`is_open` is set when the worker has answered, and when it is gone: who waits for it must not wait for ever.
+    `task` reads it until then."""
 
     is_open: asyncio.Event
     task: asyncio.Task[None]
@@ -107,9 +108,10 @@ class Listener:
         """Returns when what the node says comes here. Raises WorkerUnreachable where nobody listens to it; a connection
         that does not come about loses it its requests, as one that breaks."""
         connection = self._connections.get(node.place)
-        if connection is None:
+        if connection is not None:
+            await connection.is_open.wait()
+        if connection is None or self._connections.get(node.place) is not connection:
             raise WorkerUnreachable(f"decode worker {node.worker} is not heard any more")
-        await connection.is_open.wait()
 
     def hang_up(self) -> None:
         """On all places that nobody speaks of any more and where nothing of ours is. To be called when requests end."""
@@ -123,7 +125,9 @@ class Listener:
         }
         for place in gone:
             if self._connections[place].task is not asyncio.current_task():  # that one ends by itself
-                self._connections.pop(place).task.cancel()
+                connection = self._connections.pop(place)
+                connection.task.cancel()
+                connection.is_open.set()  # here: a task that is cancelled before its first turn never gets there
 
     async def _follow(self, node: Node, is_open: asyncio.Event) -> None:
         """Read a worker's events until it is gone; then its requests are replanned. When it answers again there is a
@@ -138,6 +142,8 @@ class Listener:
         except Exception as error:  # top of the task: what was not heard may have been somebody's last token
             log.error("events failed", worker=node.worker, error=repr(error), exc_info=True)
             self._lose_all(node, "the gateway failed on what it said")
+        finally:
+            is_open.set()
 
     def _lose_all(self, node: Node, why: str) -> None:
         """To be called by the task of its connection, which ends."""

@@ -8,8 +8,8 @@ and sessions.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Final, Literal
 
 import orjson
@@ -27,8 +27,8 @@ from pydantic import (
 
 from edge_llm.cluster.slo import NO_LIMITS, Slo
 from edge_llm.errors import InvalidRequest
-from edge_llm.gateway.unsupported import refuse_unsupported
-from edge_llm.request import SamplingParams, check_stop
+from edge_llm.gateway.unsupported import passed_over, refuse_unsupported
+from edge_llm.request import NO_OPTIONS, SamplingParams, TemplateOption, check_stop
 
 # Far beyond what contexts hold, and checked in a moment: a list is left at its first wrong item (fail_fast). Otherwise
 # one body of 7 MiB kept the whole gateway for 28 s, making error messages.
@@ -37,8 +37,14 @@ MAX_MESSAGES: Final = 8192
 MAX_PROMPTS: Final = 128
 MAX_OUR_FIELDS: Final = 32
 MAX_BIASES: Final = 4096
+MAX_TEMPLATE_OPTIONS: Final = 16
 MAX_DEADLINE_S: Final = 86_400.0
 ROLES: Final = ("system", "user", "assistant", "tool", "developer")
+# What a chat template is given whatever the request says.
+_TEMPLATES_OWN: Final = frozenset(
+    "messages tools functions tool_choice function_call bos_token eos_token add_generation_prompt raise_exception "
+    "strftime_now".split()
+)
 _MAX_SEED: Final = (1 << 63) - 1
 _SECONDS: Final = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?")
 # what pydantic puts into the path of an error for the branch of a union; no field of ours has such a name
@@ -149,8 +155,25 @@ def _few_parts(messages: object) -> object:
     return messages
 
 
+def _few_options(options: object) -> object:
+    """Bounded before any is looked at, and none takes the place of what the template is given by us."""
+    if isinstance(options, dict):
+        if len(options) > MAX_TEMPLATE_OPTIONS:
+            raise ValueError(f"at most {MAX_TEMPLATE_OPTIONS} options, got {len(options)}")
+        if taken := sorted(_TEMPLATES_OWN & options.keys()):
+            raise ValueError(f"{taken[0]} cannot be set from outside")
+    return options
+
+
+_OptionName = Annotated[StrictStr, Field(pattern=r"^[a-zA-Z_][a-zA-Z0-9_]{0,63}$")]
+_Option = (
+    StrictBool | Annotated[StrictInt, Field(ge=-(1 << 31), lt=1 << 31)] | Annotated[StrictStr, Field(max_length=1024)]
+)
+
+
 class _Chat(_Common):
     messages: Annotated[list[_Message], Field(max_length=MAX_MESSAGES, fail_fast=True), BeforeValidator(_few_parts)]
+    chat_template_kwargs: Annotated[dict[_OptionName, _Option], BeforeValidator(_few_options)] = {}
 
 
 _Ids = Annotated[list[StrictInt], Field(max_length=MAX_PROMPT_IDS, fail_fast=True)]
@@ -190,6 +213,10 @@ class Ask:
     """Seconds from its arrival on for the whole answer."""
     slo: Slo = NO_LIMITS
     """Limits of latency that it names itself."""
+    template_options: Mapping[str, TemplateOption] = field(default_factory=dict)
+    """What the chat template is told beside the messages (`enable_thinking`)."""
+    passed_over: tuple[str, ...] = ()
+    """What it offers to the model that this server does not show it."""
     others: tuple[Ask, ...] = ()
     """The same of the other prompts of its request."""
 
@@ -219,7 +246,8 @@ def parse(
     if mode_header is not None and mode_header not in ("auto", "split", "local"):
         raise InvalidRequest(f"x-edge-llm-mode is auto, split or local, not {mode_header!r}", param="x-edge-llm-mode")
     refuse_unsupported(values)
-    return _ask(body, random_seed, mode_header, _seconds(timeout_header))
+    ask = _ask(body, random_seed, mode_header, _seconds(timeout_header))
+    return replace(ask, passed_over=over) if (over := passed_over(values)) else ask
 
 
 def _seconds(header: str | None) -> float | None:
@@ -256,6 +284,7 @@ def _ask(
         mode=mode,
         deadline_s=min((s for s in (timeout_s, body.edge_llm.deadline_s) if s is not None), default=None),
         slo=Slo(body.edge_llm.slo.ttft_s, body.edge_llm.slo.tpot_s),
+        template_options=body.chat_template_kwargs if isinstance(body, _Chat) else NO_OPTIONS,
     )
     return replace(ask, others=tuple(replace(ask, text=text, ids=ids) for text, ids in others)) if others else ask
 

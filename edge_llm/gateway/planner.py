@@ -8,26 +8,27 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import structlog
 
-from edge_llm.cluster.cost import UNMEASURED_BYTES_PER_S, NodeCost, Work
+from edge_llm.cluster.cost import NodeCost, Work
 from edge_llm.cluster.slo import Past, Slo, Watches
 from edge_llm.cluster.view import ClusterView, Node
 from edge_llm.errors import Overloaded
 from edge_llm.gateway.affinity import Affinity, Chain, chain_of
 from edge_llm.gateway.decision import UNTOLD, Decision
 from edge_llm.gateway.demand import Demand, Typical
-from edge_llm.gateway.gathering import Candidate, Gathering
+from edge_llm.gateway.gathering import Candidate, Gathering, alike
 from edge_llm.gateway.policies import Policy
 from edge_llm.gateway.pools import EventKind, Pool, PoolEvent, Pools, Standing
 from edge_llm.gateway.running import Running
 from edge_llm.gateway.scheduler import Plan, decide
 from edge_llm.gateway.session import State
 from edge_llm.gateway.situation import CrossClass, Situation, Wish
+from edge_llm.gateway.ways import Ways
 from edge_llm.gateway.workbook import Booking, WorkBook
 
 DECISIONS_KEPT: Final = 200
@@ -66,7 +67,7 @@ class Planner:
     ) -> None:
         self._policy, self._cross_class, self._clock, self._on_outcome = policy, cross_class, clock, on_outcome
         self._book, self._affinity, self._pools = WorkBook(), Affinity(), Pools()
-        self._watches = Watches()
+        self._watches, self._ways = Watches(), Ways()
         self._known: dict[str, _Known] = {}
         self._demand, self._gathered, self._readers = Demand(), dict[str, Gathering](), set[str]()
         self._seen_s: dict[str, float] = {}
@@ -76,13 +77,16 @@ class Planner:
 
     # -- planning
 
-    def plan(self, running: Running, view: ClusterView, waiting: int = 0) -> Plan:
-        """Decide for a request that has no worker; `waiting` others have none either. Raises what `decide` raises."""
+    def plan(self, running: Running, view: ClusterView, waiting: int = 0, ahead: int = 0) -> Plan:
+        """Decide for a request that has no worker; `waiting` others of its model have none either, `ahead` of them
+        could get none just now and come before it. Raises what `decide` raises."""
         job = running.job
         known = self._known.get(job.request_id) or self._met(running)
         situation = Situation(
             self.works(view, job.model),
             waiting,
+            ahead,
+            self._ways.apart(self._clock()),
             self._born_pool_of if job.mode == "local" else self.pool_of,
             {} if job.mode == "local" else self._gathering(job.model).homes,
             self._cross_class,
@@ -119,7 +123,7 @@ class Planner:
     def _met(self, running: Running) -> _Known:
         """Seen for the first time. Who never splits is served as if nobody did, and nothing is arranged for it."""
         if running.job.mode != "local":
-            self._demand.arrived(running.job.model, running.job.slo.tpot_s, self._clock())
+            self._demand.arrived(running.job.model, running.job.slo, self._clock())
         return self._known.setdefault(running.job.request_id, _Known())
 
     def _decide(self, running: Running, known: _Known, view: ClusterView, situation: Situation) -> tuple[Plan, Wish]:
@@ -149,6 +153,7 @@ class Planner:
             held=self._held(running, known, view),
             exactness_class=before.status.exactness_class if before is not None else None,
             waited_s=now_s - running.waits_since_s,
+            time_left_s=None if job.deadline_s is None else job.deadline_s - now_s,
             # the first token of an answer that goes on elsewhere came when it came
             slo=Slo(None, job.slo.tpot_s) if delivered else job.slo,
             past=Past(now_s - running.arrived_s, delivered, now_s - running.first_token_s if delivered else 0.0),
@@ -232,13 +237,22 @@ class Planner:
         """Its prompt is whole: what was believed of prefixes is corrected by what the workers found."""
         self._book.prompted(running.job.request_id, self._clock())
         known, plan, report = self._known.get(running.job.request_id), running.plan, running.report
-        if known is None or plan is None or report is None or not running.job.cache_prompt:
+        if known is None or plan is None or report is None:
+            return
+        readers = [node.worker for node in plan.candidates]
+        self._ways.reported(readers, plan.decode.worker, report, self._clock())
+        if not running.job.cache_prompt:
             return
         self._correct(running, known, plan.decode, report.cached_tokens)
         for node in plan.candidates:
             if node.worker == report.prefill_worker and report.mode == "split":
                 self._correct(running, known, node, report.prefill_cached_tokens)
                 self._keep(node, running, running.job.prompt_ids[:-1])
+
+    def held_at_most(self, running: Running, view: ClusterView) -> int:
+        """Leading positions of its prompt that some worker is believed to hold."""
+        known = self._known.get(running.job.request_id) or self._met(running)
+        return max(self._held(running, known, view).values(), default=0)
 
     def held(self, running: Running, view: ClusterView) -> dict[str, int]:
         """How many leading positions of the answer so far each worker is believed to hold; those that hold none are
@@ -357,10 +371,10 @@ class Planner:
     def _gather(self, model: str, view: ClusterView, now_s: float, *, is_due: bool) -> None:
         """Where streams of a model's mixed nodes run: homes that are gone are known at once, others found in time."""
         gathering = self._gathering(model)
-        nodes = _alike(view.ready(model), gathering.homes)
+        nodes = alike(view.ready(model), gathering.homes)
         is_changed = gathering.keep([node.worker for node in nodes])
         if is_due:
-            seen = [Candidate(n.worker, NodeCost.of(n.status), n.status.slots, _kv_bytes_per_s(n)) for n in nodes]
+            seen = [Candidate.of(node) for node in nodes]
             is_changed |= gathering.observe(seen, self._typical(model, nodes, now_s), now_s)
         gathered = {node.worker for node in nodes} if gathering.homes else set()
         for node in view.nodes if is_changed or is_due else ():
@@ -405,28 +419,6 @@ class Planner:
             )
             for node in view.nodes
         ]
-
-
-def _alike(nodes: Sequence[Node], homes: Collection[str]) -> Sequence[Node]:
-    """Mixed nodes that can all exchange KV and give the same tokens: the group with homes, else the largest; none where
-    an operator has given out roles."""
-    if any(node.status.role != "mixed" for node in nodes):
-        return ()
-    groups: dict[tuple[str, str], list[Node]] = {}
-    for node in nodes:
-        if node.prefills and node.decodes:
-            groups.setdefault((node.status.compatibility, node.status.exactness_class), []).append(node)
-    # a view lists who answered last at its end: names decide between equals
-    return max(
-        (sorted(group, key=lambda node: node.worker) for group in groups.values()),
-        key=lambda group: (any(node.worker in homes for node in group), len(group), group[0].worker),
-        default=(),
-    )
-
-
-def _kv_bytes_per_s(node: Node) -> float:
-    """At most so much comes to a node, as it measured its best way."""
-    return max((link.bytes_per_s for link in node.status.load.links), default=0.0) or UNMEASURED_BYTES_PER_S
 
 
 def _tell(told: PoolEvent) -> None:

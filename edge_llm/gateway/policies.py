@@ -26,12 +26,15 @@ class Standby:
 
 
 class Policy(Protocol):
-    """Chooses one of several nodes, by name in ascending order, never none."""
+    """Chooses one of several nodes, by name in ascending order, never none. `next` of the same nodes is the same until
+    one `took` the task: a request that has to wait is asked for again and again, and uses up nobody's turn."""
 
     @property
     def name(self) -> PolicyName: ...
 
-    def choose(self, task: Task, standby: Sequence[Standby]) -> Node: ...
+    def next(self, task: Task, standby: Sequence[Standby]) -> Node: ...
+
+    def took(self, task: Task, node: Node) -> None: ...
 
 
 @dataclass(slots=True)
@@ -44,11 +47,12 @@ class RoundRobin:
     def name(self) -> PolicyName:
         return "round_robin"
 
-    def choose(self, task: Task, standby: Sequence[Standby]) -> Node:
+    def next(self, task: Task, standby: Sequence[Standby]) -> Node:
         after = [entry for entry in standby if entry.node.worker > self.last.get(task, "")]
-        node = (after or standby)[0].node
+        return (after or standby)[0].node
+
+    def took(self, task: Task, node: Node) -> None:
         self.last[task] = node.worker
-        return node
 
 
 @dataclass(slots=True)
@@ -56,13 +60,19 @@ class Random:
     """Any of them."""
 
     rng: random.Random
+    drawn: dict[Task, float] = field(default_factory=dict)
 
     @property
     def name(self) -> PolicyName:
         return "random"
 
-    def choose(self, task: Task, standby: Sequence[Standby]) -> Node:
-        return self.rng.choice(standby).node
+    def next(self, task: Task, standby: Sequence[Standby]) -> Node:
+        if task not in self.drawn:
+            self.drawn[task] = self.rng.random()
+        return standby[int(self.drawn[task] * len(standby))].node
+
+    def took(self, task: Task, node: Node) -> None:
+        self.drawn.pop(task, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +83,7 @@ class LeastBusy:
     def name(self) -> PolicyName:
         return "least_busy"
 
-    def choose(self, task: Task, standby: Sequence[Standby]) -> Node:
+    def next(self, task: Task, standby: Sequence[Standby]) -> Node:
         def busy(entry: Standby) -> tuple[int, int, str]:
             prompts, sequences = len(entry.work.prompts), entry.work.sequences
             return (
@@ -81,6 +91,9 @@ class LeastBusy:
             )
 
         return min(standby, key=busy).node
+
+    def took(self, task: Task, node: Node) -> None:
+        """Its work tells."""
 
 
 def policy_of(name: PolicyName, seed: int = 0) -> Policy | None:

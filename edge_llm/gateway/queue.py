@@ -8,7 +8,8 @@ or too large ones wait, and where the predicted wait (service.py) exceeds the bo
 
 Order: requests that were under way before come first. New ones follow in deficit round robin between API keys
 (fairness.py), model by model. Who cannot be planned now holds up nobody: everybody is tried, except who needs at least
-as much as one who was refused in the same pass. Who was overtaken so for `PATIENCE_S` is tried before the new ones.
+as much as one who was refused in the same pass. Who was overtaken so for `PATIENCE_S` is tried before the others, in
+the same order among them.
 
 Invariants: nobody waits beyond `wait_s` or its deadline; a key never holds all places (while others keep out, it gets
 8/9 of them: the dynamic threshold of Choudhury and Hahne, 1998, with factor 8).
@@ -50,7 +51,8 @@ class Bounds:
 @dataclass(frozen=True, slots=True)
 class Demand:
     """What a request wants of the cluster, and of the queue's memory. `deadline_s` on the queue's clock. Its answer is
-    expected to have `answer_tokens` (None: as many as it may have). `promised_tokens_per_s`: what the workers' rates
+    expected to have `answer_tokens` (None: as many as it may have); some worker holds `held_tokens` of its prompt.
+    `promised_tokens_per_s`: what the workers' rates
     promise to do of such requests, for as long as no service was measured (None: nothing is known of that either)."""
 
     request_id: str
@@ -62,6 +64,7 @@ class Demand:
     held_bytes: int = 0
     deadline_s: float | None = None
     answer_tokens: float | None = None
+    held_tokens: int = 0
     promised_tokens_per_s: float | None = None
 
     @property
@@ -74,6 +77,11 @@ class Demand:
         """What it will take: time."""
         answer = self.max_tokens if self.answer_tokens is None else min(self.max_tokens, self.answer_tokens)
         return self.prompt_tokens + math.ceil(answer)
+
+    def needs_as_much_as(self, other: Demand) -> bool:
+        """Of everything: context, room, and work on the prompt."""
+        computed, others = self.prompt_tokens - self.held_tokens, other.prompt_tokens - other.held_tokens
+        return self.prompt_tokens >= other.prompt_tokens and self.tokens >= other.tokens and computed >= others
 
 
 @dataclass(eq=False, slots=True)
@@ -104,15 +112,25 @@ class PlanQueue:
         self._returning: list[Place] = []
         self._new: dict[str, DeficitRoundRobin[Place]] = {}
         self._waiting: set[Place] = set()
+        self._passed: list[Place] = []
 
     def __len__(self) -> int:
         return len(self._arriving) + len(self._waiting) + len(self._returning)
+
+    def waiting(self, model: str) -> int:
+        """How many of a model's requests have no plan."""
+        held = (*self._held_new(), *self._returning) if len(self) else ()
+        return sum(place.demand.model == model for place in held)
+
+    def passed(self, model: str) -> int:
+        """Of a model, how many that might split could not be planned before the one for which a plan is being made."""
+        return sum(place.demand.model == model and place.demand.mode != "local" for place in self._passed)
 
     # -- places
 
     def enter(self, demand: Demand, free_slots: int) -> Place:
         """Take a place on an estimate of the prompt, before work is done for it. Raises Overloaded."""
-        others = len(self._arriving) + len(self._waiting)
+        others = self._others(demand.model)
         if others >= free_slots:
             self._check(demand, others, self._ahead(demand), free_slots=max(0, free_slots))
         self._check_bytes(demand)
@@ -125,7 +143,7 @@ class PlanQueue:
         a prefill worker that is waited for, and who waits for that is not behind the work of whole answers."""
         self._arriving.discard(place)
         place.demand, place.plan, place.lane = demand, plan, lane
-        others = len(self._waiting)
+        others = sum(other.demand.model == demand.model for other in self._waiting)
         ahead = self._ahead(demand)
         self._waiting.add(place)
         self._new.setdefault(demand.model, DeficitRoundRobin()).add(demand.key, place, demand.tokens)
@@ -177,7 +195,7 @@ class PlanQueue:
     def _pass(self, refused: _Refused) -> bool:
         """Try everybody in order until one leaves. What was refused before stays so: nothing has become free since."""
         now_s = self._clock()
-        passed: list[Place] = []
+        passed = self._passed = list[Place]()
         for place in self._order(now_s):
             # done while it is held: whoever waited was cancelled and has not run since
             if place.planned.done() or place.until_s <= now_s or place.plan is None:
@@ -220,10 +238,10 @@ class PlanQueue:
 
     def _order(self, now_s: float) -> Iterator[Place]:
         yield from self._returning.copy()
-        impatient = [p for p in self._waiting if p.overtaken_s is not None and now_s - p.overtaken_s >= PATIENCE_S]
-        yield from sorted(impatient, key=lambda p: (p.overtaken_s, p.since_s))
-        for robin in list(self._new.values()):
-            yield from robin.order()
+        impatient = {p for p in self._waiting if p.overtaken_s is not None and now_s - p.overtaken_s >= PATIENCE_S}
+        orders = [robin.order() for robin in self._new.values()]
+        yield from (place for order in orders for place in order if place in impatient)
+        yield from (place for order in orders for place in order if place not in impatient)
 
     def _remove(self, place: Place) -> None:
         """Out, without a plan."""
@@ -232,7 +250,7 @@ class PlanQueue:
         self._forget(place)
 
     def _forget(self, place: Place) -> None:
-        place.is_held = False
+        place.is_held, place.plan = False, None  # which holds its request, and that its place
         self._arriving.discard(place)
         self._waiting.discard(place)
         if place.is_returning and place in self._returning:
@@ -246,11 +264,12 @@ class PlanQueue:
         return Place(demand, now_s, until_s if demand.deadline_s is None else min(until_s, demand.deadline_s))
 
     def _check(self, demand: Demand, others: int, ahead: int, itself: Place | None = None, free_slots: int = 0) -> None:
-        """Whether one more may wait behind `others` with `ahead` tokens of work. Raises Overloaded."""
+        """Whether one more may wait behind `others` of its model with `ahead` tokens of work, and all that wait. Raises
+        Overloaded."""
         bounds, model = self._bounds, demand.model
         if others:  # the first of them take the free slots: only the work of the rest waits
             ahead = ahead * (others - free_slots) // others
-        others -= free_slots
+        others = len(self._arriving) + len(self._waiting) - (itself is not None) - free_slots
         wait_s = self.service.wait_s(model, ahead, free_slots)
         if wait_s is None and (promised_per_s := self._promised_per_s(demand)):
             wait_s = ahead / promised_per_s
@@ -287,6 +306,9 @@ class PlanQueue:
                 f"the requests that wait hold {held} of {self._bounds.held_bytes} bytes already",
                 retry_after_s=self.service.retry_after_s(demand.model, None, 0.0),
             )
+
+    def _others(self, model: str) -> int:
+        return sum(place.demand.model == model for place in self._held_new())
 
     def _held_new(self) -> Iterator[Place]:
         yield from self._arriving
@@ -325,7 +347,4 @@ class _Refused:
     def covers(self, place: Place) -> bool:
         """Whether it needs at least as much of everything as one that was refused."""
         demand = place.demand
-        return any(
-            demand.prompt_tokens >= least.prompt_tokens and demand.tokens >= least.tokens
-            for least in self._least.get((place.lane, demand.mode), ())
-        )
+        return any(demand.needs_as_much_as(least) for least in self._least.get((place.lane, demand.mode), ()))

@@ -16,9 +16,10 @@ with tokens when no decode worker has room, with prompts when all prefill worker
 so must it be for a mixed node to read for another one, since it could do all of a request. So must a node of another
 exactness class be: predictions err, and promises are not given up for noise. Nor is a second node's time: where an idle
 one can do all of it, a split must be sooner by a margin, too. When a full prefill worker is predicted to serve sooner
-than the free ones, the request waits for it, but never longer than the free one would have taken; for a mixed one only
-where streams are gathered elsewhere (gathering.py) and it stands by for prompts. Who asks for `split` waits for a
-decode worker that somebody can prefill for, and gets local only when there is none.
+than the free ones, also behind those who wait for it already, the request waits for it, but never longer than the free
+one would have taken; for a mixed one only where streams are gathered elsewhere (gathering.py) and it stands by for
+prompts. Who asks for `split` waits for a decode worker that somebody can prefill for, and gets local only when there is
+none.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ from edge_llm.gateway.situation import (
     fed,
     has_room,
     is_foreign,
+    is_full,
     of_the_same_class,
     standing_by,
 )
@@ -57,8 +59,6 @@ Reason = Literal["asked", "not_possible", "only_choice", "limits", "sooner", "le
 MAX_CANDIDATES: Final = 2
 # Pairs that are predicted: in a large cluster only those of the best few on either side.
 SHORTLIST: Final = 4
-# A worker computes one prompt and lets one more wait (worker/prefill.py); further ones wait here.
-PROMPTS_PER_WORKER: Final = 2
 # By how much a plan must be better to be worth another pool's or a mixed node, the promise of exactness, a second node.
 SPILL_MARGIN: Final = 1.25
 FOREIGN_MARGIN: Final = 1.10
@@ -176,11 +176,11 @@ def _by_prediction(wish: Wish, decoders: Sequence[Node], readers: Sequence[Node]
         raise Overloaded("all prefill workers have a prompt waiting", retry_after_s=2.0)
     worth_a_wait = [option for option in allowed if not (option.is_full and option.is_read_by_mixed)]
     first, best = (_on_one_node(options, situation) or options[0] for options in (worth_a_wait, free))
-    keeps_more = first.verdict < best.verdict
-    if first.is_full and (keeps_more or wish.waited_s <= best.prediction.ttft_s):
-        assert first.prefill is not None
+    before_s = _before_s(request, sides, [option.reader for option in allowed if option.is_full], situation.ahead)
+    if first.is_full and _is_worth_a_wait(wish, first, best, before_s):
+        keeps_more = first.verdict < best.verdict
         raise Overloaded(
-            f"prefill worker {first.prefill.worker} has a prompt waiting and will still be "
+            f"prefill worker {first.reader.worker} has a prompt waiting and will still be "
             f"{'better for limits of latency' if keeps_more else 'sooner'} than others",
             retry_after_s=2.0,
         )
@@ -195,6 +195,23 @@ def _by_prediction(wish: Wish, decoders: Sequence[Node], readers: Sequence[Node]
         is_cross_class=best.is_cross_class,
         verdict=best.verdict,
     )
+
+
+def _before_s(request: Request, sides: Mapping[str, Side], full: Sequence[Node], ahead: int) -> float:
+    """How long full prefill workers take to begin with the prompts of so many who wait already, if these are like the
+    request's."""
+    readers = {node.worker: sides[node.worker] for node in full}.values()
+    each_s = [side.cost.prefill_s(max(1, request.prompt_tokens - 1 - side.held), side.held) for side in readers]
+    return ahead / sum(1 / max(own_s, 1e-9) for own_s in each_s) if each_s else 0.0
+
+
+def _is_worth_a_wait(wish: Wish, first: _Option, best: _Option, before_s: float) -> bool:
+    """Whether the full worker of `first` is waited for, though `best` could begin now."""
+    left_s, ends_s = wish.time_left_s, before_s + first.prediction.completion_s
+    if left_s is not None and best.prediction.completion_s <= left_s < ends_s:
+        return False
+    is_sooner = before_s + first.weight_s <= best.weight_s and wish.waited_s <= best.prediction.ttft_s
+    return is_sooner or first.verdict < best.verdict
 
 
 def _on_one_node(free: Sequence[_Option], situation: Situation) -> _Option | None:
@@ -270,7 +287,7 @@ def _options(
                 predict_split(request, sides[prefill.worker], own, _link(prefill, decode)),
                 spills,
                 is_foreign(prefill, decode),
-                sides[prefill.worker].work.served >= PROMPTS_PER_WORKER,
+                is_full(prefill, situation),
                 situation.pool_of(prefill) == "mixed",
             )
 
@@ -317,18 +334,22 @@ def _by_policy(
 ) -> Plan:
     """The policy's decode worker of the token pool, its prefill worker of the prompt pool; `auto` splits what is
     longer than a chunk. The other pool is asked only when nobody else is there."""
-    decode = policy.choose("token", _standby(decoders, "prompt", situation))
+    decode = policy.next("token", _standby(decoders, "prompt", situation))
     wants_split = wish.mode == "split" or (wish.mode == "auto" and wish.prompt_tokens > decode.status.chunk_tokens)
     if not wants_split or wish.prompt_tokens < 2:
+        policy.took("token", decode)
         return Plan(decode, (), reason="policy")
     fitting = [node for node in readers if can_feed(node, decode, wish, situation)]
     if not fitting:
         note = _why_not_split(wish, [decode], readers, situation) if wish.mode == "split" else None
+        policy.took("token", decode)
         return Plan(decode, (), note, reason="policy")
-    free = [node for node in fitting if situation.work(node).served < PROMPTS_PER_WORKER]
+    free = [node for node in fitting if not is_full(node, situation)]
     if not free:
         raise Overloaded("all prefill workers have a prompt waiting", retry_after_s=2.0)
-    first = policy.choose("prompt", _standby(free, "token", situation))
+    first = policy.next("prompt", _standby(free, "token", situation))
+    policy.took("token", decode)
+    policy.took("prompt", first)
     rest = [node for node in free if node is not first]
     second = sorted(rest, key=lambda node: node.worker)[: MAX_CANDIDATES - 1]
     return Plan(decode, (first, *second), reason="policy", is_cross_class=is_foreign(first, decode))

@@ -14,12 +14,13 @@ from edge_llm.gateway.app import Gateway, create_app
 from edge_llm.gateway.edge import is_loopback
 from edge_llm.gateway.keys import Credentials, KeysFile, NoKeys
 from edge_llm.gateway.wire import bound_connections, bounded
-from edge_llm.serving import Server, bind, configure_logging, read_keys
+from edge_llm.serving import Server, bind, configure_logging, raise_file_limit, read_keys
 
 
 def run_gateway(config: GatewayConfig) -> None:
     """Serve until SIGTERM or Ctrl-C. Raises ConfigError before the port answers."""
     configure_logging(config.log_level)
+    raise_file_limit()
     discovery = discovery_of(config)
     credentials = credentials_of(config)
     gateway = Gateway(config, read_keys(config.key_file, config.key_fd), discovery, credentials)

@@ -27,6 +27,8 @@ _TYPES: Final = {
     503: "unavailable_error",
     504: "timeout_error",
 }
+# What OpenAI's clients send again; so they do after 500, and may: who knows what it was.
+_RETRIED: Final = (408, 409, 429, 504)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +144,9 @@ def error_body(error: EdgeLLMError) -> dict[str, Any]:
 
 
 def error_headers(error: EdgeLLMError) -> dict[str, str]:
-    """Retry-After for what may work later."""
+    """Retry-After for what may work later. OpenAI's clients send again whatever failed with such a status, unless they
+    are told (their `_should_retry`): a time that is over is over."""
     if not error.is_retryable:
-        return {}
+        return {"x-should-retry": "false"} if error.status in _RETRIED else {}
     wait_s = error.retry_after_s if isinstance(error, Overloaded) else 1.0
     return {"retry-after": str(max(1, round(wait_s)))}

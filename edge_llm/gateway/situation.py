@@ -5,9 +5,9 @@ Owns what is possible. Refuses to know which of it is best (scheduler.py), clien
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Final, Literal
 
 from edge_llm.cluster.cost import Work, work_of
 from edge_llm.cluster.slo import NO_LIMITS, NOTHING_PAST, Past, Slo, Watches
@@ -15,6 +15,8 @@ from edge_llm.cluster.view import Node
 from edge_llm.gateway.policies import Policy
 from edge_llm.gateway.pools import Pool
 
+# A worker computes one prompt and lets one more wait (worker/prefill.py); further ones wait here.
+PROMPTS_PER_WORKER: Final = 2
 Mode = Literal["auto", "split", "local"]
 CrossClass = Literal["never", "when_faster"]
 
@@ -25,8 +27,8 @@ class Wish:
 
     answer_tokens: how long the answer is expected to be (None: typical). avoid: workers that failed it and have not
     come back. held: how many positions of its prompt a worker is believed to hold. exactness_class: of the worker that
-    gave the tokens delivered so far. waited_s: how long it has been without a plan. slo: its limits of latency; past:
-    what of them is used up.
+    gave the tokens delivered so far. waited_s: how long it has been without a plan; time_left_s: until its whole
+    answer has to be there. slo: its limits of latency; past: what of them is used up.
     """
 
     model: str
@@ -38,6 +40,7 @@ class Wish:
     held: Mapping[str, int] = field(default_factory=dict)
     exactness_class: str | None = None
     waited_s: float = 0.0
+    time_left_s: float | None = None
     slo: Slo = NO_LIMITS
     past: Past = NOTHING_PAST
 
@@ -51,7 +54,9 @@ class Wish:
 class Situation:
     """What else is known now. A worker that `works` does not name has the work that it says it has.
 
-    waiting: requests that have no plan yet. pool_of: where a node stands (none: everybody stands by for both).
+    waiting: others of its model that have no plan yet; ahead: of them, those whose turn comes before its. apart: pairs
+    of reader and decode worker of which the second could not get KV from the first moments ago. pool_of: where a node
+    stands (none: everybody stands by for both).
     stream_room: of nodes that streams were gathered on, for how many there is room (gathering.py).
     next_prompt_tokens: how long the next prompt is expected to be (None: as this one). watches: kept between
     decisions.
@@ -59,6 +64,8 @@ class Situation:
 
     works: Mapping[str, Work] = field(default_factory=dict)
     waiting: int = 0
+    ahead: int = 0
+    apart: Collection[tuple[str, str]] = ()
     pool_of: Callable[[Node], Pool] = lambda _node: "mixed"
     stream_room: Mapping[str, float] = field(default_factory=dict)
     cross_class: CrossClass = "when_faster"
@@ -103,8 +110,14 @@ def can_feed(prefill: Node, decode: Node, wish: Wish, situation: Situation) -> b
         and prefill.worker != decode.worker
         and prefill.status.compatibility == decode.status.compatibility
         and prefill.status.n_ctx >= wish.prompt_tokens
+        and (wish.mode == "split" or (prefill.worker, decode.worker) not in situation.apart)
         and not (situation.cross_class == "never" and is_foreign(prefill, decode))
     )
+
+
+def is_full(prefill: Node, situation: Situation) -> bool:
+    """Whether it takes no further prompt now."""
+    return situation.work(prefill).served >= PROMPTS_PER_WORKER
 
 
 def fed(decoders: Sequence[Node], readers: Sequence[Node], wish: Wish, situation: Situation) -> list[Node]:

@@ -2,6 +2,9 @@
 
 Pure. Owns the list, of OpenAI's names and of those that llama-server and vLLM give to a form of the answer. Fields that
 change nothing about the answer's meaning are passed over elsewhere (openai.py).
+
+Tools that the model may call or leave alone are between both: an answer in words is one that was asked for, and chat
+programs send tools with every request. They are passed over, and the answer says so.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from typing import Any, Final
 from edge_llm.errors import InvalidRequest
 
 _Asks = Callable[[Any, Mapping[str, Any]], bool]
+_TOOLS: Final = ("tools", "functions")
 
 
 def refuse_unsupported(body: Mapping[str, Any]) -> None:
@@ -23,8 +27,18 @@ def refuse_unsupported(body: Mapping[str, Any]) -> None:
             raise InvalidRequest(f"{name} is not supported: leave it out", param=name)
 
 
-def _asks_for_tools(value: Any, body: Mapping[str, Any]) -> bool:
-    return bool(value) and "none" not in (body.get("tool_choice"), body.get("function_call"))
+def passed_over(body: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of what was offered to the model and is not shown to it."""
+    return tuple(name for name in _TOOLS if body.get(name) and _choice(body) != "none")
+
+
+def _asks_for_a_call(value: Any, body: Mapping[str, Any]) -> bool:
+    return bool(value) and _choice(body) not in (None, "auto", "none")
+
+
+def _choice(body: Mapping[str, Any]) -> Any:
+    choice = body.get("tool_choice")
+    return body.get("function_call") if choice is None else choice
 
 
 def _asks_for_a_form(value: Any, _body: Mapping[str, Any]) -> bool:
@@ -45,6 +59,11 @@ def _asks_for_sigma(value: Any, _body: Mapping[str, Any]) -> bool:
     return not isinstance(value, int | float) or value > 0
 
 
+def _asks_for_a_template(value: Any, body: Mapping[str, Any]) -> bool:
+    """Of a text, which goes through none."""
+    return bool(value) and "messages" not in body
+
+
 def _is_given(value: Any, _body: Mapping[str, Any]) -> bool:
     return value is not False and value not in ("", [], {})
 
@@ -54,8 +73,7 @@ def _is_not(harmless: int) -> _Asks:
 
 
 _UNSUPPORTED: Final[Mapping[str, _Asks]] = {
-    "tools": _asks_for_tools,
-    "functions": _asks_for_tools,
+    **dict.fromkeys(_TOOLS, _asks_for_a_call),
     "response_format": _asks_for_a_form,
     "logprobs": _is_given,
     "top_logprobs": _is_not(0),
@@ -67,7 +85,8 @@ _UNSUPPORTED: Final[Mapping[str, _Asks]] = {
     **dict.fromkeys(("stop_token_ids", "bad_words", "allowed_token_ids", "use_beam_search"), _is_given),
     "min_tokens": _asks_for_a_length,
     **dict.fromkeys(("mirostat", "dry_multiplier", "xtc_probability", "dynatemp_range"), _is_not(0)),
-    **dict.fromkeys(("continue_final_message", "chat_template_kwargs", "truncate_prompt_tokens"), _is_given),
+    "chat_template_kwargs": _asks_for_a_template,
+    **dict.fromkeys(("continue_final_message", "truncate_prompt_tokens"), _is_given),
     **dict.fromkeys(("include_stop_str_in_output", "samplers"), _is_given),
     **dict.fromkeys(("typical_p", "typ_p", "tfs_z"), _is_not(1)),
     "top_n_sigma": _asks_for_sigma,

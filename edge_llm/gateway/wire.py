@@ -88,7 +88,8 @@ class BoundedProtocol(HttpToolsProtocol):
     """One connection. `_awaits_head` while the next request's head is not whole, `_is_in_head` from its first byte on,
     `_is_in_body` while the latest one's body is not; `_discards_to` is where what comes of it after its answer ends, in
     bytes of this connection, and `_closes_then` whether the connection ends with it. `_parsed_bytes` of the latest head
-    have been read, and `_held_bytes` came since the parser gave something out: it holds a line until it is whole."""
+    have been read, and `_held_bytes` came since the parser gave something out: it holds a line until it is whole.
+    `_answered` is the request that is being answered, or was last."""
 
     max_head_bytes: ClassVar[int]
     head_s: ClassVar[float]
@@ -97,6 +98,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self._awaits_head, self._held_bytes, self._parsed_bytes = True, 0, 0
         self._is_in_head = self._is_in_body = self._closes_then = False
+        self._answered: RequestResponseCycle | None = None
         self._received = self._discards_to = 0
         self._error: EdgeLLMError = InvalidRequest("what came is not HTTP/1.1")
         self._timer: asyncio.TimerHandle | None = self.loop.call_later(self.head_s, self._too_slow)
@@ -104,6 +106,9 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
         super().connection_lost(exc)
+        if self._answered is not None and not self._answered.response_complete:  # uvicorn tells the latest one alone
+            self._answered.disconnected = True
+            self._answered.message_event.set()
 
     def data_received(self, data: bytes) -> None:
         self._received += len(data)
@@ -137,6 +142,9 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._awaits_head, self._is_in_head, self._is_in_body, self._held_bytes = False, False, True, 0
         self._stop_timer()
+        self._unset_keepalive_if_required()  # of an answer before it in the same read
+        if self.transport.is_closing():  # nobody would get its answer
+            raise self._error
         if self.parser.should_upgrade():
             self._error = InvalidRequest("only HTTP/1.1 is spoken here: send the request without CONNECT or Upgrade")
             raise self._error
@@ -169,12 +177,16 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         if not self._is_in_body:
-            self._awaits_head = True
+            self._awaits_head = not self.pipeline
         elif self.cycle.response_complete and not self.transport.is_closing():  # else it is the next request's body
             self._discard()
         super().on_response_complete()
         if self.pipeline and not self.transport.is_closing():  # who sent ahead waits for these
             self.flow.pause_reading()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._answered = cycle
+        super()._start_asgi_task(cycle, app)
 
     def close_after_body(self) -> None:
         """The latest answer is the last one of this connection: to be closed when its client has sent the rest, unless
@@ -216,6 +228,8 @@ class BoundedProtocol(HttpToolsProtocol):
     def _refuse(self, error: EdgeLLMError) -> None:
         """Say what is wrong and close: only close, where that would stand in the middle of an answer or behind one that
         its client has."""
+        if self.transport.is_closing():
+            return
         if self._discards_to or self.pipeline or (self.cycle is not None and _is_under_way(self.cycle)):
             self.transport.close()
             return

@@ -21,6 +21,8 @@ from edge_llm.worker.messages import Link
 GAP_S: Final = 0.005
 MIN_BURST_BYTES: Final = 1 << 20
 _SMOOTHING: Final = 0.2
+# A peer that nothing came from for so long is no peer any more: it must not slow drains down.
+FORGOTTEN_S: Final = 86_400.0
 # A round trip that has not been seen for long is not the shortest any more: it grows by this share with each sample.
 _FADING: Final = 0.02
 
@@ -30,6 +32,7 @@ class _Way:
     bytes_per_s: float = 0.0
     round_trip_s: float = 0.0
     samples: int = 0
+    asked_s: float = 0.0
 
 
 class Links:
@@ -40,7 +43,11 @@ class Links:
 
     def meter(self, peer: str, clock: Callable[[], float]) -> Meter:
         """For one transfer that is asked for now."""
-        return Meter(self._ways.setdefault(peer, _Way()), clock)
+        now_s = clock()
+        self._ways = {name: way for name, way in self._ways.items() if now_s - way.asked_s < FORGOTTEN_S}
+        way = self._ways.setdefault(peer, _Way())
+        way.asked_s = now_s
+        return Meter(way, clock)
 
     @property
     def published(self) -> list[Link]:

@@ -51,6 +51,9 @@ Count = Annotated[int, Meta(ge=0, le=1 << 40)]
 Few = Annotated[int, Meta(ge=0, le=1 << 16)]
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 Rate = Annotated[float, Meta(ge=0, le=1e15)]
+# Scalars only: a chat template may do much work with a list.
+OptionName = Annotated[str, Meta(pattern=r"^[a-zA-Z_][a-zA-Z0-9_]{0,63}$")]
+Option = bool | Annotated[int, Meta(ge=-(1 << 31), lt=1 << 31)] | Annotated[str, Meta(max_length=1024)]
 Tenant = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{0,64}$")]
 
 
@@ -80,11 +83,12 @@ class ChatMessage(Message, frozen=True, kw_only=True):
 
 
 class TokenizeRequest(Message, frozen=True, kw_only=True):
-    """Exactly one of `messages` (rendered by the chat template) and `text`."""
+    """Exactly one of `messages` (rendered by the chat template, which is told `template_options`, too) and `text`."""
 
     protocol: Literal[1] = 1
     messages: list[ChatMessage] | None = None
     text: Annotated[str, Meta(max_length=8 << 20)] | None = None
+    template_options: Annotated[dict[OptionName, Option], Meta(max_length=16)] = {}
 
 
 class TokenizeReply(Message, frozen=True, kw_only=True):

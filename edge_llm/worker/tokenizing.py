@@ -69,7 +69,8 @@ class Tokenizer:
         if request.messages is not None:
             if not request.messages:
                 raise InvalidRequest("messages is empty: send at least one message", param="messages")
-            text = vocabulary.render_chat([{"role": m.role, "content": m.content} for m in request.messages])
+            messages = [{"role": m.role, "content": m.content} for m in request.messages]
+            text = vocabulary.render_chat(messages, request.template_options)
             # the template writes the special tokens itself
             return self._reply(vocabulary.tokenize(text, add_special=False, parse_special=True))
         return self._reply(vocabulary.tokenize(request.text or "", add_special=True, parse_special=True))

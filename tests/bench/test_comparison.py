@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
@@ -18,7 +19,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from edge_llm.bench.comparison import Plan, fitted, fitting_seconds, measure, seconds_of_the_rest, workload
-from edge_llm.bench.contestants import AUTO, BASELINE, LOCAL, SERVER, SPLIT, Servers
+from edge_llm.bench.contestants import AUTO, BASELINE, LOCAL, SERVER, SPLIT, UNSPLIT, Servers
 from edge_llm.bench.goodput import REGIMES, STRICT_TPOT, STRICT_TTFT, Unloaded
 from edge_llm.bench.layout import Layout, Started
 from edge_llm.bench.processes import MeasureFailed
@@ -59,8 +60,9 @@ class Cluster:
     async def _running(self, name: str) -> AsyncIterator[Started]:
         async def answer(request: web.Request) -> web.StreamResponse:
             body = await request.json()
-            self.bodies.setdefault(name, []).append(body)
-            if self.fails(name, body):
+            asked = body["edge_llm"]["mode"] if name == UNSPLIT else name
+            self.bodies.setdefault(asked, []).append(body)
+            if self.fails(asked, body):
                 return web.json_response({"error": {"message": "overloaded"}}, status=503)
             return await _stream(request, body)
 
@@ -100,16 +102,16 @@ async def test_all_arrangements_get_the_same_requests_and_nobody_gets_a_prompt_t
     run, tally = await compared(cluster, servers=servers)
     assert run.failures == []
     assert {done.arrangement for done in tally.replays} == {SPLIT, LOCAL, AUTO, SERVER}
-    asked = {
-        name: [(tuple(body["prompt"]), body["max_tokens"]) for body in bodies]
+    sizes = {
+        name: Counter((len(body["prompt"]), body["max_tokens"]) for body in bodies)
         for name, bodies in cluster.bodies.items()
     }
-    assert set(asked[SPLIT]) == set(asked[LOCAL]) == set(asked[AUTO]) == set(asked[SERVER])
-    for ours in (SPLIT, LOCAL, AUTO):
-        assert len(asked[ours]) == 2 * len(asked[SERVER]), "who is told the limits is asked under each of them"
+    twice = Counter({size: 2 * count for size, count in sizes[SERVER].items()})
+    assert sizes[SPLIT] == sizes[LOCAL] == sizes[AUTO] == twice, "who is told the limits is asked under each of them"
+    prompts = {name: [tuple(body["prompt"]) for body in bodies] for name, bodies in cluster.bodies.items()}
     for name in (SERVER, BASELINE):
-        prompts = [prompt for prompt, _ in asked[name]]
-        assert len(set(prompts)) == len(prompts), "a prompt that came before would be found in a cache"
+        assert len(set(prompts[name])) == len(prompts[name]), "a prompt that came before would be found in a cache"
+    assert not set(prompts[LOCAL]) & set(prompts[AUTO]), "which are the same servers"
     for mode in (SPLIT, LOCAL, AUTO):
         assert {body["edge_llm"]["mode"] for body in cluster.bodies[mode]} == {mode}
     assert all("edge_llm" not in body and body["ignore_eos"] for body in cluster.bodies[SERVER])
@@ -269,7 +271,15 @@ async def test_no_gateway_of_ours_refuses_who_could_still_wait() -> None:
 
     await compared(Noting())
     assert all("--queue-predicted-wait-s" in given for given in options.values())
-    assert set(options) == {BASELINE, SPLIT, LOCAL, AUTO}
+    assert set(options) == {BASELINE, SPLIT, UNSPLIT}
+
+
+@pytest.mark.anyio
+async def test_arrangements_that_share_servers_take_turns_at_each_rate_and_who_is_first_alternates() -> None:
+    _, tally = await compared(Cluster(), replace(PLAN, passes=1, rate_shares=(0.01, 100.0)))
+    series = [done.arrangement for done in tally.replays if done.regime == STRICT_TPOT.name]
+    both = [name for name in series if name != SPLIT]
+    assert both == [LOCAL, AUTO, AUTO, LOCAL]
 
 
 # -- what it means

@@ -220,13 +220,13 @@ def test_streams_that_end_soon_lose_little() -> None:
 
 def test_a_prompt_behind_another_one_is_read_beside_its_answer_and_slows_it() -> None:
     queued = Work(sequences=1, prompts=(PromptWork(100),), coming=(Stream(left=4, ahead=1),))
-    read_s, lose_s = read_in_turn(cost_of(), queued, [0.210, 0.420])
+    _, read_s, lose_s = read_in_turn(cost_of(), queued, [0.210, 0.420])
     # four turns of a step of 20 ms and a piece of 30 ms, of which 20 ms are the prompt's and 10 ms its call's
     reads_s = 0.030 * (20 / 30) / (200 / 210)
     assert read_s == pytest.approx(0.210 + 4 * 0.050 + 0.420 - 4 * reads_s)
     assert lose_s == pytest.approx(4 * 0.030)
     served = replace(queued, sequences=0, coming=())
-    assert read_in_turn(cost_of(), served, [0.210, 0.420]) == pytest.approx((0.630, 0.0)), "answered elsewhere"
+    assert read_in_turn(cost_of(), served, [0.210, 0.420]) == pytest.approx((0.210, 0.630, 0.0)), "answered elsewhere"
 
 
 @settings(max_examples=200, deadline=None)
@@ -241,7 +241,7 @@ def test_reading_in_turn_is_what_turn_after_turn_comes_to(
 ) -> None:
     streams = tuple(Stream(left=tokens, ahead=ahead) for tokens, ahead in coming)
     work = Work(decoding + len(coming), decoding, tokens_left=decoding * left, coming=streams)
-    read_s, lose_s = read_in_turn(cost_of(), work, prompts_s)
+    _, read_s, lose_s = read_in_turn(cost_of(), work, prompts_s)
     walked_s, walked_lose_s, turn_s = _walked(cost_of(), work, prompts_s)
     # each end may fall into the middle of a turn
     ends = len(coming) + len(prompts_s) + 1
@@ -276,6 +276,15 @@ def test_a_split_request_waits_for_the_queue_of_the_prefill_node_and_the_tail() 
     assert made.ttft_s == pytest.approx(ready_s + 0.040)
     assert made.completion_s == pytest.approx(ready_s + 10 * 0.040)
     assert made.harm_s == pytest.approx(4 * 10 * 0.005), "streams feel the new row, not the prompt"
+
+
+def test_kv_of_a_prompt_is_not_carried_while_others_are_computed_before_it() -> None:
+    slow = Link(peer="p1", bytes_per_s=200 * KV / 2.0, round_trip_s=0.001, samples=1)  # 2 s for all of it
+    busy = Side(cost_of(), Work(prompts=(PromptWork(2000, is_served=True),)))
+    made = predict_split(Request(prompt_tokens=201, answer_tokens=10), busy, idle(), slow)
+    queued_s = cost_of().prefill_s(2000)
+    assert queued_s > 2.0
+    assert made.ttft_s == pytest.approx(queued_s + 0.420 + 0.001 + (2.0 - 0.420) + 0.020)
 
 
 def test_whoever_waits_behind_a_prompt_loses_its_seconds() -> None:

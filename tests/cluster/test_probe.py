@@ -11,7 +11,7 @@ from itertools import count
 
 import aiohttp
 import pytest
-import structlog
+import structlog.testing
 from fastapi import FastAPI, Request, Response
 from hypothesis import given
 from hypothesis import strategies as st
@@ -231,7 +231,11 @@ async def test_while_the_file_is_bad_the_old_places_are_asked_all_the_same(scene
     await scene.start(node_of("d1", "decode"))
     assert await scene.probed() == ["d1"]
     scene.discovery.problem = ConfigError("w.yaml is not YAML")
-    assert await scene.probed(MISSES + 1) == ["d1"]
+    with structlog.testing.capture_logs() as logs:
+        assert await scene.probed(MISSES + 1) == ["d1"]
+    assert [entry["event"] for entry in logs if entry["log_level"] == "error"] == ["workers file"], (
+        "once, not each time"
+    )
     scene.prober.lost("d1")
     assert await scene.probed() == ["d1"], "lost while the file was bad, and never looked for again"
     scene.discovery.problem, scene.discovery.written = None, ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from edge_llm.cluster.cost import TYPICAL_ANSWER_TOKENS
+from edge_llm.cluster.slo import Slo
 from edge_llm.gateway.demand import Demand, Typical
 
 
@@ -12,7 +13,7 @@ def steady(per_s: float, seconds: float, demand: Demand | None = None, since_s: 
     """Requests of 200 tokens, of which 100 are held, with answers of 30."""
     demand = demand or Demand()
     for at in range(round(per_s * seconds)):
-        demand.arrived("m", 0.05, since_s + at / per_s)
+        demand.arrived("m", Slo(tpot_s=0.05), since_s + at / per_s)
         demand.planned("m", 200, held_tokens=100, may_split=True)
         demand.answered("m", 30, is_cut=True, may_split=True)
     return demand
@@ -45,7 +46,7 @@ def test_a_pause_is_forgotten_when_requests_come_again() -> None:
 def test_nothing_is_known_before_enough_came() -> None:
     demand = Demand()
     assert demand.typical("m", 0.0) is None
-    demand.arrived("m", 0.05, 0.0)
+    demand.arrived("m", Slo(tpot_s=0.05), 0.0)
     assert demand.typical("m", 0.0) is None
     assert steady(2.0, 60.0).typical("another", 60.0) is None
 
@@ -71,28 +72,40 @@ def test_requests_that_never_split_say_nothing_of_those_that_do() -> None:
 @pytest.mark.parametrize("odd_s", [86400.0, 1e-300])
 def test_one_odd_limit_hardly_moves_the_others(odd_s: float) -> None:
     demand = steady(2.0, 60.0)
-    demand.arrived("m", odd_s, 60.0)
+    demand.arrived("m", Slo(tpot_s=odd_s), 60.0)
     assert typical(demand, 60.0).tpot_s == pytest.approx(0.05, rel=0.1)
 
 
 @pytest.mark.parametrize("odd_s", [86400.0, 1e-300])
 def test_an_odd_limit_that_came_first_is_forgotten(odd_s: float) -> None:
     demand = Demand()
-    demand.arrived("m", odd_s, 0.0)
+    demand.arrived("m", Slo(tpot_s=odd_s), 0.0)
     assert typical(steady(2.0, 60.0, demand, 1.0), 61.0).tpot_s == pytest.approx(0.05, rel=0.2)
 
 
 def test_others_limits_are_followed_when_all_change() -> None:
     demand = steady(2.0, 60.0)
     for at in range(120):
-        demand.arrived("m", 1.0, 60.0 + at / 2)
+        demand.arrived("m", Slo(tpot_s=1.0), 60.0 + at / 2)
     assert typical(demand, 120.0).tpot_s == pytest.approx(1.0, rel=0.2)
 
 
 def test_a_pace_that_few_ask_for_is_told_as_such() -> None:
     demand = Demand()
     for at in range(80):
-        demand.arrived("m", 0.05 if at % 4 == 0 else None, float(at) / 4)
+        demand.arrived("m", Slo(tpot_s=0.05 if at % 4 == 0 else None), float(at) / 4)
         demand.planned("m", 200, held_tokens=0, may_split=True)
         demand.answered("m", 30, is_cut=False, may_split=True)
     assert typical(demand, 20.0).limited_share == pytest.approx(0.25, abs=0.1)
+
+
+def test_the_time_to_the_first_token_that_is_typical_is_of_those_that_have_a_limit() -> None:
+    demand = steady(1.0, 40.0)
+    typical = demand.typical("m", 40.0)
+    assert typical is not None
+    assert typical.ttft_s is None
+    for at in range(40):
+        demand.arrived("m", Slo(ttft_s=2.0 if at % 2 else None, tpot_s=0.05), 40.0 + at)
+    typical = demand.typical("m", 80.0)
+    assert typical is not None
+    assert typical.ttft_s == pytest.approx(2.0)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from typing import Any, Final
 
 import openai
@@ -307,7 +308,7 @@ def assert_refused(reply: Reply, status: int, param: str | None, code: str = "in
         ({"messages": None}, 400, "messages", "invalid_request"),
         ({"max_tokens": -2}, 400, "max_tokens", "invalid_request"),
         ({"max_tokens": "8"}, 400, "max_tokens", "invalid_request"),
-        ({"max_tokens": N_CTX}, 400, "max_tokens", "context_length_exceeded"),
+        ({"max_tokens": N_CTX, "ignore_eos": True}, 400, "max_tokens", "context_length_exceeded"),
         ({"temperature": "warm"}, 400, "temperature", "invalid_request"),
         ({"temperature": 1000}, 400, "temperature", "invalid_request"),
         ({"n": 2}, 400, "n", "invalid_request"),
@@ -355,12 +356,44 @@ async def test_a_prompt_longer_than_the_context_is_told_both_numbers(service: Se
     message = assert_refused(reply, 400, "prompt", "context_length_exceeded")["message"]
     assert str(N_CTX + 40) in message
     assert str(N_CTX) in message.replace(str(N_CTX + 40), "")
-    reply = await service.post(COMPLETIONS, asking(LONG, max_tokens=N_CTX - len(LONG) + 1))
+    reply = await service.post(COMPLETIONS, asking(LONG, max_tokens=N_CTX - len(LONG) + 1, ignore_eos=True))
     message = assert_refused(reply, 400, "max_tokens", "context_length_exceeded")["message"]
     for number in (len(LONG), N_CTX - len(LONG) + 1, N_CTX):
         assert str(number) in message
     fits = await service.post(COMPLETIONS, asking(prompt_of(N_CTX - 8)))
     assert fits.body["usage"]["total_tokens"] == N_CTX
+
+
+@pytest.mark.parametrize("max_tokens", [None, N_CTX - 7, 1 << 62])
+async def test_an_answer_ends_with_the_context_whatever_length_was_asked_for(
+    service: Service, max_tokens: int | None
+) -> None:
+    prompt = prompt_of(N_CTX - 8)
+    reply = await service.post(COMPLETIONS, {"prompt": prompt, "temperature": 0, "max_tokens": max_tokens})
+    assert (reply.status, reply.body["choices"][0]["finish_reason"]) == (200, "length")
+    assert reply.body["usage"]["total_tokens"] == N_CTX
+
+
+async def test_a_length_that_nobody_asked_for_keeps_no_worker_out_that_has_room_for_an_answer() -> None:
+    async with running_cluster() as cluster, serving(cluster) as service:
+        for name, n_ctx in (("large", 1024), ("small", 256)):
+            await service.start("mixed", name, replace(settings_of("mixed"), n_ctx=n_ctx))
+        for prompt_tokens, total in ((20, 256), (200, 1024)):
+            body = {"prompt": prompt_of(prompt_tokens), "ignore_eos": True}
+            assert (await service.post(COMPLETIONS, body)).body["usage"]["total_tokens"] == total
+
+
+async def test_tools_that_were_offered_and_not_shown_to_the_model_are_named_in_the_answer(service: Service) -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    reply = await service.post(CHAT, {**HELLO, "tools": tools})
+    assert reply.body["timings"]["edge_llm"]["passed_over"] == ["tools"]
+    assert "passed_over" not in (await service.post(CHAT, HELLO)).body["timings"]["edge_llm"]
+
+
+async def test_who_asks_for_a_route_that_is_not_here_is_told_those_that_are(service: Service) -> None:
+    reply = await service.post("/v1/responses", {"model": "simulated", "input": "hello"})
+    assert reply.status == 404
+    assert "/v1/chat/completions" in reply.error["message"]
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b'{"messages": [}', b"\xff", b"[" * 20_000], ids=repr)
@@ -400,7 +433,8 @@ async def test_models_are_listed_with_what_a_client_wants_to_know(service: Servi
     assert listed["object"] == "list"
     (entry,) = listed["data"]
     assert (entry["id"], entry["object"], entry["owned_by"]) == ("simulated", "model", "edge-llm")
-    assert entry["meta"]["n_ctx"] == N_CTX
+    assert entry["meta"]["n_ctx"] == entry["max_model_len"] == N_CTX
+    assert (entry["root"], entry["parent"]) == ("simulated", None)
     assert (await service.get("/v1/models/simulated")).body == entry
     assert_refused(await service.get("/v1/models/none/such"), 404, "model", "model_not_found")
 

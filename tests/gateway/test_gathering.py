@@ -173,3 +173,20 @@ def test_a_home_that_is_gone_is_forgotten_at_once_and_the_others_stay() -> None:
 def test_homes_are_not_moved_among_equals() -> None:
     assert best_homes(nodes(2), CHAT, now=frozenset({"n1"})) == {"n1"}
     assert watched(gathered("n1"), nodes(2), CHAT) == []
+
+
+def test_what_a_slow_node_would_read_too_late_counts_for_nothing() -> None:
+    """A prompt takes n0 1 s and n1 3 s: with 2 s to the first token n1 reads none, and is where streams are."""
+    fast, slow = nodes(2)
+    slow = replace(slow, cost=NodeCost(structs.replace(BY_MEMORY, token_s=0.012), 128, KV_BYTES))
+    patient, hurried = replace(CHAT, ttft_s=60.0), replace(CHAT, ttft_s=2.0)
+    late, timely = (Cluster([fast, slow], typical).capacity_per_s(["n0"]) for typical in (hurried, patient))
+    alone = Cluster([fast], patient).capacity_per_s(["n0"])
+    assert late == pytest.approx(alone, rel=0.01)
+    assert timely > 1.2 * alone
+    assert Cluster([fast, slow], hurried).best_homes(()) == {"n1"}
+
+
+def test_among_equals_limits_of_the_first_token_change_nothing() -> None:
+    for ttft_s in (0.5, 1.5, 60.0):
+        assert capacity_per_s(nodes(2), ["n0"], replace(CHAT, ttft_s=ttft_s)) == capacity_per_s(nodes(2), ["n0"], CHAT)

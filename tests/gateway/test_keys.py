@@ -6,7 +6,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import AsyncIterator
+import resource
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -190,6 +192,33 @@ def test_a_file_that_turns_bad_leaves_the_last_good_keys_and_says_so_once(file: 
     assert keys.identify("b", NOW_S).id == "bob"
 
 
+@contextmanager
+def no_descriptor_left() -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_changed_file_that_cannot_be_opened_for_a_moment_counts_as_soon_as_it_can(file: Path) -> None:
+    keys = KeysFile(file)
+    file.write_text(line_of("bobby", "b"))
+    with no_descriptor_left():
+        assert keys.identify("a", NOW_S).id == "alice"
+    assert keys.identify("b", NOW_S).id == "bobby"
+    with pytest.raises(InvalidApiKey):
+        keys.identify("a", NOW_S)
+
+
+def test_a_board_whose_clock_is_behind_its_keys_file_does_not_bring_back_keys_that_have_ended(file: Path) -> None:
+    file.write_text(line_of("alice", "a", expires="2026-01-01"))
+    os.utime(file, (NOW_S, NOW_S))
+    with pytest.raises(ExpiredApiKey):
+        KeysFile(file).identify("a", 0.0)
+
+
 @pytest.mark.parametrize("mode", [0o604, 0o644, 0o602, 0o601])
 def test_a_file_for_everybody_is_refused_at_the_start(file: Path, mode: int) -> None:
     file.chmod(mode)
@@ -345,6 +374,19 @@ async def test_figures_are_for_this_machine_and_for_keys_and_a_proxy_here_speaks
             assert reply.status == 401
         async with guarded.client.get("/metrics", headers=headers | CREDENTIALS["right"]) as reply:
             assert reply.status == 200
+
+
+@pytest.mark.anyio
+async def test_figures_that_were_opened_are_for_everybody_and_nothing_else_is(tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    file.write_text(MATRIX)
+    file.chmod(0o600)
+    elsewhere = {"x-forwarded-for": "203.0.113.7"}
+    async with running_cluster() as cluster, serving(cluster, KeysFile(file), open_metrics=True) as service:
+        async with service.client.get("/metrics", headers=elsewhere) as reply:
+            assert reply.status == 200
+        async with service.client.get("/v1/models", headers=elsewhere) as reply:
+            assert reply.status == 401
 
 
 @pytest.mark.anyio

@@ -112,7 +112,7 @@ async def test_late_tokens_of_a_worker_that_was_given_up_are_counted_and_dropped
     ("body", "status", "code"),
     [
         ({"model": "nobody", "prompt": "a"}, 404, "model_not_found"),
-        ({"prompt": "a", "max_tokens": 10_000}, 400, "context_length_exceeded"),
+        ({"prompt": "a", "max_tokens": 10_000, "ignore_eos": True}, 400, "context_length_exceeded"),
         ({"prompt": 5}, 400, "invalid_request"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Final
 
 import pytest
@@ -12,6 +13,7 @@ from pydantic import ValidationError
 from edge_llm.cluster.slo import Slo
 from edge_llm.errors import (
     ContextTooLong,
+    DeadlinePassed,
     EdgeLLMError,
     InvalidRequest,
     Overloaded,
@@ -282,8 +284,6 @@ UNSUPPORTED: Final[list[tuple[str, object]]] = [
     ("logprobs", True),
     ("logprobs", 0),
     ("top_logprobs", 2),
-    ("tools", [{"type": "function", "function": {"name": "f"}}]),
-    ("functions", [{"name": "f"}]),
     ("response_format", {"type": "json_object"}),
     ("response_format", "json"),
     ("suffix", "}"),
@@ -301,7 +301,6 @@ UNSUPPORTED: Final[list[tuple[str, object]]] = [
     ("typ_p", 0.5),
     ("top_n_sigma", 1.0),
     ("chat_template", "{{ messages }}"),
-    ("chat_template_kwargs", {"enable_thinking": False}),
     ("continue_final_message", True),
     ("truncate_prompt_tokens", 2),
     ("include_stop_str_in_output", True),
@@ -316,9 +315,54 @@ def test_what_would_change_the_answer_and_cannot_be_had_is_refused_not_passed_ov
         assert error.status == 400
 
 
+TOOLS: Final = [{"type": "function", "function": {"name": "f"}}]
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "f"}}, {"name": "f"}, 5])
+def test_a_call_of_a_tool_that_must_be_made_is_refused(choice: object) -> None:
+    assert refusal(lambda: chat(tools=TOOLS, tool_choice=choice)).param == "tools"
+    assert refusal(lambda: chat(functions=[{"name": "f"}], function_call=choice)).param == "functions"
+
+
+def test_tools_that_the_model_may_leave_alone_are_passed_over_and_the_answer_can_say_so() -> None:
+    for offered in ({"tools": TOOLS}, {"tools": TOOLS, "tool_choice": "auto"}):
+        assert chat(**offered) == replace(chat(), passed_over=("tools",))
+    old = chat(functions=[{"name": "f"}], function_call="auto")
+    assert old.passed_over == ("functions",)
+    assert chat(tools=TOOLS, tool_choice="none").passed_over == chat(tools=[]).passed_over == ()
+
+
+def test_a_chat_template_can_be_told_scalars_and_a_text_has_none() -> None:
+    options = {"enable_thinking": False, "level": "low", "steps": 3}
+    assert chat(chat_template_kwargs=options).template_options == options
+    assert chat(chat_template_kwargs={}) == chat(chat_template_kwargs=None) == chat()
+    assert refusal(lambda: completion(chat_template_kwargs=options)).param == "chat_template_kwargs"
+    assert completion(chat_template_kwargs={}) == completion()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"messages": "x"},
+        {"add_generation_prompt": False},
+        {"strftime_now": "x"},
+        {"a b": 1},
+        {"list": [1]},
+        {"object": {}},
+        {"number": 1.5},
+        {"huge": 1 << 40},
+        {"long": "x" * 1025},
+        {f"n{i}": i for i in range(17)},
+        "enable_thinking",
+    ],
+    ids=str,
+)
+def test_what_a_chat_template_may_not_be_told_is_refused_by_name(options: object) -> None:
+    assert refusal(lambda: chat(chat_template_kwargs=options)).param == "chat_template_kwargs"
+
+
 def test_what_asks_for_nothing_unusual_is_passed_over() -> None:
-    tools = [{"type": "function", "function": {"name": "f"}}]
-    assert chat(tools=tools, tool_choice="none") == chat()
+    assert chat(tools=TOOLS, tool_choice="none") == chat()
     assert chat(tools=[], logprobs=False, top_logprobs=0, response_format={"type": "text"}) == chat()
     assert chat(response_format={}, top_n_sigma=-1.0, tfs_z=1, top_a=0, continue_final_message=False) == chat()
     assert chat(stop="") == chat(stop=[""]) == chat()
@@ -514,6 +558,10 @@ def test_only_what_may_work_later_has_a_time_to_retry() -> None:
     assert error_headers(WorkerUnreachable("gone")) == {"retry-after": "1"}
     assert error_headers(InvalidRequest("never")) == {}
     assert error_headers(EdgeLLMError("a bug")) == {}
+
+
+def test_who_would_ask_again_for_an_answer_whose_time_is_over_is_told_not_to() -> None:
+    assert error_headers(DeadlinePassed("late")) == {"x-should-retry": "false"}
 
 
 @pytest.mark.parametrize(

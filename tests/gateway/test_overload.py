@@ -350,9 +350,9 @@ async def test_news_of_workers_do_not_plan_for_all_who_wait_each_time() -> None:
         await until(lambda: service.requests("queued") == SLOTS)
         plan, planned = dispatcher.planner.plan, list[str]()
 
-        def counted(running: Running, view: ClusterView, waiting: int = 0) -> Plan:
+        def counted(running: Running, view: ClusterView, waiting: int = 0, ahead: int = 0) -> Plan:
             planned.append(running.job.request_id)
-            return plan(running, view, waiting)
+            return plan(running, view, waiting, ahead)
 
         dispatcher.planner.plan = counted  # type: ignore[method-assign]
         for _ in range(100):

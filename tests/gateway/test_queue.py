@@ -33,7 +33,7 @@ class Slots:
         demand = self.demand(name, **changes)
 
         def plan() -> Plan:
-            if not self.free.get(lane, 0) or demand.prompt_tokens > self.longest:
+            if not self.free.get(lane, 0) or demand.prompt_tokens - demand.held_tokens > self.longest:
                 raise Overloaded(f"{lane} is full")
             self.free[lane] -= 1
             self.planned.append(name)
@@ -106,6 +106,50 @@ async def test_a_short_request_passes_a_long_one_that_cannot_go_and_a_long_one_d
     slots.longest = 500
     slots.give(slots=0)
     assert slots.planned == ["short", "long", "longer"]
+
+
+async def test_a_long_prompt_that_is_kept_passes_a_shorter_one_that_is_not(slots: Slots) -> None:
+    slots.longest = 50
+    slots.join("new", prompt_tokens=100)
+    slots.join("longer", prompt_tokens=120)
+    slots.join("next turn", prompt_tokens=110, held_tokens=90)
+    slots.give(slots=3)
+    assert slots.planned == ["next turn"]
+
+
+async def test_among_those_that_were_overtaken_keys_take_turns_too(slots: Slots) -> None:
+    slots.longest = 50
+    for number in range(5):
+        slots.join(f"a{number}", key="a", prompt_tokens=100)
+    slots.join("short", key="b")
+    slots.give()
+    slots.now_s += 1.0
+    slots.join("c", key="c", prompt_tokens=100)
+    slots.join("short too", key="b")
+    slots.give()
+    slots.now_s += PATIENCE_S
+    slots.longest = 500
+    slots.give(slots=3)
+    assert slots.planned[:2] == ["short", "short too"]
+    assert "c" in slots.planned, "it was overtaken later, and only two of the other key come before it"
+
+
+async def test_what_waits_of_another_model_is_not_counted() -> None:
+    slots = Slots()
+    for number in range(3):
+        slots.join(f"other {number}", "other", model="other")
+    slots.join("local", mode="local")
+    seen: list[tuple[int, int]] = []
+
+    def plan() -> Plan:
+        seen.append((slots.queue.waiting("m"), slots.queue.passed("m")))
+        raise Overloaded("no")
+
+    for name, prompt_tokens in (("x", 10), ("y", 9)):
+        demand = slots.demand(name, prompt_tokens=prompt_tokens)
+        slots.queue.ready(slots.queue.enter(demand, 9), demand, plan, "m", 9)
+    assert seen == [(2, 0), (3, 0), (3, 1)], "nor is one that would not split among those that come before"
+    assert slots.queue.waiting("other") == 3
 
 
 async def test_who_was_overtaken_for_a_while_is_tried_before_all_others(slots: Slots) -> None:

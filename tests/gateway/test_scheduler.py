@@ -433,6 +433,43 @@ def test_a_request_waits_for_a_full_worker_that_will_still_be_sooner_but_not_for
     assert names(plan([P1, D1], works, prompt_tokens=1000, waited_s=60.0)) == ("d1", [])
 
 
+def test_a_request_does_not_wait_behind_so_many_others_that_it_would_be_later() -> None:
+    works = {"p1": reading(10, 10), "d1": streams(3, left_each=1000)}
+    with pytest.raises(Overloaded, match="will still be sooner"):
+        plan([P1, D1], works, situation={"ahead": 1}, prompt_tokens=1000)
+    assert names(plan([P1, D1], works, situation={"ahead": 20}, prompt_tokens=1000)) == ("d1", [])
+
+
+def test_a_request_does_not_wait_for_a_full_worker_when_its_time_would_be_over_then() -> None:
+    works = {"p1": reading(10, 10), "d1": streams(3, left_each=1000)}
+    now = plan([P1, D1], works, prompt_tokens=1000, waited_s=60.0)
+    assert now.prediction is not None
+    in_time_s = now.prediction.completion_s + 0.1
+    ahead = {"ahead": 2}
+    with pytest.raises(Overloaded, match="will still be sooner"):
+        plan([P1, D1], works, situation=ahead, prompt_tokens=1000)
+    assert names(plan([P1, D1], works, situation=ahead, prompt_tokens=1000, time_left_s=in_time_s)) == ("d1", [])
+    with pytest.raises(Overloaded, match="will still be sooner"):
+        plan([P1, D1], works, situation=ahead, prompt_tokens=1000, time_left_s=1.0)
+
+
+def test_nothing_is_planned_over_a_way_on_which_nothing_came_but_what_must_split() -> None:
+    works, apart = {"d1": streams(3, left_each=1000)}, {"apart": {("p1", "d1")}}
+    assert names(plan([P1, P2, D1], works, prompt_tokens=1000))[1] == ["p1", "p2"]
+    assert names(plan([P1, P2, D1], works, situation=apart, prompt_tokens=1000)) == ("d1", ["p2"])
+    assert names(plan([P1, D1], works, situation=apart, prompt_tokens=1000)) == ("d1", [])
+    assert names(plan([P1, D1], works, situation=apart, mode="split")) == ("d1", ["p1"])
+
+
+def test_a_policy_passes_over_nobody_for_a_request_that_has_to_wait() -> None:
+    policy = RoundRobin()
+    first = plan([P1, D1, D2], situation={"policy": policy}, mode="split")
+    with pytest.raises(Overloaded):
+        plan([P1, D1, D2], {"p1": reading(10, 10)}, situation={"policy": policy}, mode="split")
+    second = plan([P1, D1, D2], situation={"policy": policy}, mode="split")
+    assert (first.decode.worker, second.decode.worker) == ("d1", "d2")
+
+
 def test_a_request_does_not_wait_for_a_full_worker_that_would_be_later() -> None:
     assert names(plan([P1, D1], {"p1": reading(2000, 2000)})) == ("d1", [])
 

@@ -8,10 +8,12 @@ from collections.abc import AsyncIterator
 from typing import Any, Final
 
 import pytest
+from starlette.types import Receive, Scope, Send
 
+from edge_llm.gateway.wire import bounded
 from tests.gateway.conftest import CHAT, HELLO, Service, serving
 from tests.gateway.test_edge import Wire, post_head, wire
-from tests.loopback import running_cluster
+from tests.loopback import listening, running_cluster
 
 pytestmark = pytest.mark.anyio
 HEAD_BYTES: Final = 4096
@@ -148,6 +150,68 @@ async def test_who_still_sends_a_refused_body_hears_why(service: Service, extra:
         for _ in range(size >> 16):
             await connection.send(b" " * 65536)
         assert (await connection.head()).startswith(b"HTTP/1.1 413 ")
+
+
+class Impatient(bounded(HEAD_BYTES, 5.0)):  # type: ignore[misc]
+    """Connections on which nobody is answered end at once, nearly."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self.timeout_keep_alive = 0.1
+
+
+async def _slow(scope: Scope, receive: Receive, send: Send) -> None:
+    """Refuses what has a body without reading it; else takes longer than a connection is kept."""
+    if scope["method"] == "GET":
+        await asyncio.sleep(0.5)
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": b"ok"})
+
+
+async def test_an_answer_is_not_cut_by_the_time_that_a_silent_connection_is_kept() -> None:
+    """The rest of a body that was refused comes in one piece with the next request."""
+    async with listening(_slow, Impatient) as (address, _):
+        reader, writer = await asyncio.open_connection(*address.split(":"))
+        writer.write(post_head(10) + b"01234")
+        await reader.readuntil(b"ok")
+        writer.write(b"56789" + HEALTH)
+        assert (await asyncio.wait_for(reader.readuntil(b"ok"), 5.0)).startswith(b"HTTP/1.1 200 ")
+        writer.close()
+
+
+async def test_a_request_behind_the_last_answer_of_its_connection_is_not_executed() -> None:
+    asked: list[str] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        asked.append(scope["path"])
+        await _slow(scope, receive, send)
+
+    async with listening(app, Impatient) as (address, _):
+        reader, writer = await asyncio.open_connection(*address.split(":"))
+        writer.write(post_head(10, "connection: close", path="/first") + b"01234")
+        await reader.readuntil(b"ok")
+        writer.write(b"56789" + post_head(0, path="/behind"))
+        assert not await asyncio.wait_for(reader.read(), 5.0)
+        writer.close()
+    assert asked == ["/first"]
+
+
+async def test_that_a_client_is_gone_is_told_to_the_request_that_is_being_answered_not_to_the_last_one_alone() -> None:
+    begun, told = asyncio.Event(), asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        assert scope["type"] == "http", "not asked how it lives"
+        begun.set()
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        told.set()
+
+    async with listening(app, Impatient) as (address, _):
+        _, writer = await asyncio.open_connection(*address.split(":"))
+        writer.write(HEALTH + HEALTH)
+        await asyncio.wait_for(begun.wait(), 5.0)
+        writer.transport.abort()
+        await asyncio.wait_for(told.wait(), 5.0)
 
 
 async def test_chat_still_works_here(service: Service) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from edge_llm.worker.links import GAP_S, MIN_BURST_BYTES, Links
+from edge_llm.worker.links import FORGOTTEN_S, GAP_S, MIN_BURST_BYTES, Links
 from edge_llm.worker.messages import Link
 
 MIB = 1 << 20
@@ -70,6 +70,13 @@ def test_the_round_trip_is_the_shortest_answer_and_fades() -> None:
         wire.ask()
         wire.answer(0.020)
     assert wire.link.round_trip_s == pytest.approx(0.020), "a link that became slower is one"
+
+
+def test_a_peer_that_nothing_came_from_for_a_day_is_forgotten() -> None:
+    links = Links()
+    for peer, now_s in (("gone", 0.0), ("here", 0.0), ("here", FORGOTTEN_S)):
+        links.meter(peer, lambda now_s=now_s: now_s).answered()  # type: ignore[misc]
+    assert [link.peer for link in links.published] == ["here"]
 
 
 def test_a_peer_that_never_answered_has_no_link() -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
 
 from edge_llm.engine.simulated import SimulatedVocabulary
 from edge_llm.errors import ContextTooLong, InvalidRequest, Overloaded
+from edge_llm.request import NO_OPTIONS, TemplateOption
 from edge_llm.worker.messages import MAX_TOKENS_IN_MESSAGE, ChatMessage, TokenizeRequest
 from edge_llm.worker.tokenizing import INLINE_BYTES, MAX_TOKENIZING, Tokenizer
 
@@ -35,7 +36,9 @@ class Watched(SimulatedVocabulary):
 class Broken(SimulatedVocabulary):
     """A model whose chat template refuses everything."""
 
-    def render_chat(self, messages: Sequence[dict[str, str]]) -> str:
+    def render_chat(
+        self, messages: Sequence[dict[str, str]], options: Mapping[str, TemplateOption] = NO_OPTIONS
+    ) -> str:
         raise InvalidRequest("this model's chat template refuses these messages", param="messages")
 
 
@@ -106,3 +109,19 @@ async def test_a_request_has_either_messages_or_a_text() -> None:
         for wrong in (TokenizeRequest(), TokenizeRequest(text="x", messages=[ChatMessage(role="user", content="x")])):
             with pytest.raises(InvalidRequest):
                 await made.tokenize(wrong)
+
+
+async def test_what_the_template_is_told_beside_the_messages_reaches_it() -> None:
+    told: list[object] = []
+
+    class Asked(SimulatedVocabulary):
+        def render_chat(
+            self, messages: Sequence[dict[str, str]], options: Mapping[str, TemplateOption] = NO_OPTIONS
+        ) -> str:
+            told.append(dict(options))
+            return super().render_chat(messages, options)
+
+    async with tokenizer(Asked()) as made:
+        messages = [ChatMessage(role="user", content="x")]
+        await made.tokenize(TokenizeRequest(messages=messages, template_options={"enable_thinking": False}))
+    assert told[-1] == {"enable_thinking": False}
