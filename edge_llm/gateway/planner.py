@@ -29,7 +29,7 @@ from edge_llm.gateway.scheduler import Plan, decide
 from edge_llm.gateway.session import State
 from edge_llm.gateway.situation import CrossClass, Situation, Wish
 from edge_llm.gateway.ways import Ways
-from edge_llm.gateway.workbook import Booking, WorkBook
+from edge_llm.gateway.workbook import Booking, WorkBook, left_of
 
 DECISIONS_KEPT: Final = 200
 OBSERVE_S: Final = 1.0
@@ -166,8 +166,7 @@ class Planner:
     def answer_left(self, running: Running) -> float:
         """Tokens that the answer is expected to go on for: as long as others of its model were, within its limit."""
         delivered = len(running.session.delivered)
-        left = self.typical_answer(running.job.model) - delivered
-        return max(1.0, min(left, running.job.max_tokens - delivered))
+        return left_of(self.typical_answer(running.job.model), delivered, running.job.max_tokens)
 
     def _held(self, running: Running, known: _Known, view: ClusterView) -> dict[str, int]:
         if not running.job.cache_prompt:

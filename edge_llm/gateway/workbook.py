@@ -52,6 +52,11 @@ class Booking:
         return len(self.delivered) - self.before
 
     @property
+    def left(self) -> float:
+        """Tokens that its answer is expected to go on for."""
+        return left_of(self.answer_tokens, self.generated, self.max_tokens)
+
+    @property
     def workers(self) -> frozenset[str]:
         return frozenset({self.decode, self.reader})
 
@@ -72,7 +77,7 @@ class Booking:
         begins_s = 0.0 if self.is_prompted else max(_SOON_S, self.expected_s - now_s)
         since_s = self.first_token_s if self.before else self.prompted_s
         return Stream(
-            left=max(1.0, self.answer_tokens - self.generated),
+            left=self.left,
             cells=self.prompt_tokens + self.generated,
             begins_s=begins_s,
             tokens=len(self.delivered),
@@ -80,6 +85,12 @@ class Booking:
             tpot_s=self.tpot_s,
             ahead=prompts + 1 if self.reader == self.decode and not self.is_prompted else 0,
         )
+
+
+def left_of(expected: float, generated: int, most: int) -> float:
+    """Of an answer that was expected to be so long and may have `most` tokens. Lengths are spread so widely that one
+    that is longer than expected is not about to end: half of what was expected is still to come, it is assumed."""
+    return max(1.0, min(max(expected - generated, expected / 2), most - generated))
 
 
 @dataclass(slots=True)
@@ -175,7 +186,7 @@ def _sum(worker: str, desk: _Desk, now_s: float, foreign_prompts: int = 0) -> Wo
             if booking.is_prompted:
                 decoding += 1
                 cells += booking.prompt_tokens + booking.generated
-                left += max(1.0, booking.answer_tokens - booking.generated)
+                left += booking.left
         if booking.reader == worker and not booking.is_prompted:
             prompts.append(booking.prompt_at(now_s))
     return Work(sequences, decoding, cells, left, reserved, tuple(prompts), tuple(streams), tuple(coming))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from edge_llm.cluster.cost import TYPICAL_ANSWER_TOKENS, PromptWork, Stream, Work
-from edge_llm.gateway.workbook import REFRESH_S, Booking, WorkBook
+from edge_llm.gateway.workbook import REFRESH_S, Booking, WorkBook, left_of
 from edge_llm.worker.messages import WorkerStatus
 from tests.nodes import load_of, node_of
 
@@ -93,11 +95,11 @@ def test_a_prompt_that_is_whole_becomes_a_stream() -> None:
     assert book.work("d1", 2 * REFRESH_S) == Work(1, 1, 104, 17.0, 151)
 
 
-def test_an_answer_that_is_longer_than_expected_still_has_a_token_to_go() -> None:
+def test_an_answer_that_is_longer_than_expected_goes_on_as_far_as_it_may() -> None:
     book = WorkBook()
     book.book("r1", booking(delivered=[0] * 45))
     book.prompted("r1", 0.0)
-    assert book.work("d1", 0.0).tokens_left == 1.0
+    assert book.work("d1", 0.0).tokens_left == 5.0, "of the 50 that it may have"
 
 
 def test_a_request_that_is_over_leaves_nothing_and_may_be_booked_anew() -> None:
@@ -149,3 +151,11 @@ def test_our_own_work_in_a_status_does_not_count_twice() -> None:
         book.seen(status("d1", sequences_running=2, pending_prompt_tokens=100))
     work = book.work("d1", 0.0)
     assert (work.sequences, work.decoding, work.prompts) == (2, 1, (PromptWork(100),))
+
+
+@pytest.mark.parametrize(
+    ("generated", "most", "left"),
+    [(0, 600, 100), (20, 600, 80), (130, 600, 50), (590, 600, 10), (600, 600, 1), (5, 8, 3)],
+)
+def test_an_answer_that_is_longer_than_expected_is_not_about_to_end(generated: int, most: int, left: float) -> None:
+    assert left_of(100.0, generated, most) == left
