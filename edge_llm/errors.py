@@ -134,6 +134,10 @@ class Overloaded(EdgeLLMError):
         self.retry_after_s = retry_after_s
 
 
+class WorthAWait(Overloaded):
+    """There is room, but what is better is full and will be free soon."""
+
+
 class ShuttingDown(Overloaded):
     """This gateway is stopping on purpose: another one, or this one in a while, takes new requests."""
 

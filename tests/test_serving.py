@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import logging
 import os
@@ -48,6 +49,11 @@ def test_a_line_that_cannot_be_written_is_lost_and_nothing_else(monkeypatch: pyt
     try:
         structlog.get_logger().error("said into a broken pipe")
         structlog.get_logger().warning("and again")
+        kept = io.StringIO()
+        monkeypatch.setattr("sys.stderr", kept)
+        configure_logging("info")
+        structlog.get_logger().error("said to somebody")
+        assert "said to somebody" in kept.getvalue()
     finally:
         monkeypatch.undo()
         configure_logging("info")

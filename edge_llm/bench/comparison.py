@@ -1,4 +1,4 @@
-"""`edge-llm bench goodput`: the same requests at the same times to four ways of using two nodes.
+"""`edge-llm bench goodput`: requests of the same lengths at the same times to four ways of using two nodes.
 
 Owns the experiment: what each arrangement is sent, how fast, in which order and for how long. The arrangements are
 contestants.py's, the figures verdicts.py's. Refuses to know how a request is served.
@@ -292,13 +292,13 @@ class _Contest:
             for arrangement in sharing:
                 await self._warm(send, one, arrangement, number)
             for turn, rate in enumerate(rates, number):
-                for arrangement in sharing if turn % 2 == 0 else sharing[::-1]:
-                    if self._is_worth(one, arrangement, rate):
-                        await self._replay(send, one, arrangement, rate)
+                worth = [arrangement for arrangement in sharing if self._is_worth(one, arrangement, rate)]
+                if worth and self.left_s < 0:
+                    raise MeasureFailed("the budget of time was over: give more with --budget-minutes")
+                for arrangement in worth if turn % 2 == 0 else worth[::-1]:
+                    await self._replay(send, one, arrangement, rate)
 
     async def _replay(self, send: Send, one: Workload, arrangement: Arrangement, rate: float) -> None:
-        if self.left_s < 0:
-            raise MeasureFailed("the budget of time was over: give more with --budget-minutes")
         answers = await self._at_rate(send, one, arrangement, rate, f"{rate:.6f}")
         told = arrangement.regime.name if arrangement.regime else None
         done = Replayed(one.name, arrangement.name, rate, tuple(answers), told)

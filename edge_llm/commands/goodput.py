@@ -98,7 +98,7 @@ def goodput(
     """The highest rate at which 90 % (99 %) of the requests keep their limits of TTFT and TPOT.
 
     Two nodes of one core each: one that reads and one that writes, two that do both, two that help each other where it
-    is predicted to pay, and two stock llama-server. All get the same requests at the same times.
+    is predicted to pay, and two stock llama-server. All get requests of the same lengths at the same times.
     """
     from edge_llm.bench.comparison import RATE_SHARES, Plan, measure, workload
     from edge_llm.bench.replayed import Tally

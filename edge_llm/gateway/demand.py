@@ -21,11 +21,15 @@ SMOOTHING: Final = 0.05
 WINDOW_S: Final = 30.0
 # What is assumed of answers before any came counts as much as so many of them: one is not typical of others.
 _ASSUMED_ANSWERS: Final = 4
+# After a pause in which nearly all were forgotten, counting begins anew.
+_NEARLY_NONE: Final = 0.5
 # Fewer arrivals in the window say nothing of how often requests come.
 _LEAST_ARRIVALS: Final = 3.0
 # A limit moves the mean no further than one of so many times, or that part of, what others ask for; outside these
 # bounds all are the same, kept by any node or by none.
 _ODD: Final = 4.0
+# What is true of so many of them is typical.
+_MOST: Final = 0.5
 _LEAST_S: Final = 1e-3
 _MOST_S: Final = 60.0
 
@@ -34,7 +38,7 @@ _MOST_S: Final = 60.0
 class Typical:
     """Requests that may be split: so many a second, each with a prompt of which so much has to be computed and so many
     tokens to answer. Of those that have a limit of time per token, `limited_share` of all, it is `tpot_s` on average;
-    of those that have one of the time to the first token it is `ttft_s` (None: nobody has).
+    where most have one of the time to the first token it is `ttft_s`.
     """
 
     rate_per_s: float
@@ -68,15 +72,17 @@ class _Splittable:
     answer: _Mean = field(default_factory=_Mean)
     limited: _Mean = field(default_factory=_Mean)
     log_tpot: _Mean = field(default_factory=_Mean)
+    hurried: _Mean = field(default_factory=_Mean)
     log_ttft: _Mean = field(default_factory=_Mean)
     arrivals: float = 0.0
     arrived_s: float = 0.0
     since_s: float | None = None
 
     def arrived(self, now_s: float) -> None:
-        if self.since_s is None:
-            self.since_s = now_s
-        self.arrivals = self.arrivals_at(now_s) + 1.0
+        before = self.arrivals_at(now_s)
+        if self.since_s is None or before < _NEARLY_NONE:  # a window that begins
+            self.since_s, before = now_s, 0.0
+        self.arrivals = before + 1.0
         self.arrived_s = now_s
 
     def arrivals_at(self, now_s: float) -> float:
@@ -126,6 +132,7 @@ class Demand:
         known = self._of(model)
         known.arrived(now_s)
         known.limited.add(float(slo.tpot_s is not None))
+        known.hurried.add(float(slo.ttft_s is not None))
         _limited(known.log_tpot, slo.tpot_s)
         _limited(known.log_ttft, slo.ttft_s)
 
@@ -163,7 +170,7 @@ class Demand:
             exp(known.log_tpot.value),
             max(1.0, known.computed.value),
             known.limited.value,
-            exp(known.log_ttft.value) if known.log_ttft.samples else None,
+            exp(known.log_ttft.value) if known.hurried.value >= _MOST else None,
         )
 
     def _of(self, model: str) -> _Splittable:

@@ -127,10 +127,8 @@ class Dispatcher:
         per_s = serves_per_s(self.view.ready(demand.model), demand.prompt_tokens, answer)
         return replace(demand, promised_tokens_per_s=per_s and HOPE * per_s * (demand.prompt_tokens + answer))
 
-    def _free_slots(self, model: str, cells: int = 0) -> int:
-        """Of workers with a context of so many cells at least."""
-        nodes = self.view.ready(model)
-        slots = sum(node.status.slots for node in nodes if node.decodes and node.status.n_ctx >= cells)
+    def _free_slots(self, model: str) -> int:
+        slots = sum(node.status.slots for node in self.view.ready(model) if node.decodes)
         return max(0, slots - self._held[model])
 
     def leave(self, place: queue.Place) -> None:
@@ -149,8 +147,13 @@ class Dispatcher:
         self._running[job.request_id] = running
         try:
             running.place = place
-            free_slots = self._free_slots(job.model, len(job.prompt_ids) + job.max_tokens)
-            self._queue.ready(place, self._demand(running), lambda: self._plan(running), _lane(running), free_slots)
+            free_slots = self._free_slots(job.model)
+            demand = self._demand(running)
+            if len(self._queue) > 1:
+                demand = self._with_held(running, demand)
+            self._queue.ready(place, demand, lambda: self._plan(running), _lane(running), free_slots)
+            if not place.planned.done():
+                place.demand = self._with_held(running, place.demand)
             task = asyncio.create_task(self._run(running, place), name=f"request {job.request_id}")
             try:
                 yield running
@@ -181,7 +184,8 @@ class Dispatcher:
             self.give_up(running, WorkerError("the gateway failed on this request; see its log"))
 
     def _rejoin(self, running: Running) -> queue.Place:
-        running.place = self._queue.rejoin(self._demand(running), lambda: self._plan(running), _lane(running))
+        demand = self._with_held(running, self._demand(running))
+        running.place = self._queue.rejoin(demand, lambda: self._plan(running), _lane(running))
         return running.place
 
     def _demand(self, running: Running) -> queue.Demand:
@@ -196,10 +200,12 @@ class Dispatcher:
             held_bytes=job.held_bytes,
             deadline_s=job.deadline_s,
             answer_tokens=self._planner.answer_left(running),
-            # for who may pass whom: alone nobody waits for this to be found out
-            held_tokens=self._planner.held_at_most(running, self.view) if len(self._queue) > 1 else 0,
         )
         return self._promised(demand)
+
+    def _with_held(self, running: Running, demand: queue.Demand) -> queue.Demand:
+        """With what says who may pass whom. Who waits for nobody does not wait for this to be found out either."""
+        return replace(demand, held_tokens=self._planner.held_at_most(running, self.view))
 
     def _time_left_s(self, job: Job) -> float | None:
         return None if job.deadline_s is None else max(MIN_TIME_S, job.deadline_s - self._clock())

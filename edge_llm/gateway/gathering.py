@@ -175,9 +175,8 @@ class Cluster:
         return max(sets, key=lambda homes: (self.capacity_per_s(homes), len(homes)))
 
     def capacity_per_s(self, homes: Collection[str]) -> float:
-        """Requests a second that are served within their limit of time per token when streams run on `homes` only. A
-        model of averages: what is left of homes' time, and all of the others', reads prompts; what others read has to
-        be carried."""
+        """Requests a second that are served within their limits when streams run on `homes` only. A model of averages:
+        what is left of homes' time, and all of the others', reads prompts; what others read has to be carried."""
         paced = [home for worker, home in self._homes.items() if worker in homes]
         reads_per_s = sum(home.alone_per_s for worker, home in self._homes.items() if worker not in homes)
         low_per_s, high_per_s = 0.0, sum(home.alone_per_s for home in self._homes.values())

@@ -38,6 +38,8 @@ from edge_llm.worker.messages import ChatMessage, TokenizeReply, TokenizeRequest
 # Before a prompt is tokenized it is taken for short: real text has 3 to 5 bytes a token, and a refusal on an estimate
 # must not hit who would be let in.
 _BYTES_PER_TOKEN: Final = 8
+# Most answers are no longer than so many times the mean.
+_MOST_ANSWERS: Final = 4
 # A list of ids as it waits: a pointer and a number object each.
 _BYTES_PER_ID: Final = 36
 # Where nobody waits, a request is on its way to its worker before its client's headers are made, which take longer: a
@@ -243,8 +245,8 @@ class Arrival:
                 param="max_tokens",
             )
         if ask.max_tokens is None:  # a length that nobody asked for keeps no worker out that has room for most answers
-            expected = min(self._demand.max_tokens, self._dispatcher.planner.typical_answer(model))
-            room = next((one - prompt_tokens for one in contexts if one - prompt_tokens >= expected), room)
+            most = min(self._demand.max_tokens, _MOST_ANSWERS * self._dispatcher.planner.typical_answer(model))
+            room = next((one - prompt_tokens for one in contexts if one - prompt_tokens >= most), room)
         return min(self._demand.max_tokens, room)
 
 

@@ -126,7 +126,7 @@ class KeysFile:
         try:
             stamp = self._look()
             if stamp == self._stamp:
-                return
+                return  # said already, if it is a bad one
             self._keys, self._stamp, self._complaint = self._read(), stamp, ""
             log.info("API keys read again", file=str(self._path), keys=len(self._keys))
         except ConfigError as error:

@@ -164,7 +164,7 @@ class Planner:
         return self._demand.answer_tokens(model)
 
     def answer_left(self, running: Running) -> float:
-        """Tokens that the answer is expected to go on for: as long as others of its model were, within its limit."""
+        """Tokens that the answer is expected to go on for, going by others of its model, within its limit."""
         delivered = len(running.session.delivered)
         return left_of(self.typical_answer(running.job.model), delivered, running.job.max_tokens)
 
@@ -238,8 +238,7 @@ class Planner:
         known, plan, report = self._known.get(running.job.request_id), running.plan, running.report
         if known is None or plan is None or report is None:
             return
-        readers = [node.worker for node in plan.candidates]
-        self._ways.reported(readers, plan.decode.worker, report, self._clock())
+        self._ways.reported(plan.decode.worker, report, self._clock())
         if not running.job.cache_prompt:
             return
         self._correct(running, known, plan.decode, report.cached_tokens)

@@ -27,13 +27,15 @@ from typing import Final
 
 import structlog
 
-from edge_llm.errors import DeadlinePassed, EdgeLLMError, Overloaded, WorkerError
+from edge_llm.errors import DeadlinePassed, EdgeLLMError, Overloaded, WorkerError, WorthAWait
 from edge_llm.gateway.fairness import DeficitRoundRobin
 from edge_llm.gateway.scheduler import Plan
 from edge_llm.gateway.service import Service, tokens_ahead
 
 PATIENCE_S: Final = 5.0
 SHARE: Final = 8
+# So many that are told to wait for something better are asked one by one, each time: a plan takes its time.
+ASKED_TO_WAIT: Final = 16
 Lane = Hashable
 log = structlog.get_logger()
 
@@ -51,7 +53,7 @@ class Bounds:
 @dataclass(frozen=True, slots=True)
 class Demand:
     """What a request wants of the cluster, and of the queue's memory. `deadline_s` on the queue's clock. Its answer is
-    expected to have `answer_tokens` (None: as many as it may have); some worker holds `held_tokens` of its prompt.
+    expected to have `answer_tokens` (None: as many as it may have). Some worker holds `held_tokens` of its prompt.
     `promised_tokens_per_s`: what the workers' rates
     promise to do of such requests, for as long as no service was measured (None: nothing is known of that either)."""
 
@@ -193,9 +195,12 @@ class PlanQueue:
             pass
 
     def _pass(self, refused: _Refused) -> bool:
-        """Try everybody in order until one leaves. What was refused before stays so: nothing has become free since."""
+        """Try everybody in order until one leaves. Where there was no room there is none yet: nothing has become free
+        since. Who was told to wait says less of those behind it, who would wait longer: they are asked, up to a bound.
+        """
         now_s = self._clock()
-        passed = self._passed = list[Place]()
+        passed, told_to_wait = list[Place](), 0
+        self._passed = passed
         for place in self._order(now_s):
             # done while it is held: whoever waited was cancelled and has not run since
             if place.planned.done() or place.until_s <= now_s or place.plan is None:
@@ -207,7 +212,9 @@ class PlanQueue:
                 plan = place.plan()
             except Overloaded as error:
                 place.reason = error.message
-                refused.add(place)
+                told_to_wait += isinstance(error, WorthAWait)
+                if not isinstance(error, WorthAWait) or told_to_wait >= ASKED_TO_WAIT:
+                    refused.add(place)
                 passed.append(place)
                 continue
             except EdgeLLMError as error:

@@ -39,7 +39,7 @@ from edge_llm.cluster.cost import (
 )
 from edge_llm.cluster.slo import NOBODY_LATE, Judge, Verdict
 from edge_llm.cluster.view import ClusterView, Node
-from edge_llm.errors import Overloaded, UnknownModel
+from edge_llm.errors import Overloaded, UnknownModel, WorthAWait
 from edge_llm.gateway.policies import Policy, Standby
 from edge_llm.gateway.pools import Pool
 from edge_llm.gateway.situation import (
@@ -179,7 +179,7 @@ def _by_prediction(wish: Wish, decoders: Sequence[Node], readers: Sequence[Node]
     before_s = _before_s(request, sides, [option.reader for option in allowed if option.is_full], situation.ahead)
     if first.is_full and _is_worth_a_wait(wish, first, best, before_s):
         keeps_more = first.verdict < best.verdict
-        raise Overloaded(
+        raise WorthAWait(
             f"prefill worker {first.reader.worker} has a prompt waiting and will still be "
             f"{'better for limits of latency' if keeps_more else 'sooner'} than others",
             retry_after_s=2.0,
@@ -210,8 +210,14 @@ def _is_worth_a_wait(wish: Wish, first: _Option, best: _Option, before_s: float)
     left_s, ends_s = wish.time_left_s, before_s + first.prediction.completion_s
     if left_s is not None and best.prediction.completion_s <= left_s < ends_s:
         return False
-    is_sooner = before_s + first.weight_s <= best.weight_s and wish.waited_s <= best.prediction.ttft_s
-    return is_sooner or first.verdict < best.verdict
+    if first.verdict < best.verdict and (not before_s or _is_in_time(wish, before_s + first.prediction.ttft_s)):
+        return True
+    return before_s + first.weight_s <= best.weight_s and wish.waited_s <= best.prediction.ttft_s
+
+
+def _is_in_time(wish: Wish, ttft_s: float) -> bool:
+    """Whether a first token that comes so long from now is within the request's limit, if it has one."""
+    return wish.slo.ttft_s is None or wish.past.since_arrival_s + ttft_s <= wish.slo.ttft_s
 
 
 def _on_one_node(free: Sequence[_Option], situation: Situation) -> _Option | None:

@@ -9,7 +9,7 @@ there costs the time until that is found, and is then read beside streams where 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Final
 
 from edge_llm.worker.messages import PromptReport
@@ -26,14 +26,10 @@ class Ways:
     def __init__(self) -> None:
         self._apart: dict[Way, float] = {}
 
-    def reported(self, candidates: Sequence[str], decode: str, report: PromptReport, now_s: float) -> None:
-        """How a prompt came to `decode`, which was to ask `candidates` in this order: in vain those before the one that
-        gave it. A worker that refuses at once does not count: why, its next status says."""
-        if not report.trouble:
-            return
-        for prefill in candidates:
-            if report.mode == "split" and prefill == report.prefill_worker:
-                return
+    def reported(self, decode: str, report: PromptReport, now_s: float) -> None:
+        """How a prompt came to `decode`. A prefill worker that refused at once does not count: why, its next status
+        says."""
+        for prefill in report.troubled:
             self._apart[prefill, decode] = now_s + APART_S
 
     def apart(self, now_s: float) -> Collection[Way]:

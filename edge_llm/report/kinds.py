@@ -168,7 +168,8 @@ KINDS: Final[Mapping[str, Kind]] = {
     ),
     "goodput": Kind(
         "Goodput: split, local, auto, llama-server",
-        "The same requests at the same times to four ways of using two nodes; limits are multiples of a request alone.",
+        "Requests of the same lengths at the same times to four ways of using two nodes; limits are multiples of a "
+        "request alone.",
         tables=goodput_tables,
         main=goodput_main,
     ),

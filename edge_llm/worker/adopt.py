@@ -57,13 +57,17 @@ class PromptRecord:
     is_same_class: bool = True
     fallback: str | None = None
     trouble: Trouble = ""
+    troubled: list[str] = field(default_factory=list)
 
-    def failed(self, error: EdgeLLMError) -> None:
+    def failed(self, worker: str, error: EdgeLLMError) -> None:
         """A prefill worker did not give it."""
         if isinstance(error, IncompatibleKV):
             self.trouble = "mismatch"
         elif isinstance(error, WorkerSilent):
             self.trouble = "timeout"
+        else:
+            return
+        self.troubled.append(worker)
 
     def refused(self, reason: str) -> None:
         """The engine did not take the snapshot: everything is computed here after all."""
@@ -96,6 +100,7 @@ class PromptRecord:
             prefill_cached_tokens=self.prefill_cached_tokens if is_split else 0,
             fallback=self.fallback,
             trouble=self.trouble,
+            troubled=self.troubled,
         )
 
 
@@ -262,7 +267,7 @@ class Adopter:
                     message=error.message,
                     tokens=snapshot.filled_to,
                 )
-                record.failed(error)
+                record.failed(candidate.worker, error)
                 reasons.append(f"{candidate.worker}: {error.code} after {snapshot.filled_to} of {wanted.total} tokens")
         return reasons
 

@@ -21,7 +21,7 @@ from edge_llm.worker.messages import Link
 GAP_S: Final = 0.005
 MIN_BURST_BYTES: Final = 1 << 20
 _SMOOTHING: Final = 0.2
-# A peer that nothing came from for so long is no peer any more: it must not slow drains down.
+# A peer that nothing was asked of for so long is no peer any more: it must not slow drains down.
 FORGOTTEN_S: Final = 86_400.0
 # A round trip that has not been seen for long is not the shortest any more: it grows by this share with each sample.
 _FADING: Final = 0.02

@@ -220,7 +220,7 @@ class PromptReport(Message, frozen=True, kw_only=True):
     last call ended. restored_tokens were not computed here: cached_tokens of them were kept here from earlier requests,
     the others came from P, which itself had prefill_cached_tokens kept. fallback: why the plan changed. trouble: the
     kind of reason, of the last prefill worker that failed for one of these: its KV is of another model or cache type;
-    it said nothing or got nowhere for too long.
+    it said nothing or got nowhere for too long. troubled: all that failed so.
     """
 
     mode: Mode
@@ -238,6 +238,7 @@ class PromptReport(Message, frozen=True, kw_only=True):
     prefill_cached_tokens: Count = 0
     fallback: str | None = None
     trouble: Trouble = ""
+    troubled: list[Id] = []
 
 
 class Token(Message, frozen=True, kw_only=True, array_like=True):

@@ -99,13 +99,18 @@ def test_a_pace_that_few_ask_for_is_told_as_such() -> None:
     assert typical(demand, 20.0).limited_share == pytest.approx(0.25, abs=0.1)
 
 
-def test_the_time_to_the_first_token_that_is_typical_is_of_those_that_have_a_limit() -> None:
+def test_a_time_to_the_first_token_is_typical_where_most_have_a_limit() -> None:
     demand = steady(1.0, 40.0)
     typical = demand.typical("m", 40.0)
     assert typical is not None
     assert typical.ttft_s is None
     for at in range(40):
-        demand.arrived("m", Slo(ttft_s=2.0 if at % 2 else None, tpot_s=0.05), 40.0 + at)
+        demand.arrived("m", Slo(ttft_s=2.0 if at % 4 else None, tpot_s=0.05), 40.0 + at)
     typical = demand.typical("m", 80.0)
     assert typical is not None
     assert typical.ttft_s == pytest.approx(2.0)
+    for at in range(40):
+        demand.arrived("m", Slo(ttft_s=None if at % 4 else 2.0, tpot_s=0.05), 80.0 + at)
+    typical = demand.typical("m", 120.0)
+    assert typical is not None
+    assert typical.ttft_s is None

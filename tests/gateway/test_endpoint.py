@@ -376,9 +376,9 @@ async def test_an_answer_ends_with_the_context_whatever_length_was_asked_for(
 
 async def test_a_length_that_nobody_asked_for_keeps_no_worker_out_that_has_room_for_an_answer() -> None:
     async with running_cluster() as cluster, serving(cluster) as service:
-        for name, n_ctx in (("large", 1024), ("small", 256)):
+        for name, n_ctx in (("large", 1536), ("small", 768)):
             await service.start("mixed", name, replace(settings_of("mixed"), n_ctx=n_ctx))
-        for prompt_tokens, total in ((20, 256), (200, 1024)):
+        for prompt_tokens, total in ((20, 768), (300, 1536)):
             body = {"prompt": prompt_of(prompt_tokens), "ignore_eos": True}
             assert (await service.post(COMPLETIONS, body)).body["usage"]["total_tokens"] == total
 
@@ -393,7 +393,7 @@ async def test_tools_that_were_offered_and_not_shown_to_the_model_are_named_in_t
 async def test_who_asks_for_a_route_that_is_not_here_is_told_those_that_are(service: Service) -> None:
     reply = await service.post("/v1/responses", {"model": "simulated", "input": "hello"})
     assert reply.status == 404
-    assert "/v1/chat/completions" in reply.error["message"]
+    assert "a client that asks for /v1/responses of itself" in reply.error["message"]
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b'{"messages": [}', b"\xff", b"[" * 20_000], ids=repr)

@@ -20,6 +20,7 @@ from edge_llm.gateway.running import Job, Running
 from edge_llm.gateway.scheduler import Plan
 from edge_llm.gateway.session import Event, Session
 from edge_llm.gateway.situation import Mode
+from edge_llm.gateway.ways import APART_S
 from edge_llm.request import FinishReason, SamplingParams, TokenEvent
 from edge_llm.worker.messages import PromptReport, Rates, Role
 from tests.nodes import load_of, node_of
@@ -61,7 +62,15 @@ class Scene:
         running.session.on(Event.PLANNED)
         return running.plan
 
-    def prompt(self, running: Running, after_s: float = 1.0, *, cached: int = 0, prefill_cached: int = 0) -> None:
+    def prompt(
+        self,
+        running: Running,
+        after_s: float = 1.0,
+        *,
+        cached: int = 0,
+        prefill_cached: int = 0,
+        troubled: Sequence[str] = (),
+    ) -> None:
         """Its prompt is whole."""
         assert running.plan is not None
         self.now_s += after_s
@@ -80,6 +89,8 @@ class Scene:
             is_same_class=True,
             cached_tokens=cached,
             prefill_cached_tokens=prefill_cached,
+            trouble="timeout" if troubled else "",
+            troubled=list(troubled),
         )
         running.session.on(Event.PROMPTED)
         self.planner.prompted(running)
@@ -507,3 +518,15 @@ def test_every_decision_is_logged_once_whatever_becomes_of_it() -> None:
     expected = [one.job.request_id for one in (sent, replanned, replanned, refused)]
     assert [entry["request_id"] for entry in told] == expected
     assert all(entry["predicted"]["ttft_s"] > 0 and entry["mode"] in ("split", "local") for entry in told)
+
+
+# -- ways
+
+
+def test_a_prefill_worker_that_a_decode_worker_heard_nothing_from_is_not_planned_with_for_it() -> None:
+    slow = node("d1", "decode", load={"rates": Rates(run_s=0.04, row_s=0.01, token_s=0.1)})
+    scene = Scene(P1, P2, slow)
+    assert scene.served(scene.request(), troubled=["p1"]).reader.worker == "p1"
+    assert scene.plan(scene.request(range(500, 600))).reader.worker == "p2"
+    scene.now_s += APART_S
+    assert scene.plan(scene.request(range(700, 800))).reader.worker == "p1", "p2 is busy, and it may work again"

@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from edge_llm.errors import DeadlinePassed, Overloaded, UnknownModel, WorkerError
-from edge_llm.gateway.queue import PATIENCE_S, Bounds, Demand, Place, PlanQueue
+from edge_llm.errors import DeadlinePassed, Overloaded, UnknownModel, WorkerError, WorthAWait
+from edge_llm.gateway.queue import ASKED_TO_WAIT, PATIENCE_S, Bounds, Demand, Place, PlanQueue
 from edge_llm.gateway.scheduler import Plan
 from tests.nodes import node_of
 
@@ -150,6 +150,35 @@ async def test_what_waits_of_another_model_is_not_counted() -> None:
         slots.queue.ready(slots.queue.enter(demand, 9), demand, plan, "m", 9)
     assert seen == [(2, 0), (3, 0), (3, 1)], "nor is one that would not split among those that come before"
     assert slots.queue.waiting("other") == 3
+
+
+async def test_who_is_told_to_wait_for_something_better_does_not_keep_those_behind_from_being_asked(
+    slots: Slots,
+) -> None:
+    asked: list[str] = []
+    for number in range(ASKED_TO_WAIT + 4):
+        demand = slots.demand(f"r{number}")
+
+        def plan(name: str = demand.request_id) -> Plan:
+            asked.append(name)
+            raise WorthAWait("p1 will still be sooner")
+
+        slots.queue.ready(slots.queue.enter(demand, 99), demand, plan, "m", 99)
+    asked.clear()
+    slots.queue.move()
+    assert asked == [f"r{number}" for number in range(ASKED_TO_WAIT)], "nor is everybody asked each time"
+
+
+async def test_how_long_a_request_waits_is_predicted_by_what_waits_of_its_own_model() -> None:
+    slots = Slots(predicted_wait_s=7.0)
+    slots.serve(seconds=10.0)  # with a second slot taken 4 tokens a second
+    for number in range(8):
+        demand = slots.demand(f"other {number}", model="other")
+        slots.queue.ready(slots.queue.enter(demand, 9), demand, _full, "other", 9)
+    for name, free in (("a", 9), ("b", 9), ("c", 1)):
+        demand = slots.demand(name)
+        slots.queue.ready(slots.queue.enter(demand, 9), demand, _full, "m", free)
+    assert slots.queue.waiting("m") == 3, "20 of the 40 tokens before it wait for the slot that is free"
 
 
 async def test_who_was_overtaken_for_a_while_is_tried_before_all_others(slots: Slots) -> None:

@@ -453,6 +453,22 @@ def test_a_request_does_not_wait_for_a_full_worker_when_its_time_would_be_over_t
         plan([P1, D1], works, situation=ahead, prompt_tokens=1000, time_left_s=1.0)
 
 
+def test_limits_are_waited_for_only_while_they_can_be_kept_behind_those_who_wait_already() -> None:
+    """p1 could have its first token after 1.7 s, d1 would make its streams late by reading it."""
+    limited = Work(
+        sequences=3,
+        decoding=3,
+        tokens_left=300,
+        cells=300,
+        streams=tuple(Stream(left=100, cells=100, tokens=10, age_s=0.7, tpot_s=0.075) for _ in range(3)),
+    )
+    works: dict[str, Work] = {"p1": reading(10, 10), "d1": limited}
+    wish: dict[str, Any] = {"prompt_tokens": 150, "slo": Slo(ttft_s=3.0)}
+    with pytest.raises(Overloaded, match="better for limits of latency"):
+        plan([P1, D1], works, **wish)
+    assert names(plan([P1, D1], works, situation={"ahead": 5}, **wish)) == ("d1", [])
+
+
 def test_nothing_is_planned_over_a_way_on_which_nothing_came_but_what_must_split() -> None:
     works, apart = {"d1": streams(3, left_each=1000)}, {"apart": {("p1", "d1")}}
     assert names(plan([P1, P2, D1], works, prompt_tokens=1000))[1] == ["p1", "p2"]

@@ -20,26 +20,20 @@ SPLIT = PromptReport(
     computed_tokens=0,
     is_same_class=True,
 )
-LOCAL = msgspec.structs.replace(SPLIT, mode="local", prefill_worker="", trouble="timeout")
+SILENT = msgspec.structs.replace(SPLIT, trouble="timeout", troubled=["p1"])
 
 
 def test_a_way_on_which_nothing_came_is_not_planned_with_for_a_while() -> None:
     ways = Ways()
-    ways.reported(["p1"], "d1", LOCAL, 10.0)
+    ways.reported("d1", SILENT, 10.0)
     assert set(ways.apart(10.0 + APART_S - 0.1)) == {("p1", "d1")}
     assert not ways.apart(10.0 + APART_S)
 
 
-def test_of_several_only_those_before_the_one_that_gave_it_are_apart() -> None:
+def test_each_way_is_known_by_itself() -> None:
     ways = Ways()
-    ways.reported(["p1", "p2"], "d1", msgspec.structs.replace(SPLIT, trouble="timeout"), 0.0)
-    assert set(ways.apart(0.0)) == {("p1", "d1")}
-    ways.reported(["p1", "p2"], "d2", LOCAL, 0.0)
-    assert set(ways.apart(0.0)) == {("p1", "d1"), ("p1", "d2"), ("p2", "d2")}
-
-
-def test_a_worker_that_refused_at_once_is_not_apart() -> None:
-    ways = Ways()
-    ways.reported(["p1"], "d1", msgspec.structs.replace(LOCAL, trouble="", fallback="p1 drains"), 0.0)
-    ways.reported(["p2"], "d1", SPLIT, 0.0)
-    assert not ways.apart(0.0)
+    ways.reported("d1", SILENT, 0.0)
+    ways.reported("d2", msgspec.structs.replace(SILENT, troubled=["p1", "p2"]), 1.0)
+    ways.reported("d3", SPLIT, 1.0)
+    assert set(ways.apart(1.0)) == {("p1", "d1"), ("p1", "d2"), ("p2", "d2")}
+    assert set(ways.apart(APART_S)) == {("p1", "d2"), ("p2", "d2")}
