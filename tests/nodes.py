@@ -8,7 +8,7 @@ import msgspec
 
 from edge_llm.cluster.view import Node, Place
 from edge_llm.engine.pacing import LEAST_PIECE_STEPS, LEAST_PROMPT_STEPS, MOST_PROMPT_STEPS, OF_LIMIT, PROMPT_STEPS
-from edge_llm.worker.messages import Load, Rates, Role, WorkerStatus
+from edge_llm.worker.messages import Load, PromptReport, Rates, Role, WorkerStatus
 
 IDLE = Load(
     slots_free=0,
@@ -67,3 +67,10 @@ def node_of(worker: str, role: Role, **changes: Any) -> Node:
         load=IDLE,
     )
     return Node(Place(worker, f"{worker}:1"), msgspec.structs.replace(status, **changes), seen_s=0.0)
+
+
+def report_of(**changes: Any) -> PromptReport:
+    """How a prompt came to be that took no time."""
+    names = "wait_ms prefill_ms handoff_ms adopt_ms handoff_bytes overlapped_bytes restored_tokens computed_tokens"
+    nothing = dict.fromkeys(names.split(), 0)
+    return PromptReport(**{"mode": "local", "prefill_worker": "d1", "is_same_class": True, **nothing, **changes})

@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import aiohttp
-import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
 
@@ -24,10 +23,10 @@ from edge_llm.gateway.scheduler import Plan
 from edge_llm.gateway.session import Session, State
 from edge_llm.worker.checkpoint import MAX_KEEPING
 from edge_llm.worker.client import Peer, WorkerClient
-from edge_llm.worker.messages import KeepReply, KeepRequest, PromptReport
+from edge_llm.worker.messages import KeepReply, KeepRequest
 from tests.gateway.conftest import COMPLETIONS, Service, asking, serving
 from tests.loopback import CHUNK, DEADLINE_S, GREEDY, KEYS, prompt_of, running_cluster, settings_of, undisturbed, until
-from tests.nodes import load_of, node_of
+from tests.nodes import load_of, node_of, report_of
 from tests.scrapes import families_of, value
 
 pytestmark = pytest.mark.anyio
@@ -225,25 +224,8 @@ def test_kv_that_came_from_another_class_is_not_checkpointed() -> None:
     decode, keeper = able("d0", "decode"), able("p1")
     running = decoding_on(decode)
     for is_same_class in (True, False):
-        running.report = msgspec.structs.replace(REPORT, is_same_class=is_same_class)
+        running.report = report_of(is_same_class=is_same_class)
         assert able_to_keep(running, ClusterView((decode, keeper))) == ([keeper] if is_same_class else [])
-
-
-REPORT = PromptReport(
-    mode="local",
-    prefill_worker="d0",
-    wait_ms=0.0,
-    prefill_ms=0.0,
-    handoff_ms=0.0,
-    adopt_ms=0.0,
-    handoff_bytes=0,
-    overlapped_bytes=0,
-    restored_tokens=0,
-    computed_tokens=0,
-    is_same_class=True,
-    cached_tokens=0,
-    prefill_cached_tokens=0,
-)
 
 
 # -- whose turn it is

@@ -28,7 +28,6 @@ from edge_llm.worker.messages import (
     EventBatch,
     Failed,
     Prompted,
-    PromptReport,
     Token,
     TokenizeReply,
     TokenizeRequest,
@@ -39,25 +38,13 @@ from edge_llm.worker.messages import (
 from edge_llm.worker.tickets import ticket_of
 from tests.gateway.conftest import COMPLETIONS, Service, asking, serving
 from tests.loopback import CHUNK, KEYS, listening, prompt_of, running_cluster, undisturbed, until
-from tests.nodes import node_of
+from tests.nodes import node_of, report_of
 
 pytestmark = pytest.mark.anyio
 PROMPT: Final = prompt_of(CHUNK + 3)
 WHOLE: Final = undisturbed(PROMPT, 8)
 VOCABULARY: Final = SimulatedVocabulary()
-REPORT: Final = PromptReport(
-    mode="local",
-    prefill_worker="liar",
-    wait_ms=0.0,
-    prefill_ms=0.0,
-    handoff_ms=0.0,
-    adopt_ms=0.0,
-    handoff_bytes=0,
-    overlapped_bytes=0,
-    restored_tokens=0,
-    computed_tokens=len(PROMPT) - 1,
-    is_same_class=True,
-)
+REPORT: Final = report_of(prefill_worker="liar", computed_tokens=len(PROMPT) - 1)
 Saying = Callable[[DecodeRequest], list[EventBatch | bytes]]
 
 

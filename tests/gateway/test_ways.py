@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-import msgspec
-
 from edge_llm.gateway.ways import APART_S, Ways
-from edge_llm.worker.messages import PromptReport
+from tests.nodes import report_of
 
-SPLIT = PromptReport(
-    mode="split",
-    prefill_worker="p2",
-    wait_ms=0.0,
-    prefill_ms=0.0,
-    handoff_ms=0.0,
-    adopt_ms=0.0,
-    handoff_bytes=0,
-    overlapped_bytes=0,
-    restored_tokens=0,
-    computed_tokens=0,
-    is_same_class=True,
-)
-SILENT = msgspec.structs.replace(SPLIT, trouble="timeout", troubled=["p1"])
+SPLIT = report_of(mode="split", prefill_worker="p2")
+SILENT = report_of(trouble="timeout", troubled=["p1"])
 
 
 def test_a_way_on_which_nothing_came_is_not_planned_with_for_a_while() -> None:
@@ -33,7 +19,7 @@ def test_a_way_on_which_nothing_came_is_not_planned_with_for_a_while() -> None:
 def test_each_way_is_known_by_itself() -> None:
     ways = Ways()
     ways.reported("d1", SILENT, 0.0)
-    ways.reported("d2", msgspec.structs.replace(SILENT, troubled=["p1", "p2"]), 1.0)
+    ways.reported("d2", report_of(trouble="timeout", troubled=["p1", "p2"]), 1.0)
     ways.reported("d3", SPLIT, 1.0)
     assert set(ways.apart(1.0)) == {("p1", "d1"), ("p1", "d2"), ("p2", "d2")}
     assert set(ways.apart(APART_S)) == {("p1", "d2"), ("p2", "d2")}
