@@ -28,10 +28,11 @@ _LEAST_ARRIVALS: Final = 3.0
 # A limit moves the mean no further than one of so many times, or that part of, what others ask for; outside these
 # bounds all are the same, kept by any node or by none.
 _ODD: Final = 4.0
-# What is true of so many of them is typical.
-_MOST: Final = 0.5
 _LEAST_S: Final = 1e-3
-_MOST_S: Final = 60.0
+_MOST_TPOT_S: Final = 60.0
+_MOST_TTFT_S: Final = 3600.0
+# What is true of so many requests is typical.
+_MOST: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +98,11 @@ class _Splittable:
         return arrivals / (WINDOW_S * (1 - exp(-max(1.0, now_s - self.since_s) / WINDOW_S)))
 
 
-def _limited(mean: _Mean, limit_s: float | None) -> None:
+def _limited(mean: _Mean, limit_s: float | None, most_s: float) -> None:
     """The limit of one. Once others are known odd ones hardly move the mean, however odd."""
     if not limit_s:
         return
-    sample = log(min(max(limit_s, _LEAST_S), _MOST_S))
+    sample = log(min(max(limit_s, _LEAST_S), most_s))
     if mean.samples * SMOOTHING >= 1.0:
         sample = min(max(sample, mean.value - log(_ODD)), mean.value + log(_ODD))
     mean.add(sample)
@@ -133,8 +134,8 @@ class Demand:
         known.arrived(now_s)
         known.limited.add(float(slo.tpot_s is not None))
         known.hurried.add(float(slo.ttft_s is not None))
-        _limited(known.log_tpot, slo.tpot_s)
-        _limited(known.log_ttft, slo.ttft_s)
+        _limited(known.log_tpot, slo.tpot_s, _MOST_TPOT_S)
+        _limited(known.log_ttft, slo.ttft_s, _MOST_TTFT_S)
 
     def planned(self, model: str, prompt_tokens: int, held_tokens: int, *, may_split: bool) -> None:
         """A prompt is given to a worker that is believed to hold so many of its positions."""

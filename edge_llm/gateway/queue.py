@@ -54,8 +54,8 @@ class Bounds:
 class Demand:
     """What a request wants of the cluster, and of the queue's memory. `deadline_s` on the queue's clock. Its answer is
     expected to have `answer_tokens` (None: as many as it may have). Some worker holds `held_tokens` of its prompt.
-    `promised_tokens_per_s`: what the workers' rates
-    promise to do of such requests, for as long as no service was measured (None: nothing is known of that either)."""
+    `promised_tokens_per_s`: what the workers' rates promise to do of such requests, for as long as no service was
+    measured (None: nothing is known of that either)."""
 
     request_id: str
     key: str
@@ -121,8 +121,7 @@ class PlanQueue:
 
     def waiting(self, model: str) -> int:
         """How many of a model's requests have no plan."""
-        held = (*self._held_new(), *self._returning) if len(self) else ()
-        return sum(place.demand.model == model for place in held)
+        return self._others(model) + sum(place.demand.model == model for place in self._returning)
 
     def passed(self, model: str) -> int:
         """Of a model, how many that might split could not be planned before the one for which a plan is being made."""

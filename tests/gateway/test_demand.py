@@ -114,3 +114,12 @@ def test_a_time_to_the_first_token_is_typical_where_most_have_a_limit() -> None:
     typical = demand.typical("m", 120.0)
     assert typical is not None
     assert typical.ttft_s is None
+
+
+def test_a_patient_limit_of_a_slow_board_is_believed_as_it_is() -> None:
+    demand = steady(1.0, 40.0)
+    for at in range(40):
+        demand.arrived("m", Slo(ttft_s=300.0, tpot_s=0.05), 40.0 + at)
+    typical = demand.typical("m", 80.0)
+    assert typical is not None
+    assert typical.ttft_s == pytest.approx(300.0)
